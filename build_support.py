@@ -1,0 +1,119 @@
+"""Decisions of the build, apart from setup.py so that tests can ask for them without building anything."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+MINIMUM_TORCH = (2, 11)
+
+
+class BuildError(RuntimeError):
+    """A one-line explanation of why the extension cannot be built here, and what to do."""
+
+
+@dataclass(frozen=True)
+class CudaDecision:
+    """Whether the CUDA half is compiled, and the reason, which the build prints and `build_info()` repeats."""
+
+    build: bool
+    reason: str
+
+
+def decide_cuda(
+    *,
+    requested: str | None,
+    torch_cuda: str | None,
+    toolkit_home: str | None,
+    toolkit_version: str | None,
+    has_sources: bool,
+) -> CudaDecision:
+    """Decide from the installed torch and toolkit alone, never from a visible GPU.
+
+    `requested` is the value of FASTLANE_CUDA (None, "" , "0" or "1"); `torch_cuda` is `torch.version.cuda`;
+    the toolkit is what `find_cuda_home` found. Raises BuildError where "1" asks for what cannot be done.
+    """
+    if requested not in (None, "", "0", "1"):
+        raise BuildError(f"FASTLANE_CUDA: got {requested!r}, expected 0 or 1; unset it to decide automatically")
+    if requested == "0":
+        return CudaDecision(False, "FASTLANE_CUDA=0")
+    obstacle = None
+    if not has_sources:
+        obstacle = "this version of fastlane_ext has no CUDA sources"
+    elif torch_cuda is None:
+        obstacle = "the installed torch is a CPU build"
+    elif toolkit_home is None:
+        obstacle = f"torch was built for CUDA {torch_cuda}, but no nvcc was found; put it on PATH or set CUDA_HOME"
+    elif toolkit_version is None or toolkit_version.split(".")[0] != torch_cuda.split(".")[0]:
+        obstacle = (
+            f"torch was built for CUDA {torch_cuda}, but the toolkit in {toolkit_home} is "
+            f"{toolkit_version or 'of unknown version'}; install toolkit {torch_cuda.split('.')[0]}.x"
+        )
+    if obstacle is None:
+        return CudaDecision(True, f"torch for CUDA {torch_cuda} and toolkit {toolkit_version}")
+    if requested == "1":
+        raise BuildError(f"FASTLANE_CUDA=1: {obstacle}")
+    return CudaDecision(False, obstacle)
+
+
+def find_cuda_home(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The toolkit's root: CUDA_HOME, or what nvcc itself names as its TOP.
+
+    nvcc on PATH may be a wrapper script, so its folder says nothing; `nvcc --dryrun` prints the real root.
+    """
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        home = environment.get(variable)
+        if home and (Path(home) / "bin" / "nvcc").exists():
+            return home
+    nvcc = shutil.which("nvcc", path=environment.get("PATH"))
+    if nvcc is None:
+        return None
+    dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False)
+    return parse_nvcc_top(dryrun.stderr + dryrun.stdout)
+
+
+def parse_nvcc_top(dryrun_output: str) -> str | None:
+    match = re.search(r"\bTOP=(\S+)", dryrun_output)
+    return os.path.normpath(match.group(1)) if match else None
+
+
+def cuda_toolkit_version(home: str | None) -> str | None:
+    """The "major.minor" that the toolkit's nvcc prints, or None."""
+    if home is None:
+        return None
+    try:
+        output = subprocess.run(
+            [str(Path(home) / "bin" / "nvcc"), "--version"], capture_output=True, text=True, check=False
+        ).stdout
+    except OSError:
+        return None
+    match = re.search(r"release (\d+\.\d+)", output)
+    return match.group(1) if match else None
+
+
+def check_torch_version(version: str) -> None:
+    """Raise BuildError unless `version` (`torch.__version__`) is new enough."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None or tuple(map(int, match.groups())) < MINIMUM_TORCH:
+        minimum = ".".join(map(str, MINIMUM_TORCH))
+        raise BuildError(
+            f"torch: got {version}, expected {minimum} or newer; install it with: pip install 'torch>={minimum}'"
+        )
+
+
+def find_compiler(environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
+    """The C++ compiler's command and its version line. Raises BuildError where there is none."""
+    command = environment.get("CXX") or "c++"
+    executable = shutil.which(command.split()[0], path=environment.get("PATH"))
+    if executable is None:
+        raise BuildError(
+            f"C++ compiler: '{command}' was not found; install g++ 9 or newer (Debian: apt install g++), "
+            "or set CXX to one"
+        )
+    output = subprocess.run([*command.split(), "--version"], capture_output=True, text=True, check=False).stdout
+    return command, output.splitlines()[0] if output else command

@@ -1,0 +1,31 @@
+// Which kernel set this process runs: the best the CPU and the operating system support, or the one that
+// FASTLANE_CPU_ISA names.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../problem.h"
+#include "parallel.h"
+
+namespace fastlane {
+
+struct KernelTable {
+  const char* isa;
+  void (*gemm)(const GemmProblem&, const Parallel&);
+  void (*preactivation_grad)(const PreActivationGradProblem&, const Parallel&);
+};
+
+// Null where the set was not compiled for this architecture.
+const KernelTable* scalar_kernels();
+const KernelTable* avx2_kernels();
+const KernelTable* avx512_kernels();
+
+// Decided once, on first use. Throws std::runtime_error if FASTLANE_CPU_ISA names a set that is unknown, not
+// compiled, or not supported by this machine.
+const KernelTable& kernels();
+
+std::vector<std::string> compiled_isas();
+std::vector<std::string> supported_isas();
+
+}  // namespace fastlane

@@ -1,0 +1,29 @@
+// Aligned work memory that a thread keeps between calls, so that packing does not pay page faults each time.
+#pragma once
+
+#include <cstddef>
+
+namespace fastlane {
+
+// A slot is borrowed by one owner of a thread at a time.
+enum class ScratchSlot { packed_a, packed_b, accumulators, column_sums, count };
+
+class Scratch {
+ public:
+  // Throws std::bad_alloc. Contents are undefined.
+  Scratch(ScratchSlot slot, size_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  ScratchSlot slot_;
+  void* data_;
+};
+
+}  // namespace fastlane

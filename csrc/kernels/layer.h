@@ -1,0 +1,56 @@
+// The three products of a linear layer as GEMM problems: the only place that says which operand is
+// transposed and what its epilogue adds.
+#pragma once
+
+#include "problem.h"
+
+namespace fastlane {
+
+struct LayerShape {
+  int64_t rows, in_features, out_features;
+  DType dtype;
+};
+
+// y = act(x Wᵀ + bias) + residual, with z = x Wᵀ + bias stored where `z.data` is given.
+inline GemmProblem forward_gemm(const LayerShape& shape, ConstMatrix x, ConstMatrix weight, const void* bias,
+                                Activation activation, ConstRowMajor residual, RowMajor z, RowMajor y) {
+  GemmProblem p;
+  p.m = shape.rows, p.n = shape.out_features, p.k = shape.in_features;
+  p.a_type = p.b_type = p.out_type = shape.dtype;
+  p.activation = activation;
+  p.a = x, p.b = weight.transposed();
+  p.bias = bias, p.addend = residual, p.z = z, p.out = y;
+  return p;
+}
+
+// dgrad: dx = dz W + shortcut_grad.
+inline GemmProblem dgrad_gemm(const LayerShape& shape, ConstMatrix dz, DType dz_type, ConstMatrix weight,
+                              ConstRowMajor shortcut_grad, RowMajor dx) {
+  GemmProblem p;
+  p.m = shape.rows, p.n = shape.in_features, p.k = shape.out_features;
+  p.a_type = dz_type, p.b_type = p.out_type = shape.dtype;
+  p.a = dz, p.b = weight;
+  p.addend = shortcut_grad, p.out = dx;
+  return p;
+}
+
+// wgrad: dW = dzᵀ x, or its transpose xᵀ dz where the weight itself is stored column-major.
+inline GemmProblem wgrad_gemm(const LayerShape& shape, ConstMatrix dz, DType dz_type, ConstMatrix x,
+                              bool column_major, RowMajor dweight) {
+  GemmProblem p;
+  p.k = shape.rows;
+  p.out_type = shape.dtype;
+  p.out = dweight;
+  if (column_major) {
+    p.m = shape.in_features, p.n = shape.out_features;
+    p.a_type = shape.dtype, p.b_type = dz_type;
+    p.a = x.transposed(), p.b = dz;
+  } else {
+    p.m = shape.out_features, p.n = shape.in_features;
+    p.a_type = dz_type, p.b_type = shape.dtype;
+    p.a = dz.transposed(), p.b = x;
+  }
+  return p;
+}
+
+}  // namespace fastlane

@@ -1,0 +1,70 @@
+// The plain structs that pass from the torch side to the kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace fastlane {
+
+enum class DType : uint8_t { f32, f64, bf16, f16 };
+enum class Activation : uint8_t { none, gelu, gelu_tanh };
+
+// The storage formats that no C++17 compiler is required to know; kernels widen them to float.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// Strides count elements, may be 0 or negative, and carry no alignment promise.
+struct ConstMatrix {
+  const void* data = nullptr;
+  int64_t row_stride = 0;
+  int64_t col_stride = 0;
+
+  ConstMatrix transposed() const { return {data, col_stride, row_stride}; }
+};
+
+// Rows of unit column stride, `row_stride` (the leading dimension) elements apart.
+struct RowMajor {
+  void* data = nullptr;
+  int64_t row_stride = 0;
+};
+struct ConstRowMajor {
+  const void* data = nullptr;
+  int64_t row_stride = 0;
+};
+
+// z = A B + bias;  out = act(z) + addend. Absent operands have a null data pointer. Forward, dgrad
+// and wgrad are this one problem with different operand layouts and epilogues (see layer.h).
+struct GemmProblem {
+  int64_t m = 0, n = 0, k = 0;
+  DType a_type = DType::f32, b_type = DType::f32;
+  DType out_type = DType::f32;  // of bias, addend, z and out
+  Activation activation = Activation::none;
+  ConstMatrix a;         // m × k
+  ConstMatrix b;         // k × n
+  const void* bias = nullptr;  // n elements
+  ConstRowMajor addend;  // m × n
+  RowMajor z;            // m × n
+  RowMajor out;          // m × n
+};
+
+// dz = dy ⊙ act′(z) and, in the same pass, db = Σ_rows dz. Either result may be absent; without an
+// activation z is not read.
+struct PreActivationGradProblem {
+  int64_t rows = 0, cols = 0;
+  DType dtype = DType::f32;  // of dy, z and db
+  Activation activation = Activation::none;
+  ConstRowMajor dy;
+  ConstRowMajor z;
+  RowMajor dz;  // in compute_dtype(dtype): the gradient is rounded once, at the end
+  void* db = nullptr;
+};
+
+// Sums of 16-bit values are kept in fp32.
+constexpr DType compute_dtype(DType dtype) {
+  return dtype == DType::f64 ? DType::f64 : DType::f32;
+}
+
+}  // namespace fastlane

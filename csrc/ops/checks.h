@@ -1,0 +1,80 @@
+// Argument checks and their messages, once for every dispatch key. Sizes are symbolic so that the meta kernels
+// can ask the same questions while a graph is traced.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymIntArrayRef.h>
+#include <c10/util/Exception.h>
+
+#include <string_view>
+
+#include "../kernels/problem.h"
+#include "operators.h"
+
+namespace fastlane {
+
+inline Activation parse_activation(std::string_view name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "none") return Activation::none;
+  TORCH_CHECK_VALUE(false, "activation: got '", name, "', expected 'gelu', 'gelu_tanh' or 'none'");
+}
+
+inline bool has_kernel_dtype(const at::Tensor& t) {
+  const auto type = t.scalar_type();
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+inline void check_like_x(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x) {
+  TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " has layout ", t.layout(),
+              ", expected a dense tensor; convert it with ", name, ".to_dense()");
+  TORCH_CHECK(t.device() == x.device(), op, ": ", name, " is on ", t.device(), ", expected ", x.device(),
+              " like x; move one of them");
+  TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " has dtype ", t.scalar_type(), ", expected ",
+              x.scalar_type(), " like x; convert one of them, or run under torch.autocast");
+}
+
+// The leading sizes of x, then `features`.
+inline c10::SymDimVector output_sizes(const at::Tensor& x, const c10::SymInt& features) {
+  const auto sizes = x.sym_sizes();
+  c10::SymDimVector result(sizes.begin(), sizes.end() - 1);
+  result.push_back(features);
+  return result;
+}
+
+inline void check_linear(const char* op, const at::Tensor& x, const at::Tensor& weight,
+                         const OptionalTensor& bias) {
+  TORCH_CHECK(has_kernel_dtype(x), op, ": x has dtype ", x.scalar_type(),
+              ", expected float32, float64, bfloat16 or float16; convert it with x.to(torch.float32)");
+  check_like_x(op, "x", x, x);
+  TORCH_CHECK(x.dim() >= 1, op, ": x is 0-D, expected (..., in_features); add a dimension with x.reshape(1)");
+  check_like_x(op, "weight", weight, x);
+  TORCH_CHECK(weight.dim() == 2, op, ": weight has shape ", weight.sym_sizes(),
+              ", expected (out_features, in_features) like nn.Linear's");
+  TORCH_SYM_CHECK(weight.sym_size(1).sym_eq(x.sym_size(-1)), op, ": weight has shape ", weight.sym_sizes(),
+                  ", expected (out_features, ", x.sym_size(-1), ") to fit x of shape ", x.sym_sizes(),
+                  "; pass it as nn.Linear stores it");
+  if (bias) {
+    check_like_x(op, "bias", *bias, x);
+    TORCH_CHECK(bias->dim() == 1, op, ": bias has shape ", bias->sym_sizes(), ", expected (", weight.sym_size(0),
+                ",), one element for each row of weight");
+    TORCH_SYM_CHECK(bias->sym_size(0).sym_eq(weight.sym_size(0)), op, ": bias has shape ", bias->sym_sizes(),
+                    ", expected (", weight.sym_size(0), ",), one element for each row of weight");
+  }
+}
+
+inline void check_residual(const char* op, const at::Tensor& x, const at::Tensor& weight,
+                           const at::Tensor& residual) {
+  check_like_x(op, "residual", residual, x);
+  const auto sizes = output_sizes(x, weight.sym_size(0));
+  bool fits = residual.dim() <= x.dim();
+  for (int64_t i = 1; fits && i <= residual.dim(); ++i) {
+    const auto& size = residual.sym_sizes()[residual.dim() - i];
+    fits = TORCH_GUARD_OR_FALSE(size.sym_eq(1)) || size == sizes[sizes.size() - i];
+  }
+  TORCH_CHECK(fits, op, ": residual has shape ", residual.sym_sizes(),
+              ", expected one that broadcasts to the output's shape ", c10::SymIntArrayRef(sizes),
+              "; project or expand it first");
+}
+
+}  // namespace fastlane

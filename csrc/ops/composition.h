@@ -1,0 +1,42 @@
+// The same mathematics in ATen operators: what runs where a fused kernel may not, and what makes the backward
+// differentiable.
+#pragma once
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/linear.h>
+
+#include "checks.h"
+
+namespace fastlane::composition {
+
+inline std::string_view approximate(Activation activation) {
+  return activation == Activation::gelu_tanh ? "tanh" : "none";
+}
+
+inline at::Tensor activated(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                            Activation activation) {
+  const at::Tensor z = at::linear(x, weight, bias);
+  return activation == Activation::none ? z : at::gelu(z, approximate(activation));
+}
+
+inline at::Tensor linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                       const OptionalTensor& residual, Activation activation) {
+  const at::Tensor y = activated(x, weight, bias, activation);
+  return residual ? y + *residual : y;
+}
+
+inline at::Tensor linear_gelu_concat(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                     Activation activation) {
+  return at::cat({x, activated(x, weight, bias, activation)}, -1);
+}
+
+inline at::Tensor preactivation_grad(const at::Tensor& grad_activated, const at::Tensor& z,
+                                     Activation activation) {
+  return activation == Activation::none ? grad_activated
+                                        : at::gelu_backward(grad_activated, z, approximate(activation));
+}
+
+}  // namespace fastlane::composition

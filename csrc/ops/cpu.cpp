@@ -1,0 +1,212 @@
+// Tensors → plain structs → CPU kernels.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <array>
+
+#include "../kernels/cpu/dispatch.h"
+#include "../kernels/layer.h"
+#include "checks.h"
+#include "policy.h"
+
+namespace fastlane {
+namespace {
+
+DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble: return DType::f64;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    default: return DType::f32;
+  }
+}
+
+at::ScalarType scalar_type_of(DType dtype) { return dtype == DType::f64 ? at::kDouble : at::kFloat; }
+
+Parallel torch_threads() {
+  Parallel parallel;
+  parallel.threads = at::get_num_threads();
+  parallel.run = [](int64_t tasks, Parallel::Body body, void* context) {
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  };
+  return parallel;
+}
+
+int64_t leading_size(const at::Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return rows;
+}
+
+// (..., cols) → (rows, cols): a view where the strides allow it, otherwise a copy.
+at::Tensor flatten_leading(const at::Tensor& t) {
+  return t.dim() == 2 ? t : t.reshape({leading_size(t), t.size(-1)});
+}
+
+ConstMatrix matrix(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+
+// The epilogue and the elementwise pass read rows of unit stride.
+at::Tensor with_unit_column_stride(const at::Tensor& t) {
+  return t.stride(1) == 1 || t.size(1) <= 1 ? t : t.contiguous();
+}
+
+ConstRowMajor row_major(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
+RowMajor mutable_row_major(const at::Tensor& t) { return {t.mutable_data_ptr(), t.stride(0)}; }
+
+struct Operands {
+  at::Tensor x, weight, bias, residual;  // 2-D, 2-D, contiguous 1-D, 2-D with unit column stride
+  LayerShape shape;
+};
+
+Operands flatten_operands(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& residual) {
+  Operands o;
+  o.x = flatten_leading(x);
+  o.weight = weight;
+  if (bias) o.bias = bias->contiguous();
+  o.shape = {o.x.size(0), o.x.size(1), weight.size(0), dtype_of(x)};
+  if (residual) {
+    at::DimVector sizes(x.sizes().begin(), x.sizes().end() - 1);
+    sizes.push_back(weight.size(0));
+    o.residual = with_unit_column_stride(flatten_leading(residual->expand(sizes)));
+  }
+  return o;
+}
+
+// `activated` receives act(z) + residual: a whole tensor, or a slice of the concatenation's rows.
+void run_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated) {
+  const void* bias = o.bias.defined() ? o.bias.const_data_ptr() : nullptr;
+  const ConstRowMajor residual = o.residual.defined() ? row_major(o.residual) : ConstRowMajor{};
+  kernels().gemm(forward_gemm(o.shape, matrix(o.x), matrix(o.weight), bias, activation, residual,
+                              z.defined() ? mutable_row_major(z) : RowMajor{}, mutable_row_major(activated)),
+                 torch_threads());
+}
+
+at::Tensor empty_output(const at::Tensor& x, int64_t features) {
+  at::DimVector sizes(x.sizes().begin(), x.sizes().end() - 1);
+  sizes.push_back(features);
+  return at::empty(sizes, x.options());
+}
+
+// z is a tensor of the activated part's shape to fill, or undefined.
+at::Tensor forward_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& residual, Activation activation, const at::Tensor& z) {
+  check_linear("linear_gelu_residual", x, weight, bias);
+  if (residual) check_residual("linear_gelu_residual", x, weight, *residual);
+  policy::count_fused_forward();
+  at::Tensor y = empty_output(x, weight.size(0));
+  const Operands o = flatten_operands(x, weight, bias, residual);
+  const std::array<int64_t, 2> flat{o.shape.rows, o.shape.out_features};
+  run_forward(o, activation, z.defined() ? z.view(flat) : z, y.view(flat));
+  return y;
+}
+
+at::Tensor forward_concat(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                          Activation activation, const at::Tensor& z) {
+  check_linear("linear_gelu_concat", x, weight, bias);
+  policy::count_fused_forward();
+  const int64_t in_features = x.size(-1), out_features = weight.size(0);
+  at::Tensor y = empty_output(x, in_features + out_features);
+  const Operands o = flatten_operands(x, weight, bias, std::nullopt);
+  const at::Tensor rows = y.view({o.shape.rows, in_features + out_features});
+  rows.narrow(1, 0, in_features).copy_(o.x);
+  run_forward(o, activation, z.defined() ? z.view({o.shape.rows, out_features}) : z,
+              rows.narrow(1, in_features, out_features));
+  return y;
+}
+
+at::Tensor linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                const OptionalTensor& residual, std::string_view activation, bool) {
+  return forward_residual(x, weight, bias, residual, parse_activation(activation), {});
+}
+
+at::Tensor linear_gelu_concat(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                              std::string_view activation) {
+  return forward_concat(x, weight, bias, parse_activation(activation), {});
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_gelu_forward(const at::Tensor& x, const at::Tensor& weight,
+                                                       const OptionalTensor& bias,
+                                                       const OptionalTensor& residual,
+                                                       std::string_view activation, bool concat) {
+  const Activation act = parse_activation(activation);
+  check_linear(concat ? "linear_gelu_concat" : "linear_gelu_residual", x, weight, bias);
+  at::Tensor z = empty_output(x, weight.size(0));
+  at::Tensor y = concat ? forward_concat(x, weight, bias, act, z)
+                        : forward_residual(x, weight, bias, residual, act, z);
+  return {std::move(y), std::move(z)};
+}
+
+at::Tensor recomputed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  const Operands o = flatten_operands(x, weight, bias, std::nullopt);
+  at::Tensor z = at::empty({o.shape.rows, o.shape.out_features}, x.options());
+  run_forward(o, Activation::none, {}, z);
+  return z;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
+    const at::Tensor& grad_activated, const OptionalTensor& saved_z, const OptionalTensor& x,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& grad_shortcut,
+    std::string_view activation_name, bool weight_column_major, std::array<bool, 3> output_mask) {
+  const auto [need_x, need_weight, need_bias] = output_mask;
+  const Activation activation = parse_activation(activation_name);
+  policy::count_fused_backward();
+  const auto options = grad_activated.options();
+  const at::Tensor dy = with_unit_column_stride(flatten_leading(grad_activated));
+  const DType dtype = dtype_of(dy);
+
+  at::Tensor dz = dy, z;
+  if (activation != Activation::none) {
+    z = saved_z ? with_unit_column_stride(flatten_leading(*saved_z)) : recomputed_z(*x, *weight, bias);
+    dz = need_x || need_weight ? at::empty(dy.sizes(), options.dtype(scalar_type_of(compute_dtype(dtype))))
+                               : at::Tensor();
+  }
+  at::Tensor grad_bias = need_bias ? at::empty({dy.size(1)}, options) : at::Tensor();
+  if (need_bias || activation != Activation::none) {
+    PreActivationGradProblem p;
+    p.rows = dy.size(0), p.cols = dy.size(1), p.dtype = dtype, p.activation = activation;
+    p.dy = row_major(dy);
+    if (z.defined()) p.z = row_major(z);
+    if (z.defined() && dz.defined()) p.dz = mutable_row_major(dz);
+    if (need_bias) p.db = grad_bias.mutable_data_ptr();
+    kernels().preactivation_grad(p, torch_threads());
+  }
+
+  at::Tensor grad_x;
+  if (need_x) {
+    grad_x = empty_output(grad_activated, weight->size(1));
+    const LayerShape shape{dy.size(0), weight->size(1), dy.size(1), dtype};
+    const at::Tensor shortcut =
+        grad_shortcut ? with_unit_column_stride(flatten_leading(*grad_shortcut)) : at::Tensor();
+    kernels().gemm(dgrad_gemm(shape, matrix(dz), dtype_of(dz), matrix(*weight),
+                              shortcut.defined() ? row_major(shortcut) : ConstRowMajor{},
+                              mutable_row_major(grad_x.view({shape.rows, shape.in_features}))),
+                   torch_threads());
+  }
+
+  at::Tensor grad_weight;
+  if (need_weight) {
+    const at::Tensor flat_x = flatten_leading(*x);
+    const LayerShape shape{dy.size(0), flat_x.size(1), dy.size(1), dtype};
+    grad_weight = weight_column_major ? at::empty({shape.in_features, shape.out_features}, options)
+                                      : at::empty({shape.out_features, shape.in_features}, options);
+    kernels().gemm(wgrad_gemm(shape, matrix(dz), dtype_of(dz), matrix(flat_x), weight_column_major,
+                              mutable_row_major(grad_weight)),
+                   torch_threads());
+    if (weight_column_major) grad_weight = grad_weight.t();
+  }
+  return {std::move(grad_x), std::move(grad_weight), std::move(grad_bias)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastlane, CPU, m) {
+  m.impl("linear_gelu_residual", linear_gelu_residual);
+  m.impl("linear_gelu_concat", linear_gelu_concat);
+  m.impl("linear_gelu_forward", linear_gelu_forward);
+  m.impl("linear_gelu_backward", linear_gelu_backward);
+}
+
+}  // namespace fastlane

@@ -1,0 +1,65 @@
+// Shapes, strides and dtypes without data: what fake tensors and torch.export run. In C++ so that they ask
+// checks.h and load without Python.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "checks.h"
+
+namespace fastlane {
+namespace {
+
+at::Tensor empty(c10::SymIntArrayRef sizes, const at::Tensor& like) {
+  return at::empty_symint(sizes, like.options());
+}
+
+at::Tensor linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                const OptionalTensor& residual, std::string_view activation, bool) {
+  parse_activation(activation);
+  check_linear("linear_gelu_residual", x, weight, bias);
+  if (residual) check_residual("linear_gelu_residual", x, weight, *residual);
+  return empty(output_sizes(x, weight.sym_size(0)), x);
+}
+
+at::Tensor linear_gelu_concat(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                              std::string_view activation) {
+  parse_activation(activation);
+  check_linear("linear_gelu_concat", x, weight, bias);
+  return empty(output_sizes(x, x.sym_size(-1) + weight.sym_size(0)), x);
+}
+
+std::tuple<at::Tensor, at::Tensor> linear_gelu_forward(const at::Tensor& x, const at::Tensor& weight,
+                                                       const OptionalTensor& bias,
+                                                       const OptionalTensor& residual,
+                                                       std::string_view activation, bool concat) {
+  at::Tensor y = concat ? linear_gelu_concat(x, weight, bias, activation)
+                        : linear_gelu_residual(x, weight, bias, residual, activation, false);
+  return {std::move(y), empty(output_sizes(x, weight.sym_size(0)), x)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
+    const at::Tensor& grad_activated, const OptionalTensor&, const OptionalTensor& x, const OptionalTensor& weight,
+    const OptionalTensor&, const OptionalTensor&, std::string_view activation, bool weight_column_major,
+    std::array<bool, 3> output_mask) {
+  parse_activation(activation);
+  const auto out_features = grad_activated.sym_size(-1);
+  at::Tensor grad_x, grad_weight, grad_bias;
+  if (output_mask[0]) grad_x = empty(output_sizes(grad_activated, weight->sym_size(1)), grad_activated);
+  if (output_mask[1]) {
+    const auto in_features = x->sym_size(-1);
+    grad_weight = weight_column_major ? empty({in_features, out_features}, grad_activated).t()
+                                      : empty({out_features, in_features}, grad_activated);
+  }
+  if (output_mask[2]) grad_bias = empty({out_features}, grad_activated);
+  return {std::move(grad_x), std::move(grad_weight), std::move(grad_bias)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastlane, Meta, m) {
+  m.impl("linear_gelu_residual", linear_gelu_residual);
+  m.impl("linear_gelu_concat", linear_gelu_concat);
+  m.impl("linear_gelu_forward", linear_gelu_forward);
+  m.impl("linear_gelu_backward", linear_gelu_backward);
+}
+
+}  // namespace fastlane

@@ -1,0 +1,51 @@
+#include "policy.h"
+
+#include <c10/util/Exception.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <mutex>
+
+namespace fastlane::policy {
+namespace {
+
+bool is_set(const char* variable) {
+  const char* value = std::getenv(variable);
+  return value != nullptr && *value != '\0' && std::string(value) != "0";
+}
+
+std::atomic<int64_t> fused_forward{0};
+std::atomic<int64_t> fused_backward{0};
+std::mutex fallback_mutex;
+std::map<std::string, int64_t> fallback;
+
+}  // namespace
+
+bool disabled() {
+  static const bool value = is_set("FASTLANE_DISABLE");
+  return value;
+}
+
+void count_fused_forward() { fused_forward.fetch_add(1, std::memory_order_relaxed); }
+void count_fused_backward() { fused_backward.fetch_add(1, std::memory_order_relaxed); }
+
+void leave_fused_path(const std::string& reason) {
+  TORCH_CHECK(!is_set("FASTLANE_STRICT"), "FASTLANE_STRICT: this call would leave the fused path: ", reason,
+              "; unset FASTLANE_STRICT to let it run in eager PyTorch");
+  const std::lock_guard<std::mutex> lock(fallback_mutex);
+  ++fallback[reason];
+}
+
+Stats stats() {
+  const std::lock_guard<std::mutex> lock(fallback_mutex);
+  return {fused_forward.load(), fused_backward.load(), fallback};
+}
+
+void reset_stats() {
+  const std::lock_guard<std::mutex> lock(fallback_mutex);
+  fused_forward = 0;
+  fused_backward = 0;
+  fallback.clear();
+}
+
+}  // namespace fastlane::policy

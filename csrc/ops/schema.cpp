@@ -1,0 +1,22 @@
+#include <torch/library.h>
+
+// The first two are the public operators. The last two are what they become once autograd has decided what to
+// save: they appear in compiled graphs and have no derivative of their own.
+TORCH_LIBRARY(fastlane, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def(
+      "linear_gelu_residual(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, *, "
+      "str activation='gelu', bool recompute=False) -> Tensor",
+      tags);
+  m.def("linear_gelu_concat(Tensor x, Tensor weight, Tensor? bias=None, *, str activation='gelu') -> Tensor",
+        tags);
+  m.def(
+      "linear_gelu_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, *, str activation, "
+      "bool concat) -> (Tensor y, Tensor z)",
+      tags);
+  m.def(
+      "linear_gelu_backward(Tensor grad_activated, Tensor? z, Tensor? x, Tensor? weight, Tensor? bias, "
+      "Tensor? grad_shortcut, *, str activation, bool weight_column_major, bool[3] output_mask) "
+      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+      tags);
+}

@@ -1,0 +1,32 @@
+"""fastlane_ext: ``shortcut + GELU(x Wᵀ + b)`` as one fused PyTorch operation, forward and backward."""
+
+from . import reference
+from ._info import build_info, cpu_isa, reset_stats, stats
+from ._load import build_record as _build_record
+from .functional import linear_gelu_concat, linear_gelu_residual, mlp_residual, residual_stack
+from .gradients import GradientReport, gradient_report, print_gradients
+from .modules import LinearGELUResidual, ResidualMLP
+from .networks import DeepNeuralNet, ExampleDeepNeuralNetwork, ImprovedResidualNetwork, ResidualNetwork
+
+__version__: str = _build_record["version"]
+
+__all__ = [
+    "DeepNeuralNet",
+    "ExampleDeepNeuralNetwork",
+    "GradientReport",
+    "ImprovedResidualNetwork",
+    "LinearGELUResidual",
+    "ResidualMLP",
+    "ResidualNetwork",
+    "build_info",
+    "cpu_isa",
+    "gradient_report",
+    "linear_gelu_concat",
+    "linear_gelu_residual",
+    "mlp_residual",
+    "print_gradients",
+    "reference",
+    "reset_stats",
+    "residual_stack",
+    "stats",
+]

@@ -1,0 +1,58 @@
+"""What was built, which kernels run, and which path the calls took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._load import build_record, library
+
+
+def build_info() -> dict[str, Any]:
+    """Facts about the compiled library.
+
+    Returns a dict with ``version``, ``torch_version`` and ``torch_cuda`` (what it was built against),
+    ``compiler``, ``compiled_isas`` and ``supported_isas`` (best first; the second is what this CPU can run),
+    ``cuda_archs`` (empty in a CPU-only build) and ``cuda_reason`` (why CUDA was or was not compiled).
+
+    >>> "scalar" in build_info()["compiled_isas"]
+    True
+    """
+    return {
+        "version": build_record["version"],
+        "torch_version": build_record["torch"],
+        "torch_cuda": build_record["torch_cuda"],
+        "compiler": build_record["compiler"],
+        "compiled_isas": library.compiled_isas(),
+        "supported_isas": library.supported_isas(),
+        "cuda_archs": build_record["cuda_archs"],
+        "cuda_reason": build_record["cuda_reason"],
+    }
+
+
+def cpu_isa() -> str:
+    """The kernel set this process runs: ``"avx512"``, ``"avx2"`` or ``"scalar"``.
+
+    Raises RuntimeError if FASTLANE_CPU_ISA names one that is unknown or that this machine does not support.
+
+    >>> cpu_isa() in build_info()["supported_isas"]
+    True
+    """
+    return library.cpu_isa()
+
+
+def stats() -> dict[str, dict[str, int]]:
+    """Calls since the start of the process or the last `reset_stats`, in all threads.
+
+    ``{"fused": {"forward": n, "backward": n}, "fallback": {reason: n}}``: a layer's call counts once where its
+    fused kernel runs, or under the reason for which eager operations ran instead.
+
+    >>> reset_stats()
+    >>> stats()
+    {'fused': {'forward': 0, 'backward': 0}, 'fallback': {}}
+    """
+    return library.stats()
+
+
+def reset_stats() -> None:
+    """Set all counters of `stats` to zero."""
+    library.reset_stats()

@@ -1,0 +1,48 @@
+"""Loads the compiled half, or says in one sentence why it cannot be loaded and what to do."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def read_build_record(folder: Path | None = None) -> dict[str, Any]:
+    """What setup.py wrote down beside the library. Raises ImportError if nothing was built."""
+    path = (folder or Path(__file__).parent) / "_build_record.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ImportError(
+            f"fastlane_ext: the compiled extension is missing; build it in the source folder with: {REINSTALL}"
+        ) from None
+
+
+def check_torch(built: str, running: str) -> None:
+    """Raise ImportError unless the running torch is the one the library was built against."""
+    if built != running:
+        raise ImportError(
+            f"fastlane_ext: built for torch {built}, but torch {running} is running; "
+            f"reinstall in the source folder with: {REINSTALL}"
+        )
+
+
+def load(record: dict[str, Any]) -> ModuleType:
+    check_torch(record["torch"], torch.__version__)
+    try:
+        return importlib.import_module("fastlane_ext._C")
+    except ImportError as error:
+        raise ImportError(
+            f"fastlane_ext: the compiled extension does not load ({error}); "
+            f"reinstall in the source folder with: {REINSTALL}"
+        ) from error
+
+
+build_record = read_build_record()
+library = load(build_record)

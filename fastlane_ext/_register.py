@@ -1,0 +1,79 @@
+"""Batching rules for torch.vmap. Everything else is registered in C++ (csrc/ops)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._load import library
+
+
+def _batch_first(tensor: Tensor, dim: int | None) -> Tensor:
+    return tensor if dim is None else tensor.movedim(dim, 0)
+
+
+def _aligned(tensor: Tensor, dim: int | None, rank: int) -> Tensor:
+    """Batch dimension first, then ones, so that a tensor of `rank` logical dimensions broadcasts behind it."""
+    if dim is None:
+        return tensor
+    tensor = tensor.movedim(dim, 0)
+    return tensor.reshape(tensor.shape[0], *[1] * (rank - tensor.dim() + 1), *tensor.shape[1:])
+
+
+def _activate(z: Tensor, activation: str) -> Tensor:
+    if activation == "none":
+        return z
+    return torch.nn.functional.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _batched_layer(in_dims, x, weight, bias, activation):
+    """act(x Wᵀ + b) where the weight or the bias differs from example to example: no fused kernel does that."""
+    library.leave_fused_path("vmap over weight or bias")
+    x_dim, weight_dim, bias_dim = in_dims
+    rank = x.dim() - (x_dim is not None)
+    x = _batch_first(x, x_dim)
+    weight = _batch_first(weight, weight_dim)
+    if rank == 1:
+        z = torch.einsum("...k,...nk->...n", x, weight)
+    else:
+        if weight_dim is not None:
+            weight = _aligned(weight, 0, rank)
+        z = torch.matmul(x, weight.mT)
+    if bias is not None:
+        z = z + _aligned(bias, bias_dim, rank)
+    return _activate(z, activation)
+
+
+def _vmap_residual(
+    info, in_dims, x, weight, bias=None, residual=None, *, activation="gelu", recompute=False
+):
+    x_dim, weight_dim, bias_dim, residual_dim = (*in_dims, None, None)[:4]
+    rank = x.dim() - (x_dim is not None)
+    if weight_dim is None and bias_dim is None:
+        if x_dim is None and residual_dim is not None:
+            x, x_dim = x.expand(info.batch_size, *x.shape), 0
+        x = _batch_first(x, x_dim)
+        if residual is not None:
+            residual = _aligned(residual, residual_dim, rank)
+        y = torch.ops.fastlane.linear_gelu_residual(
+            x, weight, bias, residual, activation=activation, recompute=recompute
+        )
+        return y, 0
+    y = _batched_layer((x_dim, weight_dim, bias_dim), x, weight, bias, activation)
+    if residual is not None:
+        y = y + _aligned(residual, residual_dim, rank)
+    return y, 0
+
+
+def _vmap_concat(info, in_dims, x, weight, bias=None, *, activation="gelu"):
+    x_dim, weight_dim, bias_dim = (*in_dims, None)[:3]
+    if weight_dim is None and bias_dim is None:
+        x = _batch_first(x, x_dim)
+        return torch.ops.fastlane.linear_gelu_concat(x, weight, bias, activation=activation), 0
+    activated = _batched_layer((x_dim, weight_dim, bias_dim), x, weight, bias, activation)
+    x = _batch_first(x, x_dim).expand(*activated.shape[:-1], x.shape[-1] if x_dim != x.dim() - 1 else -1)
+    return torch.cat([x, activated], -1), 0
+
+
+torch.library.register_vmap("fastlane::linear_gelu_residual", _vmap_residual)
+torch.library.register_vmap("fastlane::linear_gelu_concat", _vmap_concat)

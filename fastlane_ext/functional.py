@@ -1,0 +1,169 @@
+"""The fused operations as functions. Every one is differentiable, also twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _register  # noqa: F401  (registers the batching rules)
+from ._load import library
+
+SHORTCUTS = ("identity", "projection", "concat", "none")
+
+
+def linear_gelu_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    recompute: bool = False,
+) -> Tensor:
+    """``act(x Wᵀ + b) + residual`` in one pass over memory.
+
+    Args:
+        x: ``(..., in_features)``, any leading sizes, any strides; float32, float64, bfloat16 or float16.
+        weight: ``(out_features, in_features)`` like ``nn.Linear``'s, of x's dtype and device.
+        bias: ``(out_features,)`` or None.
+        residual: broadcasts to the output's shape, or None. Where it is x itself, backward adds its gradient
+            inside the product that computes x's.
+        activation: ``"gelu"`` (exact, with erf), ``"gelu_tanh"`` or ``"none"``; the formulas are those of
+            Hendrycks and Gimpel, arXiv:1606.08415.
+        recompute: keep x alone for backward and compute the pre-activation a second time there.
+
+    Returns:
+        ``(..., out_features)``, contiguous, x's dtype; 16-bit dtypes are accumulated in float32 and rounded once.
+
+    Raises:
+        RuntimeError: a dtype, device or shape does not fit; the message names the argument.
+        ValueError: unknown activation.
+
+    >>> x, weight, bias = torch.randn(8, 64), torch.randn(64, 64) / 8, torch.zeros(64)
+    >>> linear_gelu_residual(x, weight, bias, residual=x).shape
+    torch.Size([8, 64])
+    """
+    return torch.ops.fastlane.linear_gelu_residual.default(
+        x, weight, bias, residual, activation=activation, recompute=recompute
+    )
+
+
+def linear_gelu_concat(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "gelu"
+) -> Tensor:
+    """``cat([x, act(x Wᵀ + b)], -1)``; the kernel writes the activated part into its slice.
+
+    Shapes, dtypes and errors as in `linear_gelu_residual`; the output is ``(..., in_features + out_features)``.
+
+    >>> linear_gelu_concat(torch.randn(8, 64), torch.randn(32, 64)).shape
+    torch.Size([8, 96])
+    """
+    return torch.ops.fastlane.linear_gelu_concat.default(x, weight, bias, activation=activation)
+
+
+def residual_stack(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    shortcut: str = "identity",
+    projections: Sequence[Tensor | None] | None = None,
+    projection_biases: Sequence[Tensor | None] | None = None,
+    activation: str = "gelu",
+) -> Tensor:
+    """A network of residual layers, each ``act(h Wᵀ + b)`` joined with its shortcut of h.
+
+    Args:
+        x: ``(..., in_features)``.
+        weights: one ``(out, in)`` tensor a layer; ``in`` is the previous layer's output width, with
+            ``shortcut="concat"`` the sum of all widths so far.
+        biases: one ``(out,)`` tensor or None a layer, or None for no bias at all.
+        shortcut: ``"identity"`` adds h where ``in == out`` and nothing elsewhere; ``"projection"`` adds h where
+            ``in == out`` and ``h Pᵀ + p`` elsewhere; ``"concat"`` returns ``cat([h, layer(h)], -1)``; ``"none"``.
+        projections: for ``"projection"``, one ``(out, in)`` tensor or None a layer; needed where ``in != out``.
+        projection_biases: one ``(out,)`` tensor or None a layer.
+        activation: as in `linear_gelu_residual`.
+
+    Returns:
+        ``(..., out_features of the last layer)``; with ``"concat"``, the sum of all widths.
+
+    Raises:
+        ValueError: unknown shortcut, lists of different length, a missing or unused projection.
+        RuntimeError: a dtype, device or shape does not fit.
+
+    >>> weights = [torch.randn(64, 64) / 8 for _ in range(4)]
+    >>> residual_stack(torch.randn(2, 10, 64), weights).shape
+    torch.Size([2, 10, 64])
+    """
+    if shortcut not in SHORTCUTS:
+        raise ValueError(f"shortcut: got {shortcut!r}, expected one of {', '.join(map(repr, SHORTCUTS))}")
+    if shortcut != "projection" and (projections is not None or projection_biases is not None):
+        raise ValueError(f"projections: given with shortcut={shortcut!r}; pass shortcut='projection' or leave them out")
+    biases = _one_per_layer("biases", biases, weights)
+    projections = _one_per_layer("projections", projections, weights)
+    projection_biases = _one_per_layer("projection_biases", projection_biases, weights)
+
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if shortcut == "concat":
+            x = linear_gelu_concat(x, weight, bias, activation=activation)
+            continue
+        residual = None
+        if projections[i] is not None:
+            residual = linear_gelu_residual(x, projections[i], projection_biases[i], activation="none")
+        elif shortcut != "none" and weight.shape[0] == x.shape[-1]:
+            residual = x
+        elif shortcut == "projection":
+            raise ValueError(
+                f"projections[{i}]: got None, expected a tensor, because layer {i} maps {x.shape[-1]} "
+                f"features to {weight.shape[0]}; pass one of shape ({weight.shape[0]}, {x.shape[-1]})"
+            )
+        x = linear_gelu_residual(x, weight, bias, residual, activation=activation)
+    return x
+
+
+def mlp_residual(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+) -> Tensor:
+    """``residual + fc2(act(fc1(x)))``: the transformer block's MLP.
+
+    Args:
+        x: ``(..., in_features)``.
+        fc1_weight, fc1_bias: ``(hidden, in_features)`` and ``(hidden,)`` or None.
+        fc2_weight, fc2_bias: ``(out_features, hidden)`` and ``(out_features,)`` or None.
+        residual: broadcasts to ``(..., out_features)``, or None to add nothing.
+        activation: as in `linear_gelu_residual`.
+
+    Raises:
+        RuntimeError, ValueError: as `linear_gelu_residual` does.
+
+    >>> x = torch.randn(10, 64)
+    >>> mlp_residual(x, torch.randn(256, 64), None, torch.randn(64, 256), None, residual=x).shape
+    torch.Size([10, 64])
+    """
+    hidden = linear_gelu_residual(x, fc1_weight, fc1_bias, activation=activation)
+    return linear_gelu_residual(hidden, fc2_weight, fc2_bias, residual, activation="none")
+
+
+def record_fallback(reason: str) -> None:
+    """Count a module's call that leaves the fused path; RuntimeError under FASTLANE_STRICT=1."""
+    if not torch.compiler.is_compiling():
+        library.leave_fused_path(reason)
+
+
+def _one_per_layer(
+    name: str, values: Sequence[Tensor | None] | None, weights: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    if values is None:
+        return [None] * len(weights)
+    if len(values) != len(weights):
+        raise ValueError(f"{name}: got {len(values)} entries, expected {len(weights)}, one for each weight")
+    return values

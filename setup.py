@@ -1,0 +1,91 @@
+"""Builds fastlane_ext._C against the installed torch. Run it through pip:
+
+pip install --no-build-isolation .
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from build_support import (  # noqa: E402
+    BuildError,
+    check_torch_version,
+    cuda_toolkit_version,
+    decide_cuda,
+    find_compiler,
+    find_cuda_home,
+)
+
+BUILD_RECORD = "_build_record.json"
+
+
+def relative_sources() -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+
+
+def extension_and_command():
+    try:
+        import torch
+    except ImportError as error:
+        raise BuildError(
+            "torch: not found in the environment that builds fastlane_ext; install torch first, then run: "
+            "pip install --no-build-isolation ."
+        ) from error
+    check_torch_version(torch.__version__)
+    _, compiler_version = find_compiler()
+
+    toolkit_home = find_cuda_home() if torch.version.cuda else None
+    if toolkit_home:
+        os.environ["CUDA_HOME"] = toolkit_home  # before cpp_extension guesses it from nvcc's folder
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    decision = decide_cuda(
+        requested=os.environ.get("FASTLANE_CUDA"),
+        torch_cuda=torch.version.cuda,
+        toolkit_home=toolkit_home,
+        toolkit_version=cuda_toolkit_version(toolkit_home),
+        has_sources=any((ROOT / "csrc" / "kernels").rglob("*.cu")),
+    )
+    print(f"fastlane_ext: torch {torch.__version__}, {compiler_version}")
+    print(f"fastlane_ext: CUDA kernels: {'yes' if decision.build else 'no'} ({decision.reason})")
+
+    class RecordingBuildExtension(BuildExtension):
+        """Writes down, beside the library, which torch it fits: readable also where the library cannot load."""
+
+        def run(self):
+            super().run()
+            package = ROOT / "fastlane_ext" if self.inplace else Path(self.build_lib) / "fastlane_ext"
+            record = {
+                "version": self.distribution.get_version(),
+                "torch": torch.__version__,
+                "torch_cuda": torch.version.cuda,
+                "cuda_archs": [],
+                "cuda_reason": decision.reason,
+                "compiler": compiler_version,
+            }
+            (package / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+    extension = CppExtension(
+        "fastlane_ext._C",
+        relative_sources(),
+        define_macros=[("FASTLANE_CUDA_REASON", json.dumps(decision.reason))],
+        # -ffp-contract=off: a product and a sum are fused where the source says fma, the same in every ISA.
+        # -fopenmp is for at::parallel_for's header and is not a link flag: the runtime must be the one torch
+        # loaded, since a second one would not follow torch.set_num_threads.
+        extra_compile_args={"cxx": ["-O3", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"]},
+    )
+    return extension, RecordingBuildExtension
+
+
+try:
+    extension, build_ext = extension_and_command()
+except BuildError as error:
+    sys.exit(f"fastlane_ext: {error}")
+
+setup(ext_modules=[extension], cmdclass={"build_ext": build_ext})
