@@ -78,7 +78,9 @@ def extension_and_command():
         # -ffp-contract=off: a product and a sum are fused where the source says fma, the same in every ISA.
         # -fopenmp is for at::parallel_for's header and is not a link flag: the runtime must be the one torch
         # loaded, since a second one would not follow torch.set_num_threads.
-        extra_compile_args={"cxx": ["-O3", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"]},
+        extra_compile_args={
+            "cxx": ["-O3", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-psabi"]
+        },
     )
     return extension, RecordingBuildExtension
 

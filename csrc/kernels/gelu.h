@@ -35,9 +35,7 @@ FASTLANE_HOST_DEVICE inline double clamp_to_saturation(double z) {
   return z < -limit ? -limit : (z > limit ? limit : z);
 }
 
-FASTLANE_HOST_DEVICE inline double normal_cdf(double z) {
-  return 0.5 * std::erfc(-z * gelu_constants::sqrt_half);
-}
+FASTLANE_HOST_DEVICE inline double normal_cdf(double z) { return 0.5 * std::erfc(-z * gelu_constants::sqrt_half); }
 
 FASTLANE_HOST_DEVICE inline double gelu(double z) {
   const double from_below = z < -gelu_constants::saturation ? -gelu_constants::saturation : z;
@@ -50,13 +48,12 @@ FASTLANE_HOST_DEVICE inline double gelu_derivative(double z) {
 }
 
 struct TanhGeluParts {
-  double sigmoid;             // σ(2u)
+  double sigmoid;  // σ(2u)
   double sigmoid_complement;  // 1 − σ(2u), without cancellation
 };
 
 FASTLANE_HOST_DEVICE inline TanhGeluParts tanh_gelu_parts(double z) {
-  const double two_u =
-      gelu_constants::two_sqrt_2_over_pi * z * (1.0 + gelu_constants::tanh_cubic * z * z);
+  const double two_u = gelu_constants::two_sqrt_2_over_pi * z * (1.0 + gelu_constants::tanh_cubic * z * z);
   const double e = std::exp(-std::fabs(two_u));
   const double large = 1.0 / (1.0 + e), small = e / (1.0 + e);
   return z < 0 ? TanhGeluParts{small, large} : TanhGeluParts{large, small};
@@ -70,8 +67,7 @@ FASTLANE_HOST_DEVICE inline double gelu_tanh(double z) {
 FASTLANE_HOST_DEVICE inline double gelu_tanh_derivative(double z) {
   const double c = clamp_to_saturation(z);
   const TanhGeluParts parts = tanh_gelu_parts(c);
-  const double two_u_slope =
-      gelu_constants::two_sqrt_2_over_pi * (1.0 + 3.0 * gelu_constants::tanh_cubic * c * c);
+  const double two_u_slope = gelu_constants::two_sqrt_2_over_pi * (1.0 + 3.0 * gelu_constants::tanh_cubic * c * c);
   return parts.sigmoid + c * parts.sigmoid * parts.sigmoid_complement * two_u_slope;
 }
 

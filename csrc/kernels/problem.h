@@ -42,12 +42,12 @@ struct GemmProblem {
   DType a_type = DType::f32, b_type = DType::f32;
   DType out_type = DType::f32;  // of bias, addend, z and out
   Activation activation = Activation::none;
-  ConstMatrix a;         // m × k
-  ConstMatrix b;         // k × n
+  ConstMatrix a;  // m × k
+  ConstMatrix b;  // k × n
   const void* bias = nullptr;  // n elements
   ConstRowMajor addend;  // m × n
-  RowMajor z;            // m × n
-  RowMajor out;          // m × n
+  RowMajor z;  // m × n
+  RowMajor out;  // m × n
 };
 
 // dz = dy ⊙ act′(z) and, in the same pass, db = Σ_rows dz. Either result may be absent; without an
@@ -63,8 +63,6 @@ struct PreActivationGradProblem {
 };
 
 // Sums of 16-bit values are kept in fp32.
-constexpr DType compute_dtype(DType dtype) {
-  return dtype == DType::f64 ? DType::f64 : DType::f32;
-}
+constexpr DType compute_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
 }  // namespace fastlane

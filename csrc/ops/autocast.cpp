@@ -1,7 +1,7 @@
 // Under autocast the products run in the low precision; a shortcut of another dtype is joined afterwards in the
 // promoted dtype, as eager does, so that a float32 residual stream stays float32.
-#include <ATen/autocast_mode.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
 #include <torch/library.h>
 
@@ -25,9 +25,8 @@ at::Tensor linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, c
   const Autocast<device> autocast;
   const at::Tensor low_x = autocast.cast(x);
   const bool same_dtype = residual && residual->scalar_type() == low_x.scalar_type();
-  const at::Tensor y =
-      call_linear_gelu_residual(low_x, autocast.cast(weight), autocast.cast(bias),
-                                same_dtype ? residual : OptionalTensor(), activation, recompute);
+  const at::Tensor y = call_linear_gelu_residual(low_x, autocast.cast(weight), autocast.cast(bias),
+                                                 same_dtype ? residual : OptionalTensor(), activation, recompute);
   return residual && !same_dtype ? y + *residual : y;
 }
 
@@ -38,8 +37,8 @@ at::Tensor linear_gelu_concat(const at::Tensor& x, const at::Tensor& weight, con
   const at::Tensor low_x = autocast.cast(x);
   if (low_x.scalar_type() == x.scalar_type())
     return call_linear_gelu_concat(x, autocast.cast(weight), autocast.cast(bias), activation);
-  const at::Tensor activated = call_linear_gelu_residual(low_x, autocast.cast(weight), autocast.cast(bias), {},
-                                                         activation, false);
+  const at::Tensor activated =
+      call_linear_gelu_residual(low_x, autocast.cast(weight), autocast.cast(bias), {}, activation, false);
   return at::cat({x, activated}, -1);
 }
 

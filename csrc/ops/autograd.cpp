@@ -140,20 +140,19 @@ class LinearGelu : public torch::autograd::Function<LinearGelu> {
       policy::leave_fused_path("backward with create_graph=True");
       const bool recompute = activation != Activation::none && !saved_z.defined();
       const Tensor z = recompute ? at::linear(x, weight, optional(bias)) : saved_z;
-      return composed_backward(grad_activated, grad_z, grad_shortcut, z, x, weight, activation, needed[0],
-                               needed[1], needed[2]);
+      return composed_backward(grad_activated, grad_z, grad_shortcut, z, x, weight, activation, needed[0], needed[1],
+                               needed[2]);
     }
     std::tie(g.x, g.weight, g.bias) =
-        call_linear_gelu_backward(grad_activated, optional(saved_z), optional(x), optional(weight),
-                                  optional(bias), optional(grad_shortcut), name_of(activation),
-                                  weight_column_major, needed);
+        call_linear_gelu_backward(grad_activated, optional(saved_z), optional(x), optional(weight), optional(bias),
+                                  optional(grad_shortcut), name_of(activation), weight_column_major, needed);
     return g;
   }
 };
 
 // Why a call may not reach the fused kernels, or null.
 const char* reason_to_compose(std::initializer_list<const Tensor*> tensors) {
-  if (policy::disabled()) return "FASTLANE_DISABLE is set";
+  if (policy::disabled()) return policy::kDisabled;
   // What at::functorch::maybeCurrentDynamicLayer() tells; its header needs one that torch does not ship.
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode))
     return "a torch.func transform is active";

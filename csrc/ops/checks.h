@@ -42,8 +42,7 @@ inline c10::SymDimVector output_sizes(const at::Tensor& x, const c10::SymInt& fe
   return result;
 }
 
-inline void check_linear(const char* op, const at::Tensor& x, const at::Tensor& weight,
-                         const OptionalTensor& bias) {
+inline void check_linear(const char* op, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   TORCH_CHECK(has_kernel_dtype(x), op, ": x has dtype ", x.scalar_type(),
               ", expected float32, float64, bfloat16 or float16; convert it with x.to(torch.float32)");
   check_like_x(op, "x", x, x);

@@ -33,8 +33,7 @@ inline at::Tensor linear_gelu_concat(const at::Tensor& x, const at::Tensor& weig
   return at::cat({x, activated(x, weight, bias, activation)}, -1);
 }
 
-inline at::Tensor preactivation_grad(const at::Tensor& grad_activated, const at::Tensor& z,
-                                     Activation activation) {
+inline at::Tensor preactivation_grad(const at::Tensor& grad_activated, const at::Tensor& z, Activation activation) {
   return activation == Activation::none ? grad_activated
                                         : at::gelu_backward(grad_activated, z, approximate(activation));
 }

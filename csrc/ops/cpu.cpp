@@ -9,6 +9,7 @@
 #include "../kernels/cpu/dispatch.h"
 #include "../kernels/layer.h"
 #include "checks.h"
+#include "composition.h"
 #include "policy.h"
 
 namespace fastlane {
@@ -117,25 +118,33 @@ at::Tensor forward_concat(const at::Tensor& x, const at::Tensor& weight, const O
   return y;
 }
 
+// Inference tensors come here without passing the autograd key, which asks for everything else.
+bool composes_because_disabled() {
+  if (!policy::disabled()) return false;
+  policy::leave_fused_path(policy::kDisabled);
+  return true;
+}
+
 at::Tensor linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                 const OptionalTensor& residual, std::string_view activation, bool) {
   return forward_residual(x, weight, bias, residual, parse_activation(activation), {});
 }
 
 at::Tensor linear_gelu_concat(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                              std::string_view activation) {
-  return forward_concat(x, weight, bias, parse_activation(activation), {});
+                              std::string_view activation_name) {
+  const Activation activation = parse_activation(activation_name);
+  if (composes_because_disabled()) return composition::linear_gelu_concat(x, weight, bias, activation);
+  return forward_concat(x, weight, bias, activation, {});
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_gelu_forward(const at::Tensor& x, const at::Tensor& weight,
-                                                       const OptionalTensor& bias,
-                                                       const OptionalTensor& residual,
+                                                       const OptionalTensor& bias, const OptionalTensor& residual,
                                                        std::string_view activation, bool concat) {
   const Activation act = parse_activation(activation);
   check_linear(concat ? "linear_gelu_concat" : "linear_gelu_residual", x, weight, bias);
   at::Tensor z = empty_output(x, weight.size(0));
-  at::Tensor y = concat ? forward_concat(x, weight, bias, act, z)
-                        : forward_residual(x, weight, bias, residual, act, z);
+  at::Tensor y =
+      concat ? forward_concat(x, weight, bias, act, z) : forward_residual(x, weight, bias, residual, act, z);
   return {std::move(y), std::move(z)};
 }
 

@@ -6,8 +6,7 @@ namespace {
 
 void raise_no_cuda(const c10::OperatorHandle& op, c10::Stack*) {
   C10_THROW_ERROR(NotImplementedError,
-                  op.schema().name() +
-                      ": got a CUDA tensor, but this build of fastlane_ext has CPU kernels only (" +
+                  op.schema().name() + ": got a CUDA tensor, but this build of fastlane_ext has CPU kernels only (" +
                       FASTLANE_CUDA_REASON +
                       "); move the tensors to the CPU, or rebuild with: "
                       "FASTLANE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .");
@@ -16,8 +15,7 @@ void raise_no_cuda(const c10::OperatorHandle& op, c10::Stack*) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastlane, CUDA, m) {
-  for (const char* op :
-       {"linear_gelu_residual", "linear_gelu_concat", "linear_gelu_forward", "linear_gelu_backward"})
+  for (const char* op : {"linear_gelu_residual", "linear_gelu_concat", "linear_gelu_forward", "linear_gelu_backward"})
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&raise_no_cuda>());
 }
 

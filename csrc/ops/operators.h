@@ -12,9 +12,9 @@ namespace fastlane {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-inline at::Tensor call_linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight,
-                                            const OptionalTensor& bias, const OptionalTensor& residual,
-                                            std::string_view activation, bool recompute) {
+inline at::Tensor call_linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                            const OptionalTensor& residual, std::string_view activation,
+                                            bool recompute) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastlane::linear_gelu_residual", "")
                              .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
@@ -22,18 +22,19 @@ inline at::Tensor call_linear_gelu_residual(const at::Tensor& x, const at::Tenso
   return op.call(x, weight, bias, residual, activation, recompute);
 }
 
-inline at::Tensor call_linear_gelu_concat(const at::Tensor& x, const at::Tensor& weight,
-                                          const OptionalTensor& bias, std::string_view activation) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastlane::linear_gelu_concat", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                                               std::string_view)>();
+inline at::Tensor call_linear_gelu_concat(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                          std::string_view activation) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fastlane::linear_gelu_concat", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, std::string_view)>();
   return op.call(x, weight, bias, activation);
 }
 
-inline std::tuple<at::Tensor, at::Tensor> call_linear_gelu_forward(
-    const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
-    std::string_view activation, bool concat) {
+inline std::tuple<at::Tensor, at::Tensor> call_linear_gelu_forward(const at::Tensor& x, const at::Tensor& weight,
+                                                                   const OptionalTensor& bias,
+                                                                   const OptionalTensor& residual,
+                                                                   std::string_view activation, bool concat) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("fastlane::linear_gelu_forward", "")
@@ -43,17 +44,16 @@ inline std::tuple<at::Tensor, at::Tensor> call_linear_gelu_forward(
 }
 
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor> call_linear_gelu_backward(
-    const at::Tensor& grad_activated, const OptionalTensor& z, const OptionalTensor& x,
-    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& grad_shortcut,
-    std::string_view activation, bool weight_column_major, std::array<bool, 3> output_mask) {
+    const at::Tensor& grad_activated, const OptionalTensor& z, const OptionalTensor& x, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& grad_shortcut, std::string_view activation,
+    bool weight_column_major, std::array<bool, 3> output_mask) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("fastlane::linear_gelu_backward", "")
           .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
               const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
               const OptionalTensor&, const OptionalTensor&, std::string_view, bool, std::array<bool, 3>)>();
-  return op.call(grad_activated, z, x, weight, bias, grad_shortcut, activation, weight_column_major,
-                 output_mask);
+  return op.call(grad_activated, z, x, weight, bias, grad_shortcut, activation, weight_column_major, output_mask);
 }
 
 }  // namespace fastlane

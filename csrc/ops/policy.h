@@ -9,6 +9,7 @@ namespace fastlane::policy {
 
 // FASTLANE_DISABLE=1: every call runs the eager composition. Read once.
 bool disabled();
+inline constexpr char kDisabled[] = "FASTLANE_DISABLE is set";
 
 void count_fused_forward();
 void count_fused_backward();

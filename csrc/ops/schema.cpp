@@ -8,8 +8,7 @@ TORCH_LIBRARY(fastlane, m) {
       "linear_gelu_residual(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, *, "
       "str activation='gelu', bool recompute=False) -> Tensor",
       tags);
-  m.def("linear_gelu_concat(Tensor x, Tensor weight, Tensor? bias=None, *, str activation='gelu') -> Tensor",
-        tags);
+  m.def("linear_gelu_concat(Tensor x, Tensor weight, Tensor? bias=None, *, str activation='gelu') -> Tensor", tags);
   m.def(
       "linear_gelu_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, *, str activation, "
       "bool concat) -> (Tensor y, Tensor z)",

@@ -52,8 +52,7 @@ const KernelTable& choose() {
     if (usable(c) && (automatic || std::string(forced) == c.name)) return *c.table();
   }
   throw std::runtime_error("FASTLANE_CPU_ISA: got '" + std::string(forced) + "', expected one of " +
-                           joined(supported_isas()) +
-                           " on this machine; unset it to let fastlane_ext choose");
+                           joined(supported_isas()) + " on this machine; unset it to let fastlane_ext choose");
 }
 
 }  // namespace

@@ -25,9 +25,7 @@ FASTLANE_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, 
 FASTLANE_INLINE VecF min(VecF a, VecF b) { return {_mm256_min_ps(a.v, b.v)}; }
 FASTLANE_INLINE VecF max(VecF a, VecF b) { return {_mm256_max_ps(a.v, b.v)}; }
 FASTLANE_INLINE VecF abs(VecF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-FASTLANE_INLINE VecF round(VecF a) {
-  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+FASTLANE_INLINE VecF round(VecF a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 FASTLANE_INLINE VecF select_negative(VecF z, VecF a, VecF b) {
   return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(z.v, _mm256_setzero_ps(), _CMP_LT_OQ))};
 }
@@ -64,8 +62,7 @@ FASTLANE_INLINE void store(BFloat16* p, VecF a) {
   const __m256i quiet_nan = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   const __m256i bits = _mm256_blendv_epi8(rounded, quiet_nan, is_nan);
-  const __m128i packed =
-      _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
 FASTLANE_INLINE void store(Half* p, VecF a) {

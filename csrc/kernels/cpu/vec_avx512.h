@@ -1,4 +1,5 @@
-// AVX-512 F, BW, DQ, VL: 16 floats or 8 doubles. Included inside the ISA file's anonymous namespace and target region.
+// AVX-512 F, BW, DQ, VL: 16 floats or 8 doubles. Included inside the ISA file's anonymous namespace and target
+// region.
 
 #define FASTLANE_INLINE inline __attribute__((always_inline))
 

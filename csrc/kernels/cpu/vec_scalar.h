@@ -12,25 +12,47 @@ struct ScalarVec {
   static FASTLANE_INLINE ScalarVec set(E x) { return {x}; }
 };
 
-template <class E> FASTLANE_INLINE ScalarVec<E> operator+(ScalarVec<E> a, ScalarVec<E> b) { return {a.v + b.v}; }
-template <class E> FASTLANE_INLINE ScalarVec<E> operator-(ScalarVec<E> a, ScalarVec<E> b) { return {a.v - b.v}; }
-template <class E> FASTLANE_INLINE ScalarVec<E> operator*(ScalarVec<E> a, ScalarVec<E> b) { return {a.v * b.v}; }
-template <class E> FASTLANE_INLINE ScalarVec<E> operator/(ScalarVec<E> a, ScalarVec<E> b) { return {a.v / b.v}; }
+template <class E>
+FASTLANE_INLINE ScalarVec<E> operator+(ScalarVec<E> a, ScalarVec<E> b) {
+  return {a.v + b.v};
+}
+template <class E>
+FASTLANE_INLINE ScalarVec<E> operator-(ScalarVec<E> a, ScalarVec<E> b) {
+  return {a.v - b.v};
+}
+template <class E>
+FASTLANE_INLINE ScalarVec<E> operator*(ScalarVec<E> a, ScalarVec<E> b) {
+  return {a.v * b.v};
+}
+template <class E>
+FASTLANE_INLINE ScalarVec<E> operator/(ScalarVec<E> a, ScalarVec<E> b) {
+  return {a.v / b.v};
+}
 
 // Two roundings here: without the instruction, std::fma would be a slow library call.
-template <class E> FASTLANE_INLINE ScalarVec<E> fma(ScalarVec<E> a, ScalarVec<E> b, ScalarVec<E> c) {
+template <class E>
+FASTLANE_INLINE ScalarVec<E> fma(ScalarVec<E> a, ScalarVec<E> b, ScalarVec<E> c) {
   return {a.v * b.v + c.v};
 }
 // min and max return the second operand where either is NaN, as the x86 instructions do.
-template <class E> FASTLANE_INLINE ScalarVec<E> min(ScalarVec<E> a, ScalarVec<E> b) {
+template <class E>
+FASTLANE_INLINE ScalarVec<E> min(ScalarVec<E> a, ScalarVec<E> b) {
   return {a.v < b.v ? a.v : b.v};
 }
-template <class E> FASTLANE_INLINE ScalarVec<E> max(ScalarVec<E> a, ScalarVec<E> b) {
+template <class E>
+FASTLANE_INLINE ScalarVec<E> max(ScalarVec<E> a, ScalarVec<E> b) {
   return {a.v > b.v ? a.v : b.v};
 }
-template <class E> FASTLANE_INLINE ScalarVec<E> abs(ScalarVec<E> a) { return {std::fabs(a.v)}; }
-template <class E> FASTLANE_INLINE ScalarVec<E> round(ScalarVec<E> a) { return {std::nearbyint(a.v)}; }
-template <class E> FASTLANE_INLINE ScalarVec<E> select_negative(ScalarVec<E> z, ScalarVec<E> a, ScalarVec<E> b) {
+template <class E>
+FASTLANE_INLINE ScalarVec<E> abs(ScalarVec<E> a) {
+  return {std::fabs(a.v)};
+}
+template <class E>
+FASTLANE_INLINE ScalarVec<E> round(ScalarVec<E> a) {
+  return {std::nearbyint(a.v)};
+}
+template <class E>
+FASTLANE_INLINE ScalarVec<E> select_negative(ScalarVec<E> z, ScalarVec<E> a, ScalarVec<E> b) {
   return {z.v < E(0) ? a.v : b.v};
 }
 // x · 2ⁿ, denormal results included; n is a small whole number.
@@ -38,7 +60,8 @@ FASTLANE_INLINE ScalarVec<float> scale_by_power(ScalarVec<float> x, ScalarVec<fl
   return {n.v == n.v ? std::ldexp(x.v, static_cast<int>(n.v)) : n.v};
 }
 
-template <class E> FASTLANE_INLINE void transpose(ScalarVec<E> (&)[1]) {}
+template <class E>
+FASTLANE_INLINE void transpose(ScalarVec<E> (&)[1]) {}
 
 using VecF = ScalarVec<float>;
 using VecD = ScalarVec<double>;

@@ -1,0 +1,256 @@
+"""Turn benchmark JSON into a markdown table and pictures; no number in them is typed by hand.
+
+    python benchmarks/report.py bench.json                          # the table, to standard output
+    python benchmarks/report.py bench.json --plot docs/bench.png    # and a picture
+    python benchmarks/report.py bench.json --readme README.md       # rewrite the table between its markers
+
+Reads what ``fastlane bench --json`` writes and what pytest-benchmark writes for the files beside this
+one; several files are put together. Losing rows stay in. ``--threads`` and ``--suite`` choose rows by
+what was run, never by result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+START, END = "<!-- benchmark table start -->", "<!-- benchmark table end -->"
+RIVALS = ("eager", "compile", "linear", "onednn")
+COLOURS = {"eager": "#0072b2", "compile": "#009e73", "linear": "#7b5ea7", "onednn": "#d55e00"}
+LABELS = {"eager": "eager", "compile": "torch.compile", "linear": "F.linear alone", "onednn": "oneDNN"}
+TICKS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
+FACTS = ("cpu", "cores", "isa", "torch", "fastlane_ext", "commit", "date")
+
+Document = dict[str, Any]
+
+
+class ReportError(Exception):
+    """Input that cannot be reported; one line."""
+
+
+def load(paths: Sequence[str | Path]) -> Document:
+    """Rows and machine facts of one or several result files; ReportError if they are not benchmark results.
+
+    Files from different machines or versions do not mix in one table.
+    """
+    merged: Document = {"rows": []}
+    for path in paths:
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ReportError(f"{path}: cannot be read as JSON: {error}") from error
+        if isinstance(found, dict) and "benchmarks" in found:
+            rows = [
+                entry["extra_info"]["row"] for entry in found["benchmarks"] if "row" in entry["extra_info"]
+            ]
+            facts = found["machine_info"].get("fastlane", {})
+        elif isinstance(found, dict) and found.get("kind") == "fastlane-bench":
+            rows, facts = found["rows"], found
+        else:
+            raise ReportError(f"{path}: neither from `fastlane bench --json` nor from pytest-benchmark")
+        for name in FACTS:
+            new = facts.get(name)
+            if name in merged and name != "date" and merged[name] != new:
+                raise ReportError(f"{path}: {name} is {new}, but {merged[name]} in the files before it")
+            merged[name] = new
+        merged["rows"] += rows
+    if not merged["rows"]:
+        raise ReportError("no rows in " + ", ".join(map(str, paths)))
+    return merged
+
+
+def choose(document: Document, suite: str | None, threads: Sequence[int] | None) -> Document:
+    """The rows of one suite and of some numbers of threads."""
+    rows = [
+        row
+        for row in document["rows"]
+        if suite in (None, row["suite"]) and (not threads or row["threads"] in threads)
+    ]
+    if not rows:
+        raise ReportError("no row is left of what --suite and --threads ask for")
+    return {**document, "rows": rows}
+
+
+def _seconds(value: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def _bytes(value: int) -> str:
+    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if value >= 1 << shift:
+            return f"{value / (1 << shift):.3g} {unit}"
+    return f"{value} B"
+
+
+def _ratio(row: Document, name: str) -> str:
+    value = row["over_fused"].get(name)
+    if value is None:
+        return "–"
+    return f"**{value:.2f}**" if value < 1 else f"{value:.2f}"
+
+
+def markdown(document: Document) -> str:
+    """The table: for each case and mode how many times the fused time every rival takes, bold where it
+    is less."""
+    facts = (
+        f"{document['cpu']}, {document['cores']} cores, {document['isa']}; torch {document['torch']}, "
+        f"fastlane_ext {document['fastlane_ext']}"
+    )
+    if document.get("commit"):
+        facts += f" at {document['commit']}"
+    lines = [
+        f"{facts}; {str(document['date'])[:10]}. Times of the fused op; for the others, how many times that "
+        "long they take (bold: less than once, the fused op loses). Medians of interleaved runs.",
+        "",
+        "| case | dtype | threads | mode | fused | "
+        + " | ".join(LABELS[name] for name in RIVALS)
+        + " | part of limit | peak memory, eager → fused |",
+        "|---|---|---|---|" + "---:|" * (len(RIVALS) + 3),
+    ]
+    for row in document["rows"]:
+        fused = row["results"]["fused"]
+        part = row["part_of_limit"].get("fused")
+        peaks = [row["peak_bytes"].get(name) for name in ("eager", "fused")]
+        cells = [
+            row["case"],
+            row["dtype"],
+            str(row["threads"]),
+            row["mode"],
+            _seconds(fused["median_s"]) if "median_s" in fused else "–",
+            *(_ratio(row, name) for name in RIVALS),
+            "–" if part is None else f"{part:.0%} of {row['limit']['bound_by']}",
+            " → ".join("–" if peak is None else _bytes(peak) for peak in peaks),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines + _absences(document["rows"])) + "\n"
+
+
+def _absences(rows: Sequence[Document]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        for name, result in row["results"].items():
+            if "skipped" in result:
+                key = f"{LABELS.get(name, name)}, {row['mode']}: {result['skipped']}"
+                reasons.setdefault(key, []).append(f"{row['case']} {row['dtype']}")
+    if not reasons:
+        return []
+    counted = (f"- {reason} ({len(dict.fromkeys(places))} cases)" for reason, places in reasons.items())
+    return ["", "Not measured (–):", "", *counted]
+
+
+def rewrite(readme: Path, table: str) -> None:
+    """Put ``table`` between the markers of ``readme``; ReportError if they are not there once each, in
+    order."""
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"{readme}: {error.strerror}") from error
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ReportError(f"{readme}: expected the lines {START} and {END}, once each, in this order")
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{START}\n\n{table}\n{END}{after}", encoding="utf-8")
+
+
+def plot(document: Document, path: Path) -> None:
+    """Save bars, one panel a mode and number of threads: rivals' time over the fused time, log scale,
+    line at 1."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ReportError('--plot needs matplotlib: pip install "fastlane_ext[plot]"') from error
+    panels: dict[tuple[int, str], list[Document]] = {}
+    for row in document["rows"]:
+        panels.setdefault((row["threads"], row["mode"]), []).append(row)
+    longest = max(len(rows) for rows in panels.values())
+    figure = Figure(figsize=(6.2 * len(panels), 1.6 + 0.62 * longest), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, ((threads, mode), rows) in zip(all_axes, panels.items(), strict=True):
+        present = [name for name in RIVALS if any(name in row["over_fused"] for row in rows)]
+        height = 0.8 / max(1, len(present))
+        for offset, name in enumerate(present):
+            places = [index + (offset - (len(present) - 1) / 2) * height for index in range(len(rows))]
+            values = [row["over_fused"].get(name, float("nan")) for row in rows]
+            widths = [value - 1 for value in values]
+            axes.barh(places, widths, left=1, height=height * 0.9, color=COLOURS[name], label=LABELS[name])
+            for place, value in zip(places, values, strict=True):
+                if value == value:
+                    side = 4 if value >= 1 else -4
+                    axes.annotate(
+                        f"{value:.2f}",
+                        (value, place),
+                        (side, 0),
+                        textcoords="offset points",
+                        ha="left" if value >= 1 else "right",
+                        va="center",
+                        size=7,
+                        color="#6b6b6b",
+                    )
+        axes.set_xscale("log")
+        axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axes.minorticks_off()
+        finite = [value for row in rows for value in row["over_fused"].values()]
+        axes.set_xlim(min([0.5, *finite]) / 1.5, max([2.0, *finite]) * 1.5)
+        axes.axvline(1, color="#1a1a1a", linewidth=1)
+        axes.set_yticks(range(len(rows)), [f"{row['case']}\n{row['dtype']}" for row in rows], fontsize=8)
+        axes.invert_yaxis()
+        plural = "" if threads == 1 else "s"
+        axes.set_title(f"{mode}, {threads} thread{plural}", loc="left", fontweight="bold", fontsize=10)
+        axes.set_xlabel("time over the fused time (right of 1: fused is faster)", fontsize=8)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = {
+        label: handle
+        for axes in all_axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if handles:
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+        )
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ReportError(f"--plot: cannot write {path}: {error}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; 0, or 2 with one line on stderr."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "results", nargs="+", help="JSON from `fastlane bench --json` or from pytest-benchmark"
+    )
+    parser.add_argument(
+        "--readme", type=Path, metavar="PATH", help="rewrite the table between the markers of PATH"
+    )
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="save a picture of the ratios")
+    parser.add_argument("--suite", choices=("layer", "networks"), help="only this suite")
+    parser.add_argument(
+        "--threads", type=int, action="append", help="only this number of threads (repeatable)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        document = choose(load(args.results), args.suite, args.threads)
+        table = markdown(document)
+        if args.plot:
+            plot(document, args.plot)
+        if args.readme:
+            rewrite(args.readme, table)
+        else:
+            print(table, end="")
+    except ReportError as error:
+        print(f"report.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""One way to measure: contestants take turns (A B C A B C) in one process and report median and quartiles.
+
+Taking turns spreads a machine's slow moments over all contestants alike, so that ratios survive where
+absolute times do not. A contestant that raises is kept, with its reason; it never disappears from a
+table.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+Call = Callable[[], object]
+
+MIN_SAMPLE_SECONDS = 2e-3
+MIN_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that one call takes: the quartiles over ``samples``, each the mean of ``calls_per_sample``
+    calls."""
+
+    median: float
+    q1: float
+    q3: float
+    samples: int
+    calls_per_sample: int
+
+    @classmethod
+    def of(cls, seconds: list[float], calls_per_sample: int = 1) -> Timing:
+        """Summarise samples, in seconds of one call; ValueError if there are none.
+
+        >>> Timing.of([3.0, 1.0, 2.0]).median
+        2.0
+        """
+        if not seconds:
+            raise ValueError("seconds: expected at least one sample, got none")
+        if len(seconds) == 1:
+            return cls(seconds[0], seconds[0], seconds[0], 1, calls_per_sample)
+        q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(median, q1, q3, len(seconds), calls_per_sample)
+
+    def to_dict(self) -> dict[str, float | int]:
+        return {
+            "median_s": self.median,
+            "q1_s": self.q1,
+            "q3_s": self.q3,
+            "samples": self.samples,
+            "calls_per_sample": self.calls_per_sample,
+        }
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A contestant that could not run, and why, in one line."""
+
+    reason: str
+
+    def to_dict(self) -> dict[str, str]:
+        return {"skipped": self.reason}
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an exception's message, with its type: what a table has room for."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@dataclass
+class _Entry:
+    call: Call
+    calls_per_sample: int = 1
+    seconds: list[float] = field(default_factory=list)
+    failed: str | None = None
+
+
+class Race:
+    """Contestants that take turns.
+
+    ``calls`` maps each name to a call without arguments, in the order in which they take turns. Calls
+    shorter than ``min_sample`` seconds are repeated within a sample until the clock can resolve them.
+
+    >>> r = Race({"a": lambda: None, "b": lambda: None}, min_sample=1e-5)
+    >>> r.warm_up()
+    >>> r.round()
+    >>> sorted(r.results())
+    ['a', 'b']
+    """
+
+    def __init__(
+        self,
+        calls: Mapping[str, Call],
+        *,
+        min_sample: float = MIN_SAMPLE_SECONDS,
+        clock: Callable[[], float] = time.perf_counter,
+        synchronize: Callable[[], None] | None = None,
+    ) -> None:
+        self._entries = {name: _Entry(call) for name, call in calls.items()}
+        self._min_sample = min_sample
+        self._clock = clock
+        self._synchronize = synchronize
+
+    def _timed(self, call: Call, repeats: int) -> float:
+        sync = self._synchronize
+        if sync is not None:
+            sync()
+        start = self._clock()
+        for _ in range(repeats):
+            call()
+        if sync is not None:
+            sync()
+        return self._clock() - start
+
+    def _calls_per_sample(self, call: Call) -> int:
+        # The fastest of three, since the first calls may still meet page faults; one whole sample
+        # corrects it.
+        calls = 1
+        for _ in range(2):
+            seconds = min(self._timed(call, calls) for _ in range(3)) / calls
+            calls = max(1, math.ceil(self._min_sample / max(seconds, 1e-9)))
+            if calls == 1:
+                break
+        return calls
+
+    def warm_up(self, on_contestant: Callable[[str], None] | None = None) -> None:
+        """Run each contestant until it is warm and fix how many calls make one sample.
+
+        ``on_contestant`` hears each name before its first call, which may compile for many seconds.
+        """
+        for name, entry in self._entries.items():
+            if on_contestant is not None:
+                on_contestant(name)
+            try:
+                self._timed(entry.call, 2)
+                entry.calls_per_sample = self._calls_per_sample(entry.call)
+            except Exception as error:
+                entry.failed = reason_of(error)
+
+    def sample(self, name: str) -> None:
+        """Take one sample of one contestant; a failure is kept as its reason."""
+        entry = self._entries[name]
+        if entry.failed is not None:
+            return
+        try:
+            seconds = self._timed(entry.call, entry.calls_per_sample)
+        except Exception as error:
+            entry.failed = reason_of(error)
+            return
+        entry.seconds.append(seconds / entry.calls_per_sample)
+
+    def round(self) -> None:
+        """One sample of each contestant, in order."""
+        for name in self._entries:
+            self.sample(name)
+
+    def results(self) -> dict[str, Timing | Skipped]:
+        """What each contestant took, or why it could not run."""
+        out: dict[str, Timing | Skipped] = {}
+        for name, entry in self._entries.items():
+            if entry.failed is not None:
+                out[name] = Skipped(entry.failed)
+            elif not entry.seconds:
+                out[name] = Skipped("no sample was taken")
+            else:
+                out[name] = Timing.of(entry.seconds, entry.calls_per_sample)
+        return out
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Keep Python's collector out of the samples."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def race(
+    calls: Mapping[str, Call],
+    *,
+    repeats: int = 15,
+    budget: float = 20.0,
+    min_sample: float = MIN_SAMPLE_SECONDS,
+    synchronize: Callable[[], None] | None = None,
+    on_contestant: Callable[[str], None] | None = None,
+) -> dict[str, Timing | Skipped]:
+    """Time ``calls`` in turns: warm-up, then ``repeats`` rounds.
+
+    Stops early, after at least three rounds, once ``budget`` seconds are spent; ``samples`` in the
+    result says how many rounds there were. ``synchronize`` runs before and after each sample (a CUDA
+    device needs it).
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats: expected at least 1, got {repeats}")
+    contest = Race(calls, min_sample=min_sample, synchronize=synchronize)
+    contest.warm_up(on_contestant)
+    start = time.perf_counter()
+    with no_garbage_collection():
+        for done in range(1, repeats + 1):
+            contest.round()
+            if done >= MIN_ROUNDS and time.perf_counter() - start > budget:
+                break
+    return contest.results()
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The profiler writes its start and stop to file descriptor 2 from C++; hide just that."""
+    try:
+        saved = os.dup(2)
+    except OSError:
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def peak_memory(call: Call, device: str = "cpu") -> int:
+    """Bytes that ``call`` had live at once, at its peak, beyond what was live before it.
+
+    Counts what goes through torch's allocators: results, saved tensors, temporaries. On the CPU it is
+    the running sum over the profiler's allocation events, so buffers that a library takes from malloc
+    itself are not seen; on CUDA it is the caching allocator's own peak.
+    """
+    if device != "cpu":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    with (
+        _silent_stderr(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profile,
+    ):
+        call()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = peak = 0
+    for _, size in changes:
+        live += size
+        peak = max(peak, live)
+    return peak

@@ -1,0 +1,317 @@
+"""On which shapes the contestants meet, and how a contest becomes a row.
+
+A ``Job`` is one case at one thread count; ``prepare`` sets it up; a ``Prepared`` job times both modes
+and gives one JSON-able row for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import torch
+
+import fastlane_ext
+
+from . import contestants, machine, protocol
+
+FORWARD, STEP = "forward", "forward+backward"
+MODES = (FORWARD, STEP)
+SCHEMA = 1
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer, ``rows × inputs → outputs``."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    dtype: torch.dtype = torch.float32
+    quick: bool = False
+    suite = "layer"
+
+    @property
+    def title(self) -> str:
+        return f"{self.rows}×{self.inputs}→{self.outputs}"
+
+    def contestants(self, compiled: bool) -> list[contestants.Contestant]:
+        return contestants.layer_contestants(
+            self.rows, self.inputs, self.outputs, self.dtype, compiled=compiled
+        )
+
+    def work(self, mode: str) -> tuple[int, int]:
+        """(floating-point operations, bytes) of an ideal pass: each tensor is read or written once.
+
+        Forward reads x, W, b and the residual and writes y. A training step also writes z in forward,
+        then reads dy, z, x and W and writes dx, dW and db; the residual's gradient is dy itself.
+        """
+        m, k, n = self.rows, self.inputs, self.outputs
+        forward = m * k + n * k + n + m * n + (0 if k == n else m * n)
+        backward = m * n + (2 * m * n + m * k + n * k) + (m * k + n * k + n)
+        if mode == FORWARD:
+            return 2 * m * n * k, forward * self.dtype.itemsize
+        return 6 * m * n * k, (forward + backward) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Network:
+    """A ``ResidualNetwork`` of the given sizes and shortcut on an input of the given shape."""
+
+    label: str
+    sizes: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    shortcut: str = "identity"
+    dtype: torch.dtype = torch.float32
+    quick: bool = False
+    suite = "networks"
+
+    @property
+    def title(self) -> str:
+        return self.label
+
+    def contestants(self, compiled: bool) -> list[contestants.Contestant]:
+        return contestants.network_contestants(
+            self.sizes, self.input_shape, self.shortcut, self.dtype, compiled=compiled
+        )
+
+    def work(self, mode: str) -> tuple[int, int]:
+        """(floating-point operations, bytes) of an ideal pass: activations stay in cache between layers.
+
+        Forward reads x and the parameters and writes y. A training step also writes and reads each
+        layer's z once, reads x and the parameters again and writes the parameters' gradients; x needs
+        none.
+        """
+        rows = prod(self.input_shape[:-1])
+        products = parameters = hidden = 0
+        first = 0
+        for index, (before, after) in enumerate(pairwise(self.sizes)):
+            fan_in = sum(self.sizes[: index + 1]) if self.shortcut == "concat" else before
+            maps = 2 if self.shortcut == "projection" and before != after else 1
+            products += maps * fan_in * after
+            parameters += maps * (fan_in * after + after)
+            hidden += after
+            first = first or maps * fan_in * after
+        width_in = self.sizes[0]
+        width_out = sum(self.sizes) if self.shortcut == "concat" else self.sizes[-1]
+        forward = rows * (width_in + width_out) + parameters
+        if mode == FORWARD:
+            return 2 * rows * products, forward * self.dtype.itemsize
+        backward = rows * (2 * hidden + width_in + width_out) + 2 * parameters
+        return 2 * rows * (3 * products - first), (forward + backward) * self.dtype.itemsize
+
+
+Case = Layer | Network
+
+LAYERS: tuple[Layer, ...] = (
+    Layer(1024, 1024, 1024, quick=True),
+    Layer(2048, 768, 3072),
+    Layer(2048, 3072, 768),
+    Layer(512, 4096, 4096),
+    Layer(4096, 256, 256),
+    Layer(16384, 64, 64, quick=True),
+    Layer(1, 1024, 1024),
+    Layer(8, 1024, 1024),
+    Layer(32, 1024, 1024),
+    Layer(1, 64, 64, quick=True),
+    Layer(1024, 1024, 1024, torch.bfloat16),
+    Layer(16384, 64, 64, torch.bfloat16),
+    Layer(512, 512, 512, torch.float64),
+)
+NETWORKS: tuple[Network, ...] = (
+    Network("[1, 64, 64, 64, 64, 1], 1 row", (1, 64, 64, 64, 64, 1), (1, 1), quick=True),
+    Network("[3, 3, 3, 3, 3, 1], 1 row", (3, 3, 3, 3, 3, 1), (1, 3)),
+    Network("[25, 25, 43, 43, 54, 54], (2, 3, 25)", (25, 25, 43, 43, 54, 54), (2, 3, 25)),
+    Network("8 layers of 64, 65,536 rows", (64,) * 9, (65536, 64), quick=True),
+    Network("8 layers of 128, 16,384 rows", (128,) * 9, (16384, 128)),
+    Network("100 layers of 64, 64 rows", (64,) * 101, (64, 64)),
+    Network(
+        "[128, 64, 32, 16, 8, 1], projections, 10 rows",
+        (128, 64, 32, 16, 8, 1),
+        (10, 128),
+        "projection",
+        quick=True,
+    ),
+    Network("12 layers concat, growth 32 from 64, 4,096 rows", (64, *(32,) * 12), (4096, 64), "concat"),
+    Network("4 layers of 1024, 512 rows", (1024,) * 5, (512, 1024)),
+    Network("8 layers of 64, 65,536 rows", (64,) * 9, (65536, 64), dtype=torch.bfloat16),
+)
+SUITES: dict[str, tuple[Case, ...]] = {"layer": LAYERS, "networks": NETWORKS, "all": (*LAYERS, *NETWORKS)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case at one number of threads."""
+
+    case: Case
+    threads: int
+
+    def __str__(self) -> str:
+        plural = "" if self.threads == 1 else "s"
+        return f"{self.case.title} {dtype_name(self.case.dtype)}, {self.threads} thread{plural}"
+
+
+def plan(
+    suite: str = "all",
+    threads: Sequence[int] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    quick: bool = False,
+) -> list[Job]:
+    """The jobs of a suite (``"layer"``, ``"networks"`` or ``"all"``), each case at each number of threads.
+
+    ``threads`` defaults to one and all. ``dtype`` runs every shape in that one instead of the listed
+    ones; ``quick`` keeps a few cases. ValueError for an unknown suite or a thread count below 1.
+
+    >>> len(plan("layer", [1], quick=True))
+    3
+    """
+    if suite not in SUITES:
+        raise ValueError(f"suite: got {suite!r}, expected one of {', '.join(map(repr, SUITES))}")
+    counts = dict.fromkeys(threads if threads is not None else (1, torch.get_num_threads()))
+    for count in counts:
+        if count < 1:
+            raise ValueError(f"threads: got {count}, expected at least 1")
+    cases = [case for case in SUITES[suite] if case.quick or not quick]
+    if dtype is not None:
+        cases = list(dict.fromkeys(replace(case, dtype=dtype, quick=False) for case in cases))
+    return [Job(case, count) for count in counts for case in cases]
+
+
+class Prepared:
+    """A job with its contestants built and their answers compared; only valid within :func:`prepare`."""
+
+    def __init__(self, job: Job, field: list[contestants.Contestant]) -> None:
+        self.job = job
+        self.contestants = field
+
+    def calls(self, mode: str) -> dict[str, protocol.Call]:
+        """What each contestant does in ``mode``, without those that do not take part."""
+        chosen = {c.name: c.forward if mode == FORWARD else c.step for c in self.contestants}
+        return {name: call for name, call in chosen.items() if not isinstance(call, protocol.Skipped)}
+
+    def absent(self, mode: str) -> dict[str, protocol.Skipped]:
+        """Who does not take part in ``mode``, and why."""
+        chosen = {c.name: c.forward if mode == FORWARD else c.step for c in self.contestants}
+        return {name: call for name, call in chosen.items() if isinstance(call, protocol.Skipped)}
+
+    def peak_bytes(self, mode: str) -> dict[str, int]:
+        """Peak memory of one call of each contestant, in bytes; see :func:`protocol.peak_memory`."""
+        peaks = {}
+        for contestant in self.contestants:
+            call = contestant.forward if mode == FORWARD else contestant.step
+            if isinstance(call, protocol.Skipped):
+                continue
+            # Old gradients would be freed inside the profile, without their allocation having been seen.
+            for leaf in contestant.leaves:
+                leaf.grad = None
+            with torch.set_grad_enabled(mode == STEP):
+                peaks[contestant.name] = protocol.peak_memory(call)
+        return peaks
+
+    def path(self, mode: str) -> dict[str, Any]:
+        """Which path one fused call takes, from ``fastlane_ext.stats()``."""
+        call = self.calls(mode).get("fused")
+        if call is None:
+            return {}
+        before = fastlane_ext.stats()
+        with torch.set_grad_enabled(mode == STEP):
+            call()
+        return contestants.stats_since(before)
+
+    def row(self, mode: str, results: dict[str, protocol.Timing | protocol.Skipped]) -> dict[str, Any]:
+        """One JSON-able row: what was measured, eager's time over the fused one's, and the part of the
+        limit."""
+        case, threads = self.job.case, self.job.threads
+        results = {
+            name: r for name in contestants.NAMES for r in [{**results, **self.absent(mode)}.get(name)] if r
+        }
+        times = {name: r.median for name, r in results.items() if isinstance(r, protocol.Timing)}
+        flops, moved = case.work(mode)
+        peak, bandwidth = machine.fma_peak(case.dtype, threads), machine.copy_bandwidth(moved, threads)
+        bounds = {"multiply-adds": flops / peak.flops, "copy bandwidth": moved / bandwidth}
+        bound_by = max(bounds, key=lambda name: bounds[name])
+        fused = times.get("fused")
+        return {
+            "suite": case.suite,
+            "case": case.title,
+            "dtype": dtype_name(case.dtype),
+            "threads": threads,
+            "mode": mode,
+            "results": {name: result.to_dict() for name, result in results.items()},
+            "over_fused": {n: t / fused for n, t in times.items() if n != "fused"} if fused else {},
+            "peak_bytes": self.peak_bytes(mode),
+            "limit": {
+                "seconds": bounds[bound_by],
+                "bound_by": bound_by,
+                "flops": flops,
+                "bytes": moved,
+                "flops_per_s": peak.flops,
+                "flops_source": peak.source,
+                "bytes_per_s": bandwidth,
+            },
+            "part_of_limit": {name: bounds[bound_by] / t for name, t in times.items()},
+            "path": self.path(mode),
+        }
+
+
+@contextmanager
+def prepare(
+    job: Job, *, compiled: bool = True, note: Callable[[str], None] | None = None
+) -> Iterator[Prepared]:
+    """Set the number of threads, build the contestants, drop wrong answers; undo the threads at the end.
+
+    ``note`` hears in a few words what is going on; compiling a contestant takes seconds.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(job.threads)
+    # Compiled code is specialised on shapes and on the number of threads.
+    torch._dynamo.reset()
+    try:
+        field = job.case.contestants(compiled)
+        contestants.reject_wrong_answers(field, (lambda name: note(f"first call: {name}")) if note else None)
+        yield Prepared(job, field)
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_job(
+    job: Job,
+    *,
+    repeats: int = 15,
+    budget: float = 20.0,
+    compiled: bool = True,
+    note: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Time one job in both modes: two rows."""
+    rows = []
+    with prepare(job, compiled=compiled, note=note) as prepared:
+        for mode in MODES:
+            with torch.set_grad_enabled(mode == STEP):
+                results = protocol.race(
+                    prepared.calls(mode),
+                    repeats=repeats,
+                    budget=budget,
+                    on_contestant=(lambda name, mode=mode: note(f"{mode}: {name}")) if note else None,
+                )
+            rows.append(prepared.row(mode, results))
+    return rows
+
+
+def document(rows: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+    """The JSON document of a run: its rows, where and with what they were measured."""
+    return {
+        "kind": "fastlane-bench",
+        "schema": SCHEMA,
+        **machine.environment(),
+        "settings": settings,
+        "rows": rows,
+    }

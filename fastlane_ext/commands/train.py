@@ -1,0 +1,340 @@
+"""``fastlane train``: a deep residual MLP on handwritten digits, without and with shortcuts, fused and
+eager.
+
+All runs start from the same parameters and see the same batches with the same optimiser settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastlane_ext
+from fastlane_ext import gradients, reference
+from fastlane_ext.bench import protocol
+from fastlane_ext.bench.contestants import stats_since
+
+from . import CommandError, Note, console, need, seconds, table, writable
+
+SHORTCUTS = {"without": "none", "with": "identity"}
+CLASSES = 10
+LEARNED = 0.5
+# Two correct fp32 runs differ by a random amount of this order; a wrong gradient differs by far more.
+NOISE_FACTOR = 4.0
+NOISE_FLOOR = 4 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``fastlane train`` trains: ``layers`` hidden layers of ``width``, SGD with momentum 0.9."""
+
+    epochs: int = 20
+    layers: int = 30
+    width: int = 64
+    batch: int = 64
+    lr: float = 1e-3
+    seed: int = 0
+    momentum: float = 0.9
+
+    def check(self) -> None:
+        """CommandError naming the first option that is out of range."""
+        for name in ("epochs", "layers", "width", "batch"):
+            if getattr(self, name) < 1:
+                raise CommandError(f"--{name}: got {getattr(self, name)}, expected at least 1")
+        if not 0 < self.lr < float("inf"):
+            raise CommandError(f"--lr: got {self.lr}, expected a positive number")
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Pixels in [0, 1], ``(images, 64)`` fp32, and labels 0 to 9; a fifth of the images is held out."""
+
+    x: Tensor
+    y: Tensor
+    held_out_x: Tensor
+    held_out_y: Tensor
+
+    @classmethod
+    def load(cls, seed: int) -> Digits:
+        datasets = need("sklearn.datasets", "train", "fastlane train")
+        data = datasets.load_digits()
+        x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        held_out, rest = order[: len(x) // 5], order[len(x) // 5 :]
+        return cls(x[rest], y[rest], x[held_out], y[held_out])
+
+    def batches(self, epochs: int, size: int, seed: int) -> list[Tensor]:
+        """The rows of every step: each epoch in a new order, equal batches, the rest of an epoch left
+        out."""
+        generator = torch.Generator().manual_seed(seed)
+        size = min(size, len(self.x))
+        out: list[Tensor] = []
+        for _ in range(epochs):
+            order = torch.randperm(len(self.x), generator=generator)
+            out.extend(chunk for chunk in order.split(size) if len(chunk) == size)
+        return out
+
+
+class Classifier(nn.Module):
+    """A stack of GELU layers and a linear head: ``(*, 64)`` to ``(*, 10)``."""
+
+    def __init__(self, body: nn.Module, width: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def _model(kind: Callable[..., nn.Module], options: Options, shortcut: str) -> Classifier:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        body = kind([64] + [options.width] * options.layers, shortcut=shortcut)
+        return Classifier(body, options.width)
+
+
+def _optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=options.lr, momentum=options.momentum)
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def _train(
+    model: Classifier, digits: Digits, batches: list[Tensor], options: Options
+) -> tuple[list[float], float]:
+    # The loss of every step and the share of held-out digits that are right in the end.
+    dtype = model.head.weight.dtype
+    x, optimizer = digits.x.to(dtype), _optimizer(model, options)
+    losses = [_step(model, optimizer, x[rows], digits.y[rows]) for rows in batches]
+    with torch.no_grad():
+        right = model(digits.held_out_x.to(dtype)).argmax(-1) == digits.held_out_y
+    return torch.stack(losses).double().tolist(), right.double().mean().item()
+
+
+def _difference(a: list[float], b: list[float]) -> float:
+    worst = max(abs(p - q) / max(abs(q), 1e-12) for p, q in zip(a, b, strict=True))
+    return worst if worst == worst else float("inf")
+
+
+def _agreement(curves: dict[str, list[float]]) -> dict[str, Any]:
+    """How far the fused losses are from eager's, next to how far eager's own fp32 rounding moves them.
+
+    The scale comes from two second opinions, both eager: the same run in fp64, and the same run in fp32
+    with each batch's rows in reverse, which changes nothing but the order of the sums.
+    """
+    fused, eager, wide, reordered = (curves[k] for k in ("fused", "eager", "eager_fp64", "eager_reordered"))
+    noise = max(_difference(eager, wide), _difference(reordered, wide), _difference(reordered, eager))
+    found = _difference(fused, eager)
+    limit = max(NOISE_FACTOR * noise, NOISE_FLOOR)
+    return {
+        "fused_from_eager": found,
+        "fused_from_fp64": _difference(fused, wide),
+        "eager_from_fp64": _difference(eager, wide),
+        "eager_from_eager_reordered": _difference(reordered, eager),
+        "noise": noise,
+        "limit": limit,
+        "ok": found <= limit,
+    }
+
+
+def _gradients(options: Options, digits: Digits, rows: Tensor, shortcut: str) -> list[float | None]:
+    # Mean |gradient| of each hidden layer's weight before the first step.
+    model = _model(fastlane_ext.ResidualNetwork, options, shortcut)
+    report = gradients.gradient_report(model, digits.x[rows], digits.y[rows], F.cross_entropy)
+    hidden = [row for row in report.rows if row.name.startswith("body.layers.")]
+    return [row.mean_abs for row in hidden if row.name.endswith(".weight")]
+
+
+def _epoch_times(options: Options, digits: Digits, compiled: bool, note: Note) -> dict[str, Any]:
+    batches = digits.batches(1, options.batch, options.seed + 1)
+
+    def epoch(model: nn.Module, owner: nn.Module) -> Callable[[], None]:
+        optimizer = _optimizer(owner, options)
+
+        def run() -> None:
+            for rows in batches:
+                _step(model, optimizer, digits.x[rows], digits.y[rows])
+
+        return run
+
+    calls = {}
+    for name, kind in (("fused", fastlane_ext.ResidualNetwork), ("eager", reference.ResidualNetwork)):
+        model = _model(kind, options, SHORTCUTS["with"])
+        calls[name] = epoch(model, model)
+    results: dict[str, protocol.Timing | protocol.Skipped] = {}
+    if compiled:
+        torch._dynamo.reset()
+        model = _model(reference.ResidualNetwork, options, SHORTCUTS["with"])
+        calls["compile"] = epoch(torch.compile(model, dynamic=False), model)
+    else:
+        results["compile"] = protocol.Skipped("left out by --no-compile")
+    results |= protocol.race(
+        calls, repeats=9, budget=10.0, on_contestant=lambda name: note(0, f"epoch: {name}")
+    )
+    return {name: result.to_dict() for name, result in results.items()}
+
+
+def steps(options: Options) -> int:
+    """How many progress steps a run takes: four trainings each without and with shortcuts, and the
+    timing."""
+    return 4 * len(SHORTCUTS) + 1
+
+
+def compute(
+    options: Options | None = None,
+    *,
+    compiled: bool = True,
+    plot: str | None = None,
+    note: Note = lambda done=0, text=None: None,
+) -> dict[str, Any]:
+    """Train without and with shortcuts, fused and eager, and time an epoch; JSON-able.
+
+    ``ok`` is False if a fused loss curve is farther from eager's than fp32 rounding explains.
+    CommandError for options out of range and for a missing extra.
+    """
+    options = options or Options()
+    options.check()
+    writable("--plot", plot)
+    if plot is not None:
+        need("matplotlib.figure", "plot", "--plot")
+    digits = Digits.load(options.seed)
+    batches = digits.batches(options.epochs, options.batch, options.seed + 1)
+    before = fastlane_ext.stats()
+    runs: dict[str, Any] = {}
+    for key, shortcut in SHORTCUTS.items():
+        curves: dict[str, list[float]] = {}
+        accuracy: dict[str, float] = {}
+        for name, kind in (
+            ("fused", fastlane_ext.ResidualNetwork),
+            ("eager", reference.ResidualNetwork),
+            ("eager_fp64", reference.ResidualNetwork),
+            ("eager_reordered", reference.ResidualNetwork),
+        ):
+            note(0, f"{key} shortcuts: {name}")
+            model = _model(kind, options, shortcut)
+            model = model.double() if name == "eager_fp64" else model
+            order = [rows.flip(0) for rows in batches] if name == "eager_reordered" else batches
+            curves[name], accuracy[name] = _train(model, digits, order, options)
+            note(1)
+        runs[key] = {
+            "accuracy": accuracy,
+            "learned": accuracy["fused"] > LEARNED,
+            "agreement": _agreement(curves),
+            "loss": curves,
+            "gradients_at_start": _gradients(options, digits, batches[0], shortcut),
+        }
+    path = stats_since(before)
+    times = _epoch_times(options, digits, compiled, note)
+    note(1)
+    result = {
+        "options": {name: getattr(options, name) for name in Options.__dataclass_fields__},
+        "images": {"training": len(digits.x), "held_out": len(digits.held_out_x)},
+        "steps_per_epoch": len(batches) // options.epochs,
+        "threads": torch.get_num_threads(),
+        "runs": runs,
+        "epoch": times,
+        "path": path,
+        "ok": all(run["agreement"]["ok"] for run in runs.values()),
+        "plot": plot,
+    }
+    if plot is not None:
+        _plot(result, plot)
+    return result
+
+
+def _plot(result: dict[str, Any], path: str) -> None:
+    figure = need("matplotlib.figure", "plot", "--plot").Figure(figsize=(11, 4.2), layout="constrained")
+    losses, slopes = figure.subplots(1, 2)
+    per_epoch = result["steps_per_epoch"]
+    for (key, run), colour in zip(result["runs"].items(), ("#0072b2", "#d55e00"), strict=True):
+        steps_done = [(index + 1) / per_epoch for index in range(len(run["loss"]["fused"]))]
+        label = f"{key} shortcuts, {run['accuracy']['fused']:.1%} right"
+        losses.plot(steps_done, run["loss"]["fused"], color=colour, linewidth=2.2, alpha=0.75, label=label)
+        losses.plot(steps_done, run["loss"]["eager"], color="#1a1a1a", linewidth=0.7, linestyle=(0, (4, 4)))
+        heights = [value or float("nan") for value in run["gradients_at_start"]]
+        slopes.plot(
+            range(1, len(heights) + 1), heights, "o-", color=colour, markersize=4, label=f"{key} shortcuts"
+        )
+    losses.plot([], [], color="#1a1a1a", linewidth=0.7, linestyle=(0, (4, 4)), label="eager, same seed")
+    losses.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    losses.set_title("Handwritten digits, fused over eager", loc="left", fontweight="bold")
+    slopes.set(xlabel="hidden layer (1 is next to the input)", ylabel="mean |gradient| before the first step")
+    slopes.set_yscale("log")
+    slopes.set_title("What reaches each layer", loc="left", fontweight="bold")
+    for axes in (losses, slopes):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--plot: cannot write {path}: {error}") from error
+
+
+def render(result: dict[str, Any]) -> None:
+    """Print accuracies, how far the curves are apart and what an epoch takes."""
+    out, options = console(), result["options"]
+    out.print(
+        f"{options['layers']} hidden layers of {options['width']}, {result['images']['training']} digits, "
+        f"{options['epochs']} epochs, SGD lr {options['lr']:g} momentum {options['momentum']:g}"
+    )
+    accuracy = table("Held-out digits right", "", "fused", "eager", "fused loss, first → last", "learned")
+    curves = table(
+        "Loss curves, largest relative difference",
+        "",
+        "fused from eager",
+        "eager's fp32 noise",
+        f"limit ({NOISE_FACTOR:g} × noise)",
+        "verdict",
+    )
+    for key, run in result["runs"].items():
+        loss, agreement = run["loss"]["fused"], run["agreement"]
+        accuracy.add_row(
+            f"{key} shortcuts",
+            f"{run['accuracy']['fused']:.1%}",
+            f"{run['accuracy']['eager']:.1%}",
+            f"{loss[0]:.4g} → {loss[-1]:.4g}",
+            "[green]yes[/green]" if run["learned"] else "[red]no[/red]",
+        )
+        curves.add_row(
+            f"{key} shortcuts",
+            f"{agreement['fused_from_eager']:.1e}",
+            f"{agreement['noise']:.1e}",
+            f"{agreement['limit']:.1e}",
+            "[green]agree[/green]" if agreement["ok"] else "[red]DISAGREE[/red]",
+        )
+    out.print(accuracy)
+    out.print(curves)
+    epoch = table(f"One epoch, {result['threads']} threads", "", "median", "quartiles", "against fused")
+    fused = result["epoch"]["fused"].get("median_s")
+    for name, timing in result["epoch"].items():
+        if "skipped" in timing:
+            epoch.add_row(name, "-", timing["skipped"], "")
+            continue
+        quartiles = f"{seconds(timing['q1_s'])} to {seconds(timing['q3_s'])}"
+        over = f"{timing['median_s'] / fused:.2f} ×" if fused else ""
+        epoch.add_row(name, seconds(timing["median_s"]), quartiles, over)
+    out.print(epoch)
+    for reason, count in result["path"]["fallback"].items():
+        out.print(f"not fused, {count} calls: {reason}", markup=False)
+    if result["plot"]:
+        out.print(f"picture: {result['plot']}", markup=False)
+
+
+def with_options(**changes: Any) -> Options:
+    """The defaults with ``changes`` that are not None."""
+    return replace(Options(), **{name: value for name, value in changes.items() if value is not None})

@@ -1,0 +1,460 @@
+"""How large the gradients are, layer by layer: printed, as a table, as JSON, as a picture.
+
+The gradients come from ``torch.autograd.grad``, so that looking at them changes nothing: ``.grad``, buffers
+(a BatchNorm's running statistics), the random state and train or eval mode stay as they were.
+
+``GradientReport.plot`` and `plot_gradients` need matplotlib: ``pip install "fastlane_ext[plot]"``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import networks, reference
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "GradientComparison",
+    "GradientReport",
+    "GradientRow",
+    "ShortcutDemo",
+    "gradient_report",
+    "plot_gradients",
+    "print_gradients",
+    "shortcut_demo",
+]
+
+Loss = Callable[[Any, Any], Tensor]
+_STYLES = ("lines", "full", "table")
+_TABLE_HEADING = "Gradients by layer"
+_INK, _MUTED, _GRID = "#1a1a1a", "#6b6b6b", "#dddddd"
+# Blue, orange, green, purple: apart from each other for colour-blind eyes too.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#7b5ea7")
+
+
+@contextmanager
+def _untouched(model: nn.Module, x: Any) -> Iterator[None]:
+    """Give buffers and random state back as they were: dropout and BatchNorm change them in a forward."""
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    tensors = [*model.parameters(), *([x] if isinstance(x, Tensor) else [])]
+    devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    try:
+        with torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind):
+            yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _loss(output: Any, target: Any, loss_fn: Loss | None) -> Tensor:
+    if loss_fn is None and not isinstance(output, Tensor):
+        raise TypeError(
+            f"loss_fn: got None for a model that returns a {type(output).__name__}, expected a function "
+            "loss_fn(output, target) -> scalar tensor; pass one that picks the tensor to look at"
+        )
+    if target is None and isinstance(output, Tensor):
+        target = torch.zeros_like(output)
+    if loss_fn is None:
+        if target.shape != output.shape:
+            raise ValueError(
+                f"target: got shape {tuple(target.shape)}, expected the output's {tuple(output.shape)}; "
+                "reshape it, or pass your own loss_fn(output, target)"
+            )
+        return F.mse_loss(output, target)
+    loss = loss_fn(output, target)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn: got {got}, expected a tensor of one element; take its mean or sum")
+    return loss
+
+
+def _gradients(
+    model: nn.Module, x: Any, target: Any, loss_fn: Loss | None, keep_grad: bool
+) -> tuple[float, list[tuple[str, Tensor, Tensor | None]]]:
+    """The loss and, for each parameter once, its name, itself and its gradient or None."""
+    named = list(model.named_parameters())
+    wanted = [p for _, p in named if p.requires_grad]
+    if not wanted:
+        raise ValueError(
+            "model: got no parameter with requires_grad, expected at least one; call model.requires_grad_()"
+        )
+    with torch.inference_mode(False), torch.enable_grad(), _untouched(model, x):
+        if isinstance(x, Tensor) and x.is_inference():
+            x = x.clone()  # autograd cannot save an inference tensor, but it can save a copy
+        loss = _loss(model(x), target, loss_fn)
+        if not loss.requires_grad:
+            raise ValueError(
+                "model: got an output that no parameter has a part in, expected a differentiable one; "
+                "look for detach() or no_grad() in its forward"
+            )
+        found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
+    rows = [(name, p, next(found) if p.requires_grad else None) for name, p in named]
+    if keep_grad:
+        for _, p, grad in rows:
+            if grad is not None:
+                p.grad = grad.clone() if p.grad is None else p.grad.add_(grad)
+    return loss.item(), [(n, p.detach(), None if g is None else g.detach()) for n, p, g in rows]
+
+
+def _mean_abs(grad: Tensor) -> float:
+    grad = grad.to_dense() if grad.layout != torch.strided else grad
+    # fp32 and fp64 as eager code computes it, to the last digit; narrower types would round the mean.
+    wide = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+    return wide.abs().mean().item() if grad.numel() else 0.0
+
+
+def print_gradients(
+    model: nn.Module,
+    x: Any,
+    *,
+    style: str = "lines",
+    target: Any = None,
+    loss_fn: Loss | None = None,
+    keep_grad: bool = False,
+    file: TextIO | None = None,
+) -> None:
+    """Print every weight's mean absolute gradient, a line each, for one forward and backward of ``model``.
+
+    Args:
+        model: any module; a weight is a parameter with "weight" in its name.
+        x: passed as ``model(x)``.
+        style: ``"lines"``: ``{name} has gradient mean of {value:.6e}``; ``"full"``: the value's full digits;
+            ``"table"``: a heading, a rule and ``{name}: gradient mean = {value:.6f}``.
+        target: zeros in the output's shape, dtype and device unless given.
+        loss_fn: ``loss_fn(output, target)`` returning one element; mean squared error unless given.
+        keep_grad: also add the gradients to ``.grad``, as ``backward()`` would.
+        file: where to print; standard output unless given.
+
+    Raises:
+        TypeError: the model's output is no tensor and there is no ``loss_fn``.
+        ValueError: unknown ``style``, a target of another shape, nothing to differentiate.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> _ = torch.nn.init.ones_(model.weight)
+    >>> print_gradients(model, torch.ones(1, 2))
+    weight has gradient mean of 4.000000e+00
+    """
+    reference._check_choice("style", style, _STYLES)
+    _, rows = _gradients(model, x, target, loss_fn, keep_grad)
+    if style == "table":
+        print(_TABLE_HEADING, "-" * len(_TABLE_HEADING), sep="\n", file=file)
+    for name, _, grad in rows:
+        if "weight" not in name:
+            continue
+        if grad is None:
+            print(f"{name}: no gradient" if style == "table" else f"{name} has no gradient", file=file)
+            continue
+        value = _mean_abs(grad)
+        if style == "table":
+            print(f"{name}: gradient mean = {value:.6f}", file=file)
+        else:
+            print(f"{name} has gradient mean of {value if style == 'full' else f'{value:.6e}'}", file=file)
+
+
+@dataclass(frozen=True)
+class GradientRow:
+    """One parameter's gradient in figures; all None but name and shape if it has no gradient.
+
+    A gradient with NaN or infinity in it gives NaN or infinity in the figures; ``nonfinite_fraction`` says
+    how much of it. ``ratio`` is |g|/|w| by L2 norms: infinite where w is all zeros, NaN where both are.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    mean_abs: float | None = None
+    l2: float | None = None
+    max_abs: float | None = None
+    zero_fraction: float | None = None
+    nonfinite_fraction: float | None = None
+    ratio: float | None = None
+
+
+def _row(name: str, parameter: Tensor, grad: Tensor | None) -> GradientRow:
+    shape = tuple(parameter.shape)
+    if grad is None:
+        return GradientRow(name, shape)
+    grad = grad.to_dense() if grad.layout != torch.strided else grad
+    size = max(grad.numel(), 1)
+    norm, weight = (torch.linalg.vector_norm(t.double()).item() for t in (grad, parameter))
+    return GradientRow(
+        name,
+        shape,
+        mean_abs=_mean_abs(grad),
+        l2=norm,
+        max_abs=grad.abs().max().item() if grad.numel() else 0.0,
+        zero_fraction=(grad == 0).sum().item() / size,
+        nonfinite_fraction=(~torch.isfinite(grad)).sum().item() / size,
+        ratio=norm / weight if weight else math.inf if norm > 0 else math.nan,
+    )
+
+
+def _text_table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    cells = [list(heading), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4e}" if isinstance(value, float) else str(value)
+
+
+def _to_json(values: Mapping[str, Any]) -> str:
+    """JSON proper has no NaN or infinity: null stands for them."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(clean(values), indent=2, allow_nan=False)
+
+
+@dataclass(frozen=True)
+class GradientComparison:
+    """Two reports side by side, by parameter name: rows of (name, first, second, second / first)."""
+
+    labels: tuple[str, str]
+    rows: tuple[tuple[str, float | None, float | None, float | None], ...]
+
+    def __str__(self) -> str:
+        return _text_table(["parameter", *self.labels, "ratio"], self.rows)
+
+    def to_json(self) -> str:
+        """``{"labels": [...], "rows": [{"name", "first", "second", "ratio"}]}``; null for NaN, infinity."""
+        rows = [dict(zip(("name", "first", "second", "ratio"), row, strict=True)) for row in self.rows]
+        return _to_json({"labels": self.labels, "rows": rows})
+
+
+@dataclass(frozen=True)
+class GradientReport:
+    """The loss and one `GradientRow` a parameter; ``str()`` is a table in plain text."""
+
+    loss: float
+    rows: tuple[GradientRow, ...]
+
+    def __str__(self) -> str:
+        heading = ["parameter", "shape", "mean |g|", "L2", "max |g|", "zero", "non-finite", "|g|/|w|"]
+
+        def percent(fraction: float | None) -> str | None:
+            return None if fraction is None else f"{fraction:.1%}"
+
+        def cells(row: GradientRow) -> list[object]:
+            shape = "x".join(map(str, row.shape)) or "scalar"
+            fractions = percent(row.zero_fraction), percent(row.nonfinite_fraction)
+            return [row.name, shape, row.mean_abs, row.l2, row.max_abs, *fractions, row.ratio]
+
+        return _text_table(heading, [cells(row) for row in self.rows])
+
+    def to_json(self) -> str:
+        """``{"loss": ..., "rows": [...]}``, valid JSON always.
+
+        NaN and infinity become null, and ``nonfinite_fraction`` says that they were there; a parameter
+        without a gradient has null there too.
+        """
+        return _to_json({"loss": self.loss, "rows": [asdict(row) for row in self.rows]})
+
+    def compare(
+        self, other: GradientReport, labels: tuple[str, str] = ("first", "second")
+    ) -> GradientComparison:
+        """Mean |gradient| here and in ``other`` by parameter name, and how many times larger the other's is.
+
+        The models may differ: a parameter only one of them has shows "-" for the other.
+        """
+        mine = {row.name: row.mean_abs for row in self.rows}
+        theirs = {row.name: row.mean_abs for row in other.rows}
+        rows = []
+        for name in {**mine, **theirs}:
+            a, b = mine.get(name), theirs.get(name)
+            ratio = None if a is None or b is None else b / a if a else math.inf if b > 0 else math.nan
+            rows.append((name, a, b, ratio))
+        return GradientComparison(labels, tuple(rows))
+
+    def plot(self, path: str | os.PathLike[str], *, title: str = "Mean |gradient| by parameter") -> None:
+        """Save log-scale bars of mean |gradient|, first layer on top, weights dark and other parameters pale.
+
+        Zero, no gradient and non-finite values have no bar on a log scale; they are written out instead.
+
+        Raises:
+            ImportError: matplotlib is missing; the message has the command that installs it.
+        """
+        figure = _figure(7.5, 1.3 + 0.28 * len(self.rows))
+        axes = figure.add_subplot()
+        drawn = [row.mean_abs for row in self.rows if row.mean_abs and math.isfinite(row.mean_abs)]
+        low = 10.0 ** math.floor(math.log10(min(drawn, default=1.0)) - 0.3)
+        for place, row in enumerate(self.rows):
+            value = row.mean_abs
+            note = "no gradient" if value is None else "0" if value == 0 else f"{value:.1e}"
+            if value and math.isfinite(value):
+                colour = _COLOURS[0] if "weight" in row.name else "#9ecae1"
+                axes.barh(place, value - low, left=low, height=0.7, color=colour)
+            end = value if value and math.isfinite(value) else low
+            axes.annotate(
+                note, (end, place), (4, 0), textcoords="offset points", va="center", size=8, color=_MUTED
+            )
+        axes.set_xscale("log")
+        high = max(drawn, default=1.0)
+        axes.set_xlim(low, high * (high / low) ** 0.15)
+        axes.set_yticks(range(len(self.rows)), [row.name for row in self.rows], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel("mean |gradient| (log scale)", color=_MUTED)
+        _finish(figure, axes, title, "x", path)
+
+
+def gradient_report(
+    model: nn.Module, x: Any, target: Any = None, loss_fn: Loss | None = None, *, keep_grad: bool = False
+) -> GradientReport:
+    """Figures on every parameter's gradient for one forward and backward of ``model``.
+
+    Arguments and errors are those of `print_gradients`. A shared parameter is listed once, under its
+    first name; one that is frozen or unused has no gradient and shows "-".
+
+    >>> import torch
+    >>> report = gradient_report(torch.nn.Linear(2, 1), torch.zeros(3, 2))
+    >>> report.rows[0].name, report.rows[0].zero_fraction
+    ('weight', 1.0)
+    """
+    loss, rows = _gradients(model, x, target, loss_fn, keep_grad)
+    return GradientReport(loss, tuple(_row(*row) for row in rows))
+
+
+def plot_gradients(
+    reports: Mapping[str, GradientReport],
+    path: str | os.PathLike[str],
+    *,
+    title: str = "Shortcuts keep gradients from vanishing",
+) -> None:
+    """Save a line a report: mean |gradient| of each layer's weight on a log scale, from the input's side on.
+
+    Args:
+        reports: label to report, e.g. ``{"without shortcuts": a, "with shortcuts": b}``. Layers are the
+            weights that all of them have, in order; a projection that only one network has is left out.
+        path: where to save; the ending picks the format.
+        title: the picture's heading.
+
+    Raises:
+        ImportError: matplotlib is missing; the message has the command that installs it.
+        ValueError: no report, or no weight that all have.
+    """
+    means = {
+        label: {row.name: row.mean_abs for row in report.rows if "weight" in row.name}
+        for label, report in reports.items()
+    }
+    first = next(iter(means.values()), {})
+    names = [name for name in first if all(name in values for values in means.values())]
+    if not names:
+        raise ValueError(
+            "reports: got no weight that all reports have, expected at least one; compare networks with the "
+            "same layer names"
+        )
+    figure = _figure(7.5, 4.2)
+    axes = figure.add_subplot()
+    places = range(1, len(names) + 1)
+    for (label, values), colour in zip(means.items(), _COLOURS * len(means), strict=False):
+        # A zero or a missing gradient has no place on a log scale: the line has a gap there.
+        heights = [values[name] or math.nan for name in names]
+        axes.plot(places, heights, "o-", color=colour, linewidth=2, label=label)
+    axes.set_yscale("log")
+    axes.set_xticks(places[:: 1 + len(names) // 20])
+    axes.set_xlabel("layer (1 is next to the input: the last one that gradients reach)", color=_MUTED)
+    axes.set_ylabel("mean |gradient| (log scale)", color=_MUTED)
+    axes.legend(frameon=False)
+    start = [values[names[0]] for values in means.values()]
+    if len(start) == 2 and all(value and math.isfinite(value) for value in start) and start[0] != start[1]:
+        low, high = sorted(start)
+        arrow = {"arrowstyle": "->", "color": _MUTED, "shrinkA": 6, "shrinkB": 6}
+        axes.annotate("", (1, high), (1, low), arrowprops=arrow)
+        middle = (1, math.sqrt(low * high))
+        axes.annotate(
+            f"{high / low:,.3g} times larger", middle, (8, 0), textcoords="offset points", color=_INK
+        )
+    _finish(figure, axes, title, "y", path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    # A bare Figure draws without a display and leaves pyplot's global state alone.
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "fastlane_ext[plot]"') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _finish(figure: Figure, axes: Any, title: str, grid: str, path: str | os.PathLike[str]) -> None:
+    axes.set_title(title, loc="left", color=_INK, fontweight="bold")
+    axes.grid(axis=grid, color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+class ShortcutDemo(NamedTuple):
+    """What `shortcut_demo` returns: an input and the network without and with shortcuts."""
+
+    x: Tensor
+    without: reference.ResidualNetwork
+    with_shortcuts: reference.ResidualNetwork
+
+
+def shortcut_demo(
+    layer_sizes: Sequence[int] = (1, 64, 64, 64, 64, 1),
+    *,
+    seed: int = 42,
+    activation: str = "gelu",
+    shortcut: str = "projection",
+    x: Tensor | None = None,
+    eager: bool = False,
+) -> ShortcutDemo:
+    """The pair of networks that shows what shortcuts do to gradients, each made from the same seed.
+
+    After seeding, ``torch.randn(1, layer_sizes[0])`` is drawn first, then a `ResidualNetwork`'s
+    parameters; the random state is given back. Projections draw values too, so that later layers start from
+    other values with them than without; with ``shortcut="identity"`` both networks start from the same.
+
+    Args:
+        layer_sizes, activation, shortcut: as in `ResidualNetwork`.
+        seed: for ``torch.manual_seed``.
+        x: an input of your own in place of the random one, ``(*, layer_sizes[0])``.
+        eager: make the networks of `fastlane_ext.reference`, same values, instead of the fused ones.
+
+    >>> demo = shortcut_demo([1, 64, 64, 64, 64, 1], eager=True)
+    >>> f"{gradient_report(demo.without, demo.x).rows[0].mean_abs:.6e}"
+    '1.797181e-05'
+    """
+    kind = reference.ResidualNetwork if eager else networks.ResidualNetwork
+    made = []
+    with torch.random.fork_rng(devices=[]):
+        for rule in ("none", shortcut):
+            torch.manual_seed(seed)
+            drawn = torch.randn(1, reference._check_layer_sizes("layer_sizes", layer_sizes)[0])
+            made.append(kind(layer_sizes, shortcut=rule, activation=activation))
+    return ShortcutDemo(drawn if x is None else x, made[0], made[1])

@@ -1,0 +1,115 @@
+"""Networks of fused layers: the whole stack is one op, forward and backward.
+
+Construction is the eager network's own, from `fastlane_ext.reference`. A child that has become something
+else than what the network was built with (a hook, an adapter, another activation) is called as a module, so
+that its behaviour is kept; the other layers stay fused, and ``fastlane_ext.stats()`` counts the fallback.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from . import reference
+from .functional import linear_gelu_concat, linear_gelu_residual, record_fallback, residual_stack
+from .modules import _linear, _under_global_hooks
+from .reference import _why_not_plain
+
+__all__ = ["DeepNeuralNet", "ExampleDeepNeuralNetwork", "ImprovedResidualNetwork", "ResidualNetwork"]
+
+_GELU_NAMES = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def _plain_layer(layer: nn.Module) -> tuple[Tensor, Tensor | None, str] | str:
+    """Weight, bias and activation where the fused op can stand in for ``layer``, else the reason why not."""
+    reason = _why_not_plain(layer, nn.Sequential)
+    if reason is not None:
+        return reason
+    if len(layer._modules) != 2:
+        return f"has {len(layer._modules)} children, not Linear and activation"
+    linear, activation = layer._modules.values()
+    reason = _why_not_plain(linear, nn.Linear)
+    if reason is not None:
+        return f"has a child 0 that {reason}"
+    kind = nn.Identity if type(activation) is nn.Identity else nn.GELU
+    reason = _why_not_plain(activation, kind)
+    if reason is not None:
+        return f"has a child 1 that {reason}"
+    name = "none" if kind is nn.Identity else _GELU_NAMES.get(activation.approximate)
+    if name is None:
+        return f"has a GELU with approximate={activation.approximate!r}"
+    # Reading linear.weight costs half a microsecond; some wrappers keep plain attributes instead, though.
+    own = linear._parameters
+    weight, bias = (own["weight"], own["bias"]) if "weight" in own else (linear.weight, linear.bias)
+    return weight, bias, name
+
+
+class _FusedForward(reference.ResidualNetwork):
+    """The fused ``forward`` of every network here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(*, layer_sizes[0])`` to ``(*, layer_sizes[-1])``, or, with concat, ``(*, sum(layer_sizes))``."""
+        weights, biases, common = [], [], ""
+        if _under_global_hooks():
+            return self._forward_by_layer(x)
+        for layer in self.layers._modules.values():
+            plain = _plain_layer(layer)
+            # The stack op knows one activation; a network whose layers differ is still fused layer by layer.
+            if isinstance(plain, str) or plain[2] != (common or plain[2]):
+                return self._forward_by_layer(x)
+            weight, bias, common = plain
+            weights.append(weight)
+            biases.append(bias)
+        projections = projection_biases = None
+        if self.shortcut == "projection":
+            projections, projection_biases = [], []
+            for projection in self.projections._modules.values():
+                if projection is not None and _why_not_plain(projection, nn.Linear) is not None:
+                    return self._forward_by_layer(x)
+                projections.append(None if projection is None else projection.weight)
+                projection_biases.append(None if projection is None else projection.bias)
+        return residual_stack(
+            x,
+            weights,
+            biases,
+            shortcut=self.shortcut,
+            projections=projections,
+            projection_biases=projection_biases,
+            activation=common,
+        )
+
+    def _forward_by_layer(self, x: Tensor) -> Tensor:
+        hooked = _under_global_hooks()
+        for index, layer in enumerate(self.layers):
+            plain = hooked or _plain_layer(layer)
+            if isinstance(plain, str):
+                record_fallback(f"layers.{index} {plain}")
+                x = self._run_layer(index, layer, x)
+                continue
+            weight, bias, activation = plain
+            if self.shortcut == "concat":
+                x = linear_gelu_concat(x, weight, bias, activation=activation)
+                continue
+            residual = None
+            if self.shortcut == "projection":
+                projection = self.projections[index]
+                residual = x if projection is None else _linear(projection, f"projections.{index}", x)
+            elif self.shortcut == "identity" and weight.shape[0] == weight.shape[1]:
+                residual = x
+            x = linear_gelu_residual(x, weight, bias, residual, activation=activation)
+        return x
+
+
+class ResidualNetwork(_FusedForward):
+    __doc__ = reference.ResidualNetwork.__doc__
+
+
+class ExampleDeepNeuralNetwork(_FusedForward, reference.ExampleDeepNeuralNetwork):
+    __doc__ = reference.ExampleDeepNeuralNetwork.__doc__
+
+
+class ImprovedResidualNetwork(_FusedForward, reference.ImprovedResidualNetwork):
+    __doc__ = reference.ImprovedResidualNetwork.__doc__
+
+
+class DeepNeuralNet(_FusedForward, reference.DeepNeuralNet):
+    __doc__ = reference.DeepNeuralNet.__doc__

@@ -1,0 +1,498 @@
+"""The same layers and networks in plain eager PyTorch: specification, test oracle and benchmark baseline.
+
+Nothing here touches the compiled extension. The fused classes inherit their constructors from this file, so
+that parameters, their names and their initial values under a seed agree by construction.
+
+Source of the formulas: GELU, Hendrycks & Gimpel, arXiv:1606.08415; identity and projection shortcuts, He et
+al., arXiv:1512.03385; concatenation, Huang et al., arXiv:1608.06993.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "ACTIVATIONS",
+    "SHORTCUTS",
+    "DeepNeuralNet",
+    "ExampleDeepNeuralNetwork",
+    "ImprovedResidualNetwork",
+    "LinearGELUResidual",
+    "ResidualMLP",
+    "ResidualNetwork",
+    "linear_gelu_concat",
+    "linear_gelu_residual",
+    "mlp_residual",
+    "residual_stack",
+]
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "none")
+SHORTCUTS = ("identity", "projection", "concat", "none")
+
+
+def _bad(
+    argument: str, got: object, expected: str, remedy: str, error: type[Exception] = ValueError
+) -> Exception:
+    """The one form of message for a refused argument: its name, what came, what was expected, what to do."""
+    return error(f"{argument}: got {got}, expected {expected}; {remedy}")
+
+
+def _check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        error = ValueError if isinstance(value, str) else TypeError
+        expected = "one of " + ", ".join(map(repr, choices))
+        raise _bad(argument, repr(value), expected, "pass one of these", error)
+
+
+def _check_size(argument: str, value: Any) -> int:
+    remedy = "give the number of features"
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        raise _bad(argument, f"{value!r} ({type(value).__name__})", "an int", remedy, TypeError)
+    if value < 0:
+        raise _bad(argument, value, "an int >= 0", remedy)
+    return operator.index(value)
+
+
+def _check_layer_sizes(argument: str, value: Any) -> list[int]:
+    got, expected = f"{value!r} ({type(value).__name__})", "a sequence of at least two ints"
+    remedy = "list the input size, then the size of every layer, as in [64, 64, 10]"
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise _bad(argument, got, expected, remedy, TypeError)
+    if len(value) < 2:
+        raise _bad(argument, got, expected, remedy)
+    return [_check_size(f"{argument}[{index}]", size) for index, size in enumerate(value)]
+
+
+def _per_layer(argument: str, values: Sequence[Tensor | None] | None, layers: int) -> Sequence[Tensor | None]:
+    if values is not None and len(values) != layers:
+        remedy = "use None for a layer that has none"
+        raise _bad(argument, f"{len(values)} entries", f"{layers}, one a layer", remedy)
+    return [None] * layers if values is None else values
+
+
+def _activate(z: Tensor, activation: str) -> Tensor:
+    if activation == "gelu":
+        return F.gelu(z)
+    if activation == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    _check_choice("activation", activation, ACTIVATIONS)
+    return z
+
+
+def _activation_module(activation: str) -> nn.Module:
+    if activation == "none":
+        return nn.Identity()
+    return nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def linear_gelu_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    recompute: bool = False,
+) -> Tensor:
+    """``act(x @ weight.T + bias) + residual``.
+
+    ``x`` is ``(*, in)``, ``weight`` ``(out, in)``, ``bias`` ``(out,)``; ``residual`` broadcasts to the
+    result, ``(*, out)``. ``activation`` is ``"gelu"`` (exact, erf), ``"gelu_tanh"`` or ``"none"``.
+    ``recompute`` is accepted for the signature's sake: it changes what is saved, never a value.
+
+    Raises ValueError for an unknown ``activation``; shapes and dtypes are PyTorch's to check (RuntimeError).
+
+    >>> import torch
+    >>> linear_gelu_residual(torch.ones(2, 3), torch.zeros(4, 3), residual=torch.ones(4)).sum().item()
+    8.0
+    """
+    y = _activate(F.linear(x, weight, bias), activation)
+    return y if residual is None else y + residual
+
+
+def linear_gelu_concat(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "gelu"
+) -> Tensor:
+    """``cat([x, act(x @ weight.T + bias)], -1)``: ``(*, in)`` becomes ``(*, in + out)``.
+
+    Arguments and errors are those of `linear_gelu_residual`.
+
+    >>> import torch
+    >>> linear_gelu_concat(torch.ones(2, 3), torch.zeros(4, 3)).shape
+    torch.Size([2, 7])
+    """
+    return torch.cat([x, linear_gelu_residual(x, weight, bias, activation=activation)], -1)
+
+
+def residual_stack(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    shortcut: str = "identity",
+    projections: Sequence[Tensor | None] | None = None,
+    projection_biases: Sequence[Tensor | None] | None = None,
+    activation: str = "gelu",
+) -> Tensor:
+    """A network of layers, each ``act(x @ weight.T + bias)`` plus its shortcut, one after the other.
+
+    ``x`` is ``(*, in)``; the other tensors come one a layer: weights and projections ``(out, in)``, biases
+    ``(out,)``, None where a layer has none. The result is ``(*, out of the last layer)``.
+
+    ``shortcut="identity"`` adds x where ``in == out``; ``"projection"`` adds a linear map of x where there is
+    one, else x; ``"concat"`` puts x in front of each layer's output; ``"none"`` does nothing.
+
+    Raises ValueError for an unknown ``shortcut`` or ``activation``, a list of the wrong length, a missing or
+    an unused projection.
+
+    >>> import torch
+    >>> residual_stack(torch.ones(2, 3), [torch.zeros(3, 3)] * 2).tolist()
+    [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+    _check_choice("shortcut", shortcut, SHORTCUTS)
+    _check_choice("activation", activation, ACTIVATIONS)
+    if shortcut != "projection" and not (projections is None and projection_biases is None):
+        raise _bad("projections", "tensors", f"None with shortcut={shortcut!r}", 'use shortcut="projection"')
+    biases = _per_layer("biases", biases, len(weights))
+    projections = _per_layer("projections", projections, len(weights))
+    projection_biases = _per_layer("projection_biases", projection_biases, len(weights))
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if shortcut == "concat":
+            x = linear_gelu_concat(x, weight, bias, activation=activation)
+            continue
+        square = weight.shape[0] == weight.shape[1]
+        residual = x if square and shortcut != "none" else None
+        if shortcut == "projection":
+            projection = projections[index]
+            if projection is not None:
+                residual = F.linear(x, projection, projection_biases[index])
+            elif not square:
+                expected = f"a weight of shape {tuple(weight.shape)}"
+                raise _bad(f"projections[{index}]", None, expected, "pass one wherever in and out differ")
+        x = linear_gelu_residual(x, weight, bias, residual, activation=activation)
+    return x
+
+
+def mlp_residual(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+) -> Tensor:
+    """``residual + fc2(act(fc1(x)))``, the MLP of a transformer block; without ``residual`` nothing is added.
+
+    ``x`` is ``(*, in)``, ``fc1_weight`` ``(hidden, in)``, ``fc2_weight`` ``(out, hidden)``, the result
+    ``(*, out)``. Other arguments and errors are those of `linear_gelu_residual`.
+
+    >>> import torch
+    >>> mlp_residual(torch.ones(2, 3), torch.ones(5, 3), None, torch.zeros(3, 5), None).shape
+    torch.Size([2, 3])
+    """
+    hidden = linear_gelu_residual(x, fc1_weight, fc1_bias, activation=activation)
+    return linear_gelu_residual(hidden, fc2_weight, fc2_bias, residual, activation="none")
+
+
+class LinearGELUResidual(nn.Module):
+    """One layer, ``act(x @ weight.T + bias)`` with a shortcut.
+
+    Args:
+        in_features, out_features: sizes of the last dimension of input and output.
+        bias: whether the layer (and its projection) has one.
+        shortcut: ``"identity"``, ``"projection"``, ``"concat"`` or ``"none"``, as in `residual_stack`.
+        activation: ``"gelu"``, ``"gelu_tanh"`` or ``"none"``.
+        device, dtype: of the parameters, as in ``nn.Linear``.
+
+    Attributes:
+        weight: ``(out_features, in_features)``, initialised as ``nn.Linear`` does.
+        bias: ``(out_features,)`` or None.
+        projection: an ``nn.Linear(in_features, out_features)`` with ``"projection"`` where the sizes differ,
+            else None.
+
+    Raises:
+        TypeError, ValueError: one line naming the argument, what it got and what was expected.
+
+    >>> import torch
+    >>> LinearGELUResidual(3, 4, shortcut="concat")(torch.zeros(2, 3)).shape
+    torch.Size([2, 7])
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        shortcut: str = "identity",
+        activation: str = "gelu",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_choice("shortcut", shortcut, SHORTCUTS)
+        _check_choice("activation", activation, ACTIVATIONS)
+        self.in_features = _check_size("in_features", in_features)
+        self.out_features = _check_size("out_features", out_features)
+        self.shortcut = shortcut
+        self.activation = activation
+        # Taking them from an nn.Linear gives its initial values under any seed, also those of a later torch.
+        linear = nn.Linear(self.in_features, self.out_features, bias, device=device, dtype=dtype)
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self.projection: nn.Module | None = None
+        if shortcut == "projection" and self.in_features != self.out_features:
+            self.projection = nn.Linear(self.in_features, self.out_features, bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, shortcut: str = "identity", activation: str = "gelu"
+    ) -> LinearGELUResidual:
+        """A layer that shares ``linear``'s Parameter objects; training either trains both.
+
+        A projection, where the shortcut needs one, is new and has ``linear``'s device and dtype.
+
+        Raises:
+            TypeError: ``linear`` is not exactly an ``nn.Linear`` with ordinary parameters, or carries hooks:
+                its behaviour would be lost.
+
+        >>> linear = nn.Linear(3, 3)
+        >>> LinearGELUResidual.from_linear(linear).weight is linear.weight
+        True
+        """
+        reason = _why_not_plain(linear, nn.Linear)
+        if reason is None and "weight" not in linear._parameters:
+            reason = "has a computed weight"
+        if reason is not None:
+            expected = "an nn.Linear with ordinary parameters and no hooks"
+            remedy = "remove hooks and parametrizations first"
+            raise _bad("linear", f"a module that {reason}", expected, remedy, TypeError)
+        options: dict[str, Any] = {"shortcut": shortcut, "activation": activation}
+        bias = linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, bias, device="meta", **options)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        if layer.projection is not None:
+            like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+            layer.projection = nn.Linear(linear.in_features, linear.out_features, bias, **like)
+        return layer.train(linear.training)
+
+    def reset_parameters(self) -> None:
+        """Draw new initial values for ``weight`` and ``bias`` (a projection has its own method)."""
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``(*, in_features)`` to ``(*, out_features)``, or ``(*, in + out)`` with ``shortcut="concat"``.
+
+        ``residual``, if given, is added in place of the shortcut's own addend; with ``"concat"`` it is a
+        ValueError.
+        """
+        if self.shortcut == "concat":
+            self._refuse(residual)
+            return linear_gelu_concat(x, self.weight, self.bias, activation=self.activation)
+        if residual is None:
+            residual = self._shortcut(x)
+        return linear_gelu_residual(x, self.weight, self.bias, residual, activation=self.activation)
+
+    def _shortcut(self, x: Tensor) -> Tensor | None:
+        if self.shortcut == "projection" and self.projection is not None:
+            return self.projection(x)
+        return x if self.shortcut != "none" and self.in_features == self.out_features else None
+
+    def _refuse(self, residual: Tensor | None) -> None:
+        if residual is not None:
+            raise _bad("residual", "a tensor", 'None with shortcut="concat"', 'use shortcut="none" to add it')
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, shortcut={self.shortcut!r}, activation={self.activation!r}"
+        )
+
+
+class ResidualMLP(nn.Module):
+    """``x + fc2(act(fc1(x)))`` on ``(*, dim)``.
+
+    Args:
+        dim: size of the last dimension of input and output.
+        hidden_dim: size between the two linear maps.
+        activation: ``"gelu"``, ``"gelu_tanh"`` or ``"none"``.
+        bias: whether the two linear maps have one.
+
+    Raises:
+        TypeError, ValueError: one line naming the argument, what it got and what was expected.
+
+    >>> import torch
+    >>> ResidualMLP(3, 12)(torch.zeros(2, 3)).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, activation: str = "gelu", bias: bool = True) -> None:
+        super().__init__()
+        _check_choice("activation", activation, ACTIVATIONS)
+        dim, hidden_dim = _check_size("dim", dim), _check_size("hidden_dim", hidden_dim)
+        self.activation = activation
+        self.fc1 = nn.Linear(dim, hidden_dim, bias)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(_activate(self.fc1(x), self.activation))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+
+class ResidualNetwork(nn.Module):
+    """A stack of ``Sequential(Linear, activation)`` layers with shortcuts.
+
+    Args:
+        layer_sizes: input size, then the output size of every layer: ``[64, 64, 10]`` makes two layers.
+        shortcut: ``"identity"``, ``"projection"``, ``"concat"`` or ``"none"``, as in `residual_stack`.
+            With ``"concat"`` a layer reads the sum of all widths before it.
+        activation: ``"gelu"``, ``"gelu_tanh"`` or ``"none"``.
+        bias: whether the linear maps have one.
+
+    Attributes:
+        layers: ``nn.ModuleList``; parameters ``layers.{i}.0.weight`` and ``layers.{i}.0.bias``.
+        projections: with ``"projection"`` an ``nn.ModuleList`` of ``nn.Linear`` where the sizes differ and
+            None elsewhere; otherwise None.
+
+    Raises:
+        TypeError, ValueError: one line naming the argument, what it got and what was expected.
+
+    >>> import torch
+    >>> ResidualNetwork([3, 3, 5], shortcut="projection")(torch.zeros(2, 3)).shape
+    torch.Size([2, 5])
+    """
+
+    projections: nn.ModuleList | None
+    _sizes_argument = "layer_sizes"
+
+    def __init__(
+        self,
+        layer_sizes: Sequence[int],
+        *,
+        shortcut: str = "identity",
+        activation: str = "gelu",
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        sizes = _check_layer_sizes(self._sizes_argument, layer_sizes)
+        _check_choice("shortcut", shortcut, SHORTCUTS)
+        _check_choice("activation", activation, ACTIVATIONS)
+        self.shortcut = shortcut
+        layers, projections = [], []
+        for index, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+            width = sum(sizes[: index + 1]) if shortcut == "concat" else fan_in
+            # Order matters: under a seed, each Linear draws its values before its projection does.
+            layers.append(nn.Sequential(nn.Linear(width, fan_out, bias), _activation_module(activation)))
+            projected = shortcut == "projection" and fan_in != fan_out
+            projections.append(nn.Linear(fan_in, fan_out, bias) if projected else None)
+        self.layers = nn.ModuleList(layers)
+        self.projections = nn.ModuleList(projections) if shortcut == "projection" else None  # type: ignore
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(*, layer_sizes[0])`` to ``(*, layer_sizes[-1])``, or, with concat, ``(*, sum(layer_sizes))``."""
+        for index, layer in enumerate(self.layers):
+            x = self._run_layer(index, layer, x)
+        return x
+
+    @property
+    def use_shortcut(self) -> bool:
+        """Whether there are shortcuts; fixed when the network is made."""
+        return self.shortcut != "none"
+
+    def _run_layer(self, index: int, layer: nn.Module, x: Tensor) -> Tensor:
+        y = layer(x)
+        if self.shortcut == "concat":
+            return torch.cat([x, y], -1)
+        if self.shortcut == "projection" and self.projections is not None:
+            projection = self.projections[index]
+            return y + (x if projection is None else projection(x))
+        return y + x if self.shortcut == "identity" and x.shape == y.shape else y
+
+    def extra_repr(self) -> str:
+        return f"shortcut={self.shortcut!r}"
+
+
+class ExampleDeepNeuralNetwork(ResidualNetwork):
+    """Any number of layers; each adds its input if ``use_shortcut`` and the shapes are equal.
+
+    Arguments are those of `ResidualNetwork`. The published gradient table uses ``"gelu_tanh"``.
+
+    >>> import torch
+    >>> ExampleDeepNeuralNetwork([3, 3, 1])(torch.zeros(2, 3)).shape
+    torch.Size([2, 1])
+    """
+
+    def __init__(
+        self, layer_sizes: Sequence[int], use_shortcut: bool = True, activation: str = "gelu"
+    ) -> None:
+        shortcut = "identity" if use_shortcut else "none"
+        super().__init__(layer_sizes, shortcut=shortcut, activation=activation)
+
+
+class ImprovedResidualNetwork(ResidualNetwork):
+    """With shortcuts on, every layer adds its input, through a learned ``nn.Linear`` where the sizes differ.
+
+    Arguments are those of `ResidualNetwork`. ``projections`` is always an ``nn.ModuleList`` of one
+    entry a layer, None where nothing is projected.
+
+    >>> sorted(ImprovedResidualNetwork([3, 3, 1]).state_dict())[-2:]
+    ['projections.1.bias', 'projections.1.weight']
+    """
+
+    def __init__(
+        self, layer_sizes: Sequence[int], use_shortcut: bool = True, activation: str = "gelu"
+    ) -> None:
+        shortcut = "projection" if use_shortcut else "none"
+        super().__init__(layer_sizes, shortcut=shortcut, activation=activation)
+        if self.projections is None:
+            self.projections = nn.ModuleList([None] * len(self.layers))  # type: ignore[list-item]
+
+
+class DeepNeuralNet(ResidualNetwork):
+    """Inputs of any rank; each layer adds its input if ``use_skip_connection`` and the shapes are equal.
+
+    ``layer_size`` lists the sizes as in `ResidualNetwork`. ``activation="none"`` reproduces a
+    notebook in which the GELU never took effect.
+
+    >>> import torch
+    >>> DeepNeuralNet(True, [25, 25, 43, 43, 54, 54])(torch.zeros(2, 3, 25)).shape
+    torch.Size([2, 3, 54])
+    """
+
+    _sizes_argument = "layer_size"
+
+    def __init__(
+        self, use_skip_connection: bool, layer_size: Sequence[int], activation: str = "gelu_tanh"
+    ) -> None:
+        shortcut = "identity" if use_skip_connection else "none"
+        super().__init__(layer_size, shortcut=shortcut, activation=activation)
+
+    use_skip_connection = ResidualNetwork.use_shortcut
+
+
+def _why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """None if ``module`` does just what ``kind`` does, else why not: other type, hooks, own forward."""
+    if type(module) is not kind:
+        return f"is a {type(module).__name__}, not a plain {kind.__name__}"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "has hooks"
+    return "has a forward of its own" if "forward" in module.__dict__ else None

@@ -1,0 +1,265 @@
+"""The measuring protocol: turns, quartiles, failures that stay visible, memory, limits. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastlane_ext import reference
+from fastlane_ext.bench import contestants, machine, protocol, suites
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import report  # noqa: E402
+
+
+class Clock:
+    """Time that passes only when a call says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def takes(self, seconds: float) -> Any:
+        def call() -> None:
+            self.now += seconds
+
+        return call
+
+
+def test_contestants_take_turns() -> None:
+    order: list[str] = []
+    clock = Clock()
+
+    def contestant(name: str) -> Any:
+        def call() -> None:
+            order.append(name)
+            clock.now += 1.0
+
+        return call
+
+    race = protocol.Race({name: contestant(name) for name in "ABC"}, clock=clock)
+    race.warm_up()
+    order.clear()
+    for _ in range(3):
+        race.round()
+    assert "".join(order) == "ABCABCABC"
+
+
+def test_quartiles_are_those_of_the_samples() -> None:
+    timing = protocol.Timing.of([5.0, 1.0, 4.0, 2.0, 3.0], 7)
+    assert (timing.q1, timing.median, timing.q3) == (2.0, 3.0, 4.0)
+    assert (timing.samples, timing.calls_per_sample) == (5, 7)
+    assert protocol.Timing.of([2.5]) == protocol.Timing(2.5, 2.5, 2.5, 1, 1)
+    with pytest.raises(ValueError, match="at least one sample"):
+        protocol.Timing.of([])
+
+
+def test_short_calls_are_repeated_and_the_time_is_that_of_one() -> None:
+    clock = Clock()
+    race = protocol.Race({"short": clock.takes(1e-5), "long": clock.takes(1.0)}, min_sample=1e-3, clock=clock)
+    race.warm_up()
+    race.round()
+    short, long = race.results().values()
+    assert isinstance(short, protocol.Timing) and isinstance(long, protocol.Timing)
+    assert short.calls_per_sample in (100, 101)
+    assert short.median == pytest.approx(1e-5)
+    assert (long.calls_per_sample, long.median) == (1, 1.0)
+
+
+def test_a_failing_contestant_stays_with_its_reason() -> None:
+    def broken() -> None:
+        raise RuntimeError("no such kernel\nmore lines")
+
+    results = protocol.race({"good": lambda: None, "broken": broken}, repeats=1, min_sample=1e-6)
+    assert isinstance(results["good"], protocol.Timing)
+    assert results["broken"] == protocol.Skipped("RuntimeError: no such kernel")
+
+
+def test_a_contestant_that_fails_later_stays_with_its_reason() -> None:
+    calls = iter(range(1000))
+
+    def sometimes() -> None:
+        if next(calls) > 5:
+            raise ValueError("worn out")
+
+    race = protocol.Race({"sometimes": sometimes}, min_sample=1e-9)
+    race.warm_up()
+    for _ in range(20):
+        race.round()
+    assert race.results()["sometimes"] == protocol.Skipped("ValueError: worn out")
+
+
+def test_race_stops_at_its_budget_but_not_before_three_rounds() -> None:
+    results = protocol.race({"a": lambda: None}, repeats=50, budget=0.0, min_sample=1e-6)
+    assert isinstance(results["a"], protocol.Timing)
+    assert results["a"].samples == protocol.MIN_ROUNDS
+    with pytest.raises(ValueError, match="repeats"):
+        protocol.race({"a": lambda: None}, repeats=0)
+
+
+def test_peak_memory_counts_what_is_live_at_once() -> None:
+    x = torch.zeros(1 << 20)
+
+    def two_then_one() -> torch.Tensor:
+        return (x + 1) * 2
+
+    assert protocol.peak_memory(two_then_one) == 2 * x.nbytes
+    assert protocol.peak_memory(lambda: None) == 0
+
+
+def test_machine_limits_are_positive_and_say_where_they_come_from() -> None:
+    peak = machine.fma_peak(torch.float32, 1)
+    assert peak.flops > 0 and peak.source
+    assert machine.copy_bandwidth(1 << 20, 1) > 0
+    gemm = machine._best_gemm(torch.float32)
+    assert gemm.flops > 0 and gemm.source.startswith("best GEMM seen")
+
+
+def test_plan_has_every_case_at_every_number_of_threads() -> None:
+    jobs = suites.plan("layer", [1, 2])
+    assert len(jobs) == 2 * len(suites.LAYERS)
+    assert {job.threads for job in jobs} == {1, 2}
+    everything = suites.plan("all", [1], dtype=torch.float64)
+    assert {job.case.dtype for job in everything} == {torch.float64}
+    assert len(set(everything)) == len(everything)
+    with pytest.raises(ValueError, match="suite"):
+        suites.plan("nothing")
+    with pytest.raises(ValueError, match="threads"):
+        suites.plan("layer", [0])
+
+
+def test_work_of_a_layer_and_of_the_same_layer_as_a_network() -> None:
+    layer = suites.Layer(10, 4, 4)
+    assert layer.work(suites.FORWARD) == (2 * 10 * 4 * 4, 4 * (10 * 4 + 16 + 4 + 10 * 4))
+    assert layer.work(suites.STEP)[0] == 3 * layer.work(suites.FORWARD)[0]
+    network = suites.Network("", (4, 4), (10, 4))
+    assert network.work(suites.FORWARD) == layer.work(suites.FORWARD)
+    # The network's input needs no gradient, so one of the three products is missing.
+    assert network.work(suites.STEP)[0] == 2 * network.work(suites.FORWARD)[0]
+    concat = suites.Network("", (4, 2, 2), (10, 4), "concat")
+    assert concat.work(suites.FORWARD)[0] == 2 * 10 * (4 * 2 + 6 * 2)
+
+
+NETWORK_SHAPES = {
+    "identity": (8, 8, 5),
+    "projection": (8, 4, 4),
+    "concat": (8, 4, 4),
+    "none": (8, 8),
+}
+
+
+@pytest.mark.parametrize("shortcut", NETWORK_SHAPES)
+def test_network_contestants_compute_the_same(shortcut: str) -> None:
+    field = contestants.network_contestants(
+        NETWORK_SHAPES[shortcut], (3, 8), shortcut, torch.float32, compiled=False
+    )
+    contestants.reject_wrong_answers(field)
+    by_name = {contestant.name: contestant for contestant in field}
+    assert tuple(by_name) == contestants.NAMES
+    assert by_name["compile"].forward == contestants.NO_COMPILE
+    for name in ("eager", "onednn", "fused"):
+        assert not isinstance(by_name[name].forward, protocol.Skipped), by_name[name].forward
+    by_name["fused"].step()  # type: ignore[operator]
+    assert all(leaf.grad is not None for leaf in by_name["fused"].leaves)
+
+
+def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any, **options: Any) -> torch.Tensor:
+        return reference.linear_gelu_residual(*args, **options) + 0.5
+
+    monkeypatch.setattr("fastlane_ext.linear_gelu_residual", wrong)
+    field = contestants.layer_contestants(4, 8, 8, torch.float32, compiled=False)
+    contestants.reject_wrong_answers(field)
+    fused = field[-1]
+    assert fused.name == "fused"
+    for call in (fused.forward, fused.step):
+        assert isinstance(call, protocol.Skipped) and "wrong result" in call.reason
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    before = torch.get_num_threads()
+    rows = [
+        row
+        for case in (suites.Layer(16, 32, 32), suites.Layer(16, 32, 8, torch.float64))
+        for row in suites.run_job(suites.Job(case, 1), repeats=3, budget=0.1, compiled=False)
+    ]
+    assert torch.get_num_threads() == before
+    return suites.document(rows, repeats=3)
+
+
+def test_rows_have_every_contestant_and_are_json(document: dict[str, Any]) -> None:
+    json.dumps(document, allow_nan=False)
+    assert [row["mode"] for row in document["rows"]] == [*suites.MODES, *suites.MODES]
+    for row in document["rows"]:
+        assert tuple(row["results"]) == contestants.NAMES
+        assert row["results"]["compile"] == {"skipped": "left out by --no-compile"}
+        assert row["results"]["fused"]["q1_s"] <= row["results"]["fused"]["q3_s"]
+        assert row["path"]["fused"]["forward"] == 1 and not row["path"]["fallback"]
+        assert row["peak_bytes"]["fused"] > 0
+        assert row["limit"]["flops"] > 0
+    # oneDNN's packed linear has no fp64, and no backward.
+    assert "skipped" in document["rows"][2]["results"]["onednn"]
+    assert "backward" in document["rows"][1]["results"]["onednn"]["skipped"]
+
+
+def test_report_reads_both_kinds_of_json_alike(document: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours.json", tmp_path / "theirs.json"
+    ours.write_text(json.dumps(document))
+    wrapped = {
+        "machine_info": {"fastlane": {**document, "rows": []}},
+        "benchmarks": [{"extra_info": {"row": row}} for row in document["rows"]],
+    }
+    theirs.write_text(json.dumps(wrapped))
+    assert report.markdown(report.load([ours])) == report.markdown(report.load([theirs]))
+    assert len(report.load([ours, theirs])["rows"]) == 2 * len(document["rows"])
+
+
+def test_report_keeps_losing_rows_and_says_who_was_absent(document: dict[str, Any]) -> None:
+    table = report.markdown(document)
+    assert table.count("| 16×32→") == len(document["rows"])
+    losing = json.loads(json.dumps(document))
+    losing["rows"][0]["over_fused"]["eager"] = 0.5
+    assert "**0.50**" in report.markdown(losing)
+    assert "left out by --no-compile" in table
+
+
+def test_report_rewrites_between_its_markers_only(
+    document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, readme = tmp_path / "r.json", tmp_path / "README.md"
+    results.write_text(json.dumps(document))
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        assert report.main([str(results), "--readme", str(readme), "--suite", "layer"]) == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.START}\n") and text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text and text.count("| 16×32→32 |") == 2
+    readme.write_text("no markers")
+    assert report.main([str(results), "--readme", str(readme)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and report.START in error
+
+
+def test_report_refuses_other_files_and_mixed_machines(document: dict[str, Any], tmp_path: Path) -> None:
+    other, ours, theirs = (tmp_path / name for name in ("other.json", "ours.json", "theirs.json"))
+    other.write_text("{}")
+    ours.write_text(json.dumps(document))
+    theirs.write_text(json.dumps({**document, "cpu": "another"}))
+    assert report.main([str(other)]) == 2
+    assert report.main([str(tmp_path / "absent.json")]) == 2
+    assert report.main([str(ours), str(theirs)]) == 2
+    assert report.main([str(ours), "--suite", "networks"]) == 2
+
+
+def test_report_draws_a_picture(document: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    report.plot(document, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

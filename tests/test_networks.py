@@ -1,0 +1,337 @@
+"""The networks: the published figures, the single fused call, and what happens when a child has changed."""
+
+import copy
+import doctest
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import fastlane_ext as fl
+from fastlane_ext import networks, reference
+
+both_kinds = pytest.mark.parametrize("kind", [fl, reference], ids=["fused", "reference"])
+
+PUBLISHED = {
+    False: [
+        0.00020173587836325169,
+        0.00012011159560643137,
+        0.0007152039906941354,
+        0.0013988736318424344,
+        0.005049645435065031,
+    ],
+    True: [
+        0.22169792652130127,
+        0.20694106817245483,
+        0.32896995544433594,
+        0.2665732204914093,
+        1.3258540630340576,
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    fl.reset_stats()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+    fl.reset_stats()
+
+
+@both_kinds
+@pytest.mark.parametrize("use_shortcut", [False, True])
+def test_published_table(kind, use_shortcut):
+    torch.manual_seed(123)
+    model = kind.ExampleDeepNeuralNetwork([3, 3, 3, 3, 3, 1], use_shortcut, activation="gelu_tanh")
+    loss = nn.functional.mse_loss(model(torch.tensor([[1.0, 0.0, -1.0]])), torch.tensor([[0.0]]))
+    loss.backward()
+    means = [layer[0].weight.grad.abs().mean().item() for layer in model.layers]
+    assert means == pytest.approx(PUBLISHED[use_shortcut], rel=2e-6, abs=0)
+    if kind is fl:
+        assert fl.stats()["fallback"] == {}
+        assert fl.stats()["fused"]["forward"] > 0 and fl.stats()["fused"]["backward"] > 0
+
+
+def test_any_network_is_one_call(monkeypatch):
+    calls = []
+
+    def count(*args, **kwargs):
+        calls.append(kwargs["shortcut"])
+        return fl.residual_stack(*args, **kwargs)
+
+    monkeypatch.setattr(networks, "residual_stack", count)
+    for shortcut in reference.SHORTCUTS:
+        fl.ResidualNetwork([4, 4, 5], shortcut=shortcut)(torch.randn(2, 4))
+    fl.ExampleDeepNeuralNetwork([4, 4, 5])(torch.randn(2, 4))
+    fl.ImprovedResidualNetwork([4, 4, 5])(torch.randn(2, 4))
+    fl.ImprovedResidualNetwork([4, 4, 5], use_shortcut=False)(torch.randn(2, 4))
+    fl.DeepNeuralNet(True, [4, 4, 5])(torch.randn(2, 4))
+    assert calls == [*reference.SHORTCUTS, "identity", "projection", "none", "identity"]
+
+
+def compare(fused, eager, width=4):
+    """Outputs and all gradients of both in float64; parameters must go by the same names."""
+    x = torch.randn(5, width, dtype=torch.float64)
+    found = []
+    for model in (fused, eager):
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        grads = torch.autograd.grad(y.square().sum(), [leaf, *model.parameters()])
+        found.append([y, *grads])
+    assert [n for n, _ in fused.named_parameters()] == [n for n, _ in eager.named_parameters()]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+class Adapter(nn.Linear):
+    """A linear map with something added, as adapters do."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.5 * x.mean(-1, keepdim=True)
+
+
+def adapt(net):
+    old = net.layers[1][0]
+    net.layers[1][0] = Adapter(old.in_features, old.out_features, dtype=torch.float64)
+    net.layers[1][0].load_state_dict(old.state_dict())
+
+
+def replace_forward(net):
+    linear = net.layers[0][0]
+    linear.forward = lambda x: 2 * nn.functional.linear(x, linear.weight, linear.bias)
+
+
+def scale_output(module, args, output):
+    return 1.5 * output
+
+
+CHANGES = {
+    "forward hook on a Linear": (
+        lambda net: net.layers[0][0].register_forward_hook(scale_output),
+        ["layers.0 has a child 0 that has hooks"],
+    ),
+    "pre-hook on a layer": (
+        lambda net: net.layers[1].register_forward_pre_hook(lambda m, args: (2 * args[0],)),
+        ["layers.1 has hooks"],
+    ),
+    "backward hook on an activation": (
+        lambda net: net.layers[0][1].register_full_backward_hook(lambda m, gi, go: (3 * gi[0],)),
+        ["layers.0 has a child 1 that has hooks"],
+    ),
+    "backward pre-hook on a Linear": (
+        lambda net: net.layers[2][0].register_full_backward_pre_hook(lambda m, go: (3 * go[0],)),
+        ["layers.2 has a child 0 that has hooks"],
+    ),
+    "hook on a projection": (
+        lambda net: net.projections[1].register_forward_hook(scale_output),
+        ["projections.1 has hooks"],
+    ),
+    "another activation": (
+        lambda net: net.layers[1].__setitem__(1, nn.Tanh()),
+        ["layers.1 has a child 1 that is a Tanh, not a plain GELU"],
+    ),
+    "one more child": (
+        lambda net: net.layers[1].append(nn.Softplus()),
+        ["layers.1 has 3 children, not Linear and activation"],
+    ),
+    "another layer": (
+        lambda net: net.layers.__setitem__(0, nn.Softplus()),
+        ["layers.0 is a Softplus, not a plain Sequential"],
+    ),
+    "parametrized weight": (
+        lambda net: parametrize.register_parametrization(net.layers[1][0], "weight", nn.Softplus()),
+        ["layers.1 has a child 0 that is a ParametrizedLinear, not a plain Linear"],
+    ),
+    "parametrized projection": (
+        lambda net: parametrize.register_parametrization(net.projections[1], "weight", nn.Softplus()),
+        ["projections.1 is a ParametrizedLinear, not a plain Linear"],
+    ),
+    "pruning": (
+        lambda net: prune.l1_unstructured(net.layers[0][0], "weight", amount=0.5),
+        ["layers.0 has a child 0 that has hooks"],
+    ),
+    "adapter": (adapt, ["layers.1 has a child 0 that is a Adapter, not a plain Linear"]),
+    "own forward": (replace_forward, ["layers.0 has a child 0 that has a forward of its own"]),
+    "two at once": (
+        lambda net: (adapt(net), net.projections[1].register_forward_hook(scale_output)),
+        ["layers.1 has a child 0 that is a Adapter, not a plain Linear"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_child_is_honoured(name, monkeypatch):
+    change, reasons = CHANGES[name]
+    fused = fl.ImprovedResidualNetwork([4, 4, 6, 6]).double()
+    eager = reference.ImprovedResidualNetwork([4, 4, 6, 6]).double()
+    eager.load_state_dict(fused.state_dict())
+    unchanged = eager(torch.ones(1, 4, dtype=torch.float64))
+    change(fused)
+    change(eager)
+    if "backward" not in name:
+        assert not torch.allclose(eager(torch.ones(1, 4, dtype=torch.float64)), unchanged)
+    compare(fused, eager)
+    stats = fl.stats()
+    assert stats["fallback"] == dict.fromkeys(reasons, 1)
+    # The layers that did not change stay fused.
+    assert stats["fused"]["forward"] > 0 and stats["fused"]["backward"] > 0
+    monkeypatch.setenv("FASTLANE_STRICT", "1")
+    with pytest.raises(RuntimeError, match=reasons[0]):
+        fused(torch.ones(1, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shortcut", reference.SHORTCUTS)
+def test_every_shortcut_survives_a_changed_child(shortcut):
+    fused = fl.ResidualNetwork([4, 4, 6, 6], shortcut=shortcut).double()
+    eager = reference.ResidualNetwork([4, 4, 6, 6], shortcut=shortcut).double()
+    eager.load_state_dict(fused.state_dict())
+    for net in (fused, eager):
+        net.layers[1][1] = nn.Tanh()
+    compare(fused, eager)
+    stats = fl.stats()
+    assert stats["fallback"] == {"layers.1 has a child 1 that is a Tanh, not a plain GELU": 1}
+    assert stats["fused"]["forward"] > 0 and stats["fused"]["backward"] > 0
+
+
+@both_kinds
+def test_hooks_run_once_and_their_removal_restores_the_single_call(kind):
+    net = kind.ResidualNetwork([4, 4, 4])
+    seen = []
+    handle = net.layers[0].register_forward_hook(lambda *_: seen.append("hook"))
+    net(torch.randn(2, 4))
+    assert seen == ["hook"]
+    handle.remove()
+    fl.reset_stats()
+    net(torch.randn(2, 4))
+    assert seen == ["hook"] and fl.stats()["fallback"] == {}
+
+
+@both_kinds
+def test_a_hook_for_all_modules_sees_every_child(kind):
+    net = kind.ImprovedResidualNetwork([4, 4, 6])
+    x = torch.randn(2, 4)
+    expected = net(x)
+    fl.reset_stats()
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        torch.testing.assert_close(net(x), expected)
+    finally:
+        handle.remove()
+    called = [net, *net.layers, net.projections[1], *(child for layer in net.layers for child in layer)]
+    assert sorted(map(id, seen)) == sorted(map(id, called))
+    if kind is fl:
+        reason = "is under a hook registered for all modules"
+        assert fl.stats()["fallback"] == {f"layers.{i} {reason}": 1 for i in range(2)}
+
+
+@pytest.mark.parametrize("where", [[0, 1, 2], [1]], ids=["all", "one"])
+@pytest.mark.parametrize("what", ["tanh", "identity"])
+def test_another_gelu_form_stays_fused(where, what):
+    """nn.GELU.approximate changed, or an activation removed, is still what the kernels know."""
+    fused, eager = (kind.ResidualNetwork([4, 4, 4, 6]).double() for kind in (fl, reference))
+    eager.load_state_dict(fused.state_dict())
+    x = 3 * torch.randn(5, 4, dtype=torch.float64)
+    unchanged = eager(x)
+    for net in (fused, eager):
+        for index in where:
+            if what == "tanh":
+                net.layers[index][1].approximate = "tanh"
+            else:
+                net.layers[index][1] = nn.Identity()
+    assert not torch.allclose(eager(x), unchanged, rtol=1e-6)
+    compare(fused, eager)
+    assert fl.stats()["fallback"] == {} and fl.stats()["fused"]["backward"] > 0
+
+
+def test_parameters_kept_as_plain_attributes():
+    """Data-parallel replicas hold their parameters so, and nn.Linear does not mind."""
+    net, x = fl.ImprovedResidualNetwork([4, 4, 5]), torch.randn(2, 4)
+    expected = net(x)
+    for module in net.modules():
+        for name in list(module._parameters):
+            value = module._parameters.pop(name)
+            module.__dict__[name] = value.detach()
+    assert torch.equal(net(x), expected) and fl.stats()["fallback"] == {}
+
+
+def test_functional_call_swaps_parameters():
+    net = fl.ResidualNetwork([4, 4, 4])
+    other = fl.ResidualNetwork([4, 4, 4])
+    x = torch.randn(2, 4)
+    y = torch.func.functional_call(net, dict(other.named_parameters()), (x,))
+    assert torch.equal(y, other(x)) and not torch.equal(y, net(x))
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jacrev", "per-sample"])
+def test_functorch(transform):
+    """Under functorch the composition runs; the result is the eager network's."""
+    fused, eager = (kind.ImprovedResidualNetwork([4, 4, 3]).double() for kind in (fl, reference))
+    eager.load_state_dict(fused.state_dict())
+    x = torch.randn(5, 4, dtype=torch.float64)
+    weights = {name: p.detach() for name, p in fused.named_parameters()}
+
+    def loss(net, weights, row):
+        return torch.func.functional_call(net, weights, (row,)).square().sum()
+
+    def run(net):
+        if transform == "vmap":
+            return torch.vmap(net)(x)
+        if transform == "jacrev":
+            return torch.func.jacrev(net)(x)
+        return torch.vmap(torch.func.grad(loss, 1), (None, None, 0))(net, weights, x)
+
+    torch.testing.assert_close(run(fused), run(eager), rtol=1e-10, atol=1e-12)
+
+
+def test_training_stays_beside_eager():
+    fused, eager = (kind.ImprovedResidualNetwork([4, 16, 16, 2]).double() for kind in (fl, reference))
+    eager.load_state_dict(fused.state_dict())
+    x, target = torch.randn(32, 4, dtype=torch.float64), torch.randn(32, 2, dtype=torch.float64)
+    losses = []
+    for net in (fused, eager):
+        optimiser = torch.optim.SGD(net.parameters(), lr=0.05)
+        for _ in range(5):
+            optimiser.zero_grad()
+            loss = nn.functional.mse_loss(net(x), target)
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+    assert losses[:5] == pytest.approx(losses[5:], rel=1e-10)
+    assert losses[4] < losses[0]
+    assert fl.stats()["fallback"] == {}
+
+
+def test_a_changed_copy_leaves_the_original_alone():
+    net = fl.ResidualNetwork([4, 4, 4])
+    x = torch.randn(2, 4)
+    expected = net(x)
+    twin = copy.deepcopy(net)
+    twin.layers[0][0].register_forward_hook(scale_output)
+    assert not torch.allclose(twin(x), expected)
+    fl.reset_stats()
+    assert torch.equal(net(x), expected) and fl.stats()["fallback"] == {}
+
+
+@pytest.mark.parametrize("shortcut", reference.SHORTCUTS)
+@pytest.mark.parametrize("changed", [False, True])
+def test_compiles_without_a_graph_break(shortcut, changed):
+    net = fl.ResidualNetwork([4, 4, 6], shortcut=shortcut)
+    if changed:
+        net.layers[0][1] = nn.Tanh()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (5, 3):
+        x = torch.randn(rows, 4)
+        y, expected = compiled(x), net(x)
+        torch.testing.assert_close(y, expected)
+        parameters = list(net.parameters())
+        torch.testing.assert_close(
+            torch.autograd.grad(y.sum(), parameters), torch.autograd.grad(expected.sum(), parameters)
+        )
+    torch._dynamo.reset()
+
+
+def test_examples_in_docstrings():
+    result = doctest.testmod(networks)
+    assert result.attempted >= 4 and result.failed == 0
