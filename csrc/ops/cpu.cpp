@@ -126,8 +126,10 @@ bool composes_because_disabled() {
 }
 
 at::Tensor linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                                const OptionalTensor& residual, std::string_view activation, bool) {
-  return forward_residual(x, weight, bias, residual, parse_activation(activation), {});
+                                const OptionalTensor& residual, std::string_view activation_name, bool) {
+  const Activation activation = parse_activation(activation_name);
+  if (composes_because_disabled()) return composition::linear_gelu_residual(x, weight, bias, residual, activation);
+  return forward_residual(x, weight, bias, residual, activation, {});
 }
 
 at::Tensor linear_gelu_concat(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
