@@ -43,8 +43,8 @@ def cpu_isa() -> str:
 def stats() -> dict[str, dict[str, int]]:
     """Calls since the start of the process or the last `reset_stats`, in all threads.
 
-    ``{"fused": {"forward": n, "backward": n}, "fallback": {reason: n}}``: a layer's call counts once where its
-    fused kernel runs, or under the reason for which eager operations ran instead.
+    ``{"fused": {"forward": n, "backward": n}, "fallback": {reason: n}}``: a layer's call counts once where
+    its fused kernel runs, or under the reason for which eager operations ran instead.
 
     >>> reset_stats()
     >>> stats()

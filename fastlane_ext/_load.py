@@ -20,7 +20,8 @@ def read_build_record(folder: Path | None = None) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise ImportError(
-            f"fastlane_ext: the compiled extension is missing; build it in the source folder with: {REINSTALL}"
+            f"fastlane_ext: the compiled extension is missing; build it in the source folder with: "
+            f"{REINSTALL}"
         ) from None
 
 

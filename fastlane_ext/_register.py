@@ -13,7 +13,7 @@ def _batch_first(tensor: Tensor, dim: int | None) -> Tensor:
 
 
 def _aligned(tensor: Tensor, dim: int | None, rank: int) -> Tensor:
-    """Batch dimension first, then ones, so that a tensor of `rank` logical dimensions broadcasts behind it."""
+    """Batch dimension first, then ones, so that it broadcasts against `rank` logical dimensions."""
     if dim is None:
         return tensor
     tensor = tensor.movedim(dim, 0)
@@ -27,7 +27,7 @@ def _activate(z: Tensor, activation: str) -> Tensor:
 
 
 def _batched_layer(in_dims, x, weight, bias, activation):
-    """act(x Wᵀ + b) where the weight or the bias differs from example to example: no fused kernel does that."""
+    """act(x Wᵀ + b) where weight or bias differs from example to example: no fused kernel does that."""
     library.leave_fused_path("vmap over weight or bias")
     x_dim, weight_dim, bias_dim = in_dims
     rank = x.dim() - (x_dim is not None)
@@ -44,9 +44,7 @@ def _batched_layer(in_dims, x, weight, bias, activation):
     return _activate(z, activation)
 
 
-def _vmap_residual(
-    info, in_dims, x, weight, bias=None, residual=None, *, activation="gelu", recompute=False
-):
+def _vmap_residual(info, in_dims, x, weight, bias=None, residual=None, *, activation="gelu", recompute=False):
     x_dim, weight_dim, bias_dim, residual_dim = (*in_dims, None, None)[:4]
     rank = x.dim() - (x_dim is not None)
     if weight_dim is None and bias_dim is None:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _register  # noqa: F401  (registers the batching rules)
+from ._arguments import check_stack, missing_projection, per_layer
 from ._load import library
-
-SHORTCUTS = ("identity", "projection", "concat", "none")
 
 
 def linear_gelu_residual(
@@ -35,7 +34,8 @@ def linear_gelu_residual(
         recompute: keep x alone for backward and compute the pre-activation a second time there.
 
     Returns:
-        ``(..., out_features)``, contiguous, x's dtype; 16-bit dtypes are accumulated in float32 and rounded once.
+        ``(..., out_features)``, contiguous, x's dtype; 16-bit dtypes are accumulated in float32 and
+        rounded once.
 
     Raises:
         RuntimeError: a dtype, device or shape does not fit; the message names the argument.
@@ -55,7 +55,8 @@ def linear_gelu_concat(
 ) -> Tensor:
     """``cat([x, act(x Wᵀ + b)], -1)``; the kernel writes the activated part into its slice.
 
-    Shapes, dtypes and errors as in `linear_gelu_residual`; the output is ``(..., in_features + out_features)``.
+    Shapes, dtypes and errors as in `linear_gelu_residual`; the output is
+    ``(..., in_features + out_features)``.
 
     >>> linear_gelu_concat(torch.randn(8, 64), torch.randn(32, 64)).shape
     torch.Size([8, 96])
@@ -80,9 +81,11 @@ def residual_stack(
         weights: one ``(out, in)`` tensor a layer; ``in`` is the previous layer's output width, with
             ``shortcut="concat"`` the sum of all widths so far.
         biases: one ``(out,)`` tensor or None a layer, or None for no bias at all.
-        shortcut: ``"identity"`` adds h where ``in == out`` and nothing elsewhere; ``"projection"`` adds h where
-            ``in == out`` and ``h Pᵀ + p`` elsewhere; ``"concat"`` returns ``cat([h, layer(h)], -1)``; ``"none"``.
-        projections: for ``"projection"``, one ``(out, in)`` tensor or None a layer; needed where ``in != out``.
+        shortcut: ``"identity"`` adds h where ``in == out`` and nothing elsewhere; ``"projection"`` adds h
+            where ``in == out`` and ``h Pᵀ + p`` elsewhere; ``"concat"`` returns ``cat([h, layer(h)], -1)``;
+            ``"none"`` does nothing.
+        projections: for ``"projection"``, one ``(out, in)`` tensor or None a layer; needed where
+            ``in != out``.
         projection_biases: one ``(out,)`` tensor or None a layer.
         activation: as in `linear_gelu_residual`.
 
@@ -97,14 +100,10 @@ def residual_stack(
     >>> residual_stack(torch.randn(2, 10, 64), weights).shape
     torch.Size([2, 10, 64])
     """
-    if shortcut not in SHORTCUTS:
-        raise ValueError(f"shortcut: got {shortcut!r}, expected one of {', '.join(map(repr, SHORTCUTS))}")
-    if shortcut != "projection" and (projections is not None or projection_biases is not None):
-        raise ValueError(f"projections: given with shortcut={shortcut!r}; pass shortcut='projection' or leave them out")
-    biases = _one_per_layer("biases", biases, weights)
-    projections = _one_per_layer("projections", projections, weights)
-    projection_biases = _one_per_layer("projection_biases", projection_biases, weights)
-
+    check_stack(shortcut, projections is not None or projection_biases is not None)
+    biases = per_layer("biases", biases, len(weights))
+    projections = per_layer("projections", projections, len(weights))
+    projection_biases = per_layer("projection_biases", projection_biases, len(weights))
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if shortcut == "concat":
             x = linear_gelu_concat(x, weight, bias, activation=activation)
@@ -115,10 +114,7 @@ def residual_stack(
         elif shortcut != "none" and weight.shape[0] == x.shape[-1]:
             residual = x
         elif shortcut == "projection":
-            raise ValueError(
-                f"projections[{i}]: got None, expected a tensor, because layer {i} maps {x.shape[-1]} "
-                f"features to {weight.shape[0]}; pass one of shape ({weight.shape[0]}, {x.shape[-1]})"
-            )
+            raise missing_projection(i, weight.shape)
         x = linear_gelu_residual(x, weight, bias, residual, activation=activation)
     return x
 
@@ -157,13 +153,3 @@ def record_fallback(reason: str) -> None:
     """Count a module's call that leaves the fused path; RuntimeError under FASTLANE_STRICT=1."""
     if not torch.compiler.is_compiling():
         library.leave_fused_path(reason)
-
-
-def _one_per_layer(
-    name: str, values: Sequence[Tensor | None] | None, weights: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
-    if values is None:
-        return [None] * len(weights)
-    if len(values) != len(weights):
-        raise ValueError(f"{name}: got {len(values)} entries, expected {len(weights)}, one for each weight")
-    return values

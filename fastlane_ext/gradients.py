@@ -3,7 +3,7 @@
 The gradients come from ``torch.autograd.grad``, so that looking at them changes nothing: ``.grad``, buffers
 (a BatchNorm's running statistics), the random state and train or eval mode stay as they were.
 
-``GradientReport.plot`` and `plot_gradients` need matplotlib: ``pip install "fastlane_ext[plot]"``.
+``GradientReport.plot`` and `fastlane_ext.plots` need matplotlib: ``pip install "fastlane_ext[plot]"``.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import networks, reference
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from ._arguments import check_choice, check_layer_sizes
 
 __all__ = [
     "GradientComparison",
@@ -31,7 +29,6 @@ __all__ = [
     "GradientRow",
     "ShortcutDemo",
     "gradient_report",
-    "plot_gradients",
     "print_gradients",
     "shortcut_demo",
 ]
@@ -39,9 +36,6 @@ __all__ = [
 Loss = Callable[[Any, Any], Tensor]
 _STYLES = ("lines", "full", "table")
 _TABLE_HEADING = "Gradients by layer"
-_INK, _MUTED, _GRID = "#1a1a1a", "#6b6b6b", "#dddddd"
-# Blue, orange, green, purple: apart from each other for colour-blind eyes too.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#7b5ea7")
 
 
 @contextmanager
@@ -156,7 +150,7 @@ def print_gradients(
     >>> print_gradients(model, torch.ones(1, 2))
     weight has gradient mean of 4.000000e+00
     """
-    reference._check_choice("style", style, _STYLES)
+    check_choice("style", style, _STYLES)
     _, rows = _gradients(model, x, target, loss_fn, keep_grad)
     if style == "table":
         print(_TABLE_HEADING, "-" * len(_TABLE_HEADING), sep="\n", file=file)
@@ -307,27 +301,9 @@ class GradientReport:
         Raises:
             ImportError: matplotlib is missing; the message has the command that installs it.
         """
-        figure = _figure(7.5, 1.3 + 0.28 * len(self.rows))
-        axes = figure.add_subplot()
-        drawn = [row.mean_abs for row in self.rows if row.mean_abs and math.isfinite(row.mean_abs)]
-        low = 10.0 ** math.floor(math.log10(min(drawn, default=1.0)) - 0.3)
-        for place, row in enumerate(self.rows):
-            value = row.mean_abs
-            note = "no gradient" if value is None else "0" if value == 0 else f"{value:.1e}"
-            if value and math.isfinite(value):
-                colour = _COLOURS[0] if "weight" in row.name else "#9ecae1"
-                axes.barh(place, value - low, left=low, height=0.7, color=colour)
-            end = value if value and math.isfinite(value) else low
-            axes.annotate(
-                note, (end, place), (4, 0), textcoords="offset points", va="center", size=8, color=_MUTED
-            )
-        axes.set_xscale("log")
-        high = max(drawn, default=1.0)
-        axes.set_xlim(low, high * (high / low) ** 0.15)
-        axes.set_yticks(range(len(self.rows)), [row.name for row in self.rows], fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xlabel("mean |gradient| (log scale)", color=_MUTED)
-        _finish(figure, axes, title, "x", path)
+        from .plots import plot_report
+
+        plot_report(self, path, title=title)
 
 
 def gradient_report(
@@ -345,76 +321,6 @@ def gradient_report(
     """
     loss, rows = _gradients(model, x, target, loss_fn, keep_grad)
     return GradientReport(loss, tuple(_row(*row) for row in rows))
-
-
-def plot_gradients(
-    reports: Mapping[str, GradientReport],
-    path: str | os.PathLike[str],
-    *,
-    title: str = "Shortcuts keep gradients from vanishing",
-) -> None:
-    """Save a line a report: mean |gradient| of each layer's weight on a log scale, from the input's side on.
-
-    Args:
-        reports: label to report, e.g. ``{"without shortcuts": a, "with shortcuts": b}``. Layers are the
-            weights that all of them have, in order; a projection that only one network has is left out.
-        path: where to save; the ending picks the format.
-        title: the picture's heading.
-
-    Raises:
-        ImportError: matplotlib is missing; the message has the command that installs it.
-        ValueError: no report, or no weight that all have.
-    """
-    means = {
-        label: {row.name: row.mean_abs for row in report.rows if "weight" in row.name}
-        for label, report in reports.items()
-    }
-    first = next(iter(means.values()), {})
-    names = [name for name in first if all(name in values for values in means.values())]
-    if not names:
-        raise ValueError(
-            "reports: got no weight that all reports have, expected at least one; compare networks with the "
-            "same layer names"
-        )
-    figure = _figure(7.5, 4.2)
-    axes = figure.add_subplot()
-    places = range(1, len(names) + 1)
-    for (label, values), colour in zip(means.items(), _COLOURS * len(means), strict=False):
-        # A zero or a missing gradient has no place on a log scale: the line has a gap there.
-        heights = [values[name] or math.nan for name in names]
-        axes.plot(places, heights, "o-", color=colour, linewidth=2, label=label)
-    axes.set_yscale("log")
-    axes.set_xticks(places[:: 1 + len(names) // 20])
-    axes.set_xlabel("layer (1 is next to the input: the last one that gradients reach)", color=_MUTED)
-    axes.set_ylabel("mean |gradient| (log scale)", color=_MUTED)
-    axes.legend(frameon=False)
-    start = [values[names[0]] for values in means.values()]
-    if len(start) == 2 and all(value and math.isfinite(value) for value in start) and start[0] != start[1]:
-        low, high = sorted(start)
-        arrow = {"arrowstyle": "->", "color": _MUTED, "shrinkA": 6, "shrinkB": 6}
-        axes.annotate("", (1, high), (1, low), arrowprops=arrow)
-        middle = (1, math.sqrt(low * high))
-        axes.annotate(
-            f"{high / low:,.3g} times larger", middle, (8, 0), textcoords="offset points", color=_INK
-        )
-    _finish(figure, axes, title, "y", path)
-
-
-def _figure(width: float, height: float) -> Figure:
-    # A bare Figure draws without a display and leaves pyplot's global state alone.
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "fastlane_ext[plot]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _finish(figure: Figure, axes: Any, title: str, grid: str, path: str | os.PathLike[str]) -> None:
-    axes.set_title(title, loc="left", color=_INK, fontweight="bold")
-    axes.grid(axis=grid, color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
 
 
 class ShortcutDemo(NamedTuple):
@@ -455,6 +361,6 @@ def shortcut_demo(
     with torch.random.fork_rng(devices=[]):
         for rule in ("none", shortcut):
             torch.manual_seed(seed)
-            drawn = torch.randn(1, reference._check_layer_sizes("layer_sizes", layer_sizes)[0])
+            drawn = torch.randn(1, check_layer_sizes("layer_sizes", layer_sizes)[0])
             made.append(kind(layer_sizes, shortcut=rule, activation=activation))
     return ShortcutDemo(drawn if x is None else x, made[0], made[1])

@@ -10,9 +10,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import reference
+from ._plain import under_global_hooks, why_not_plain
 from .functional import linear_gelu_concat, linear_gelu_residual, record_fallback, residual_stack
-from .modules import _linear, _under_global_hooks
-from .reference import _why_not_plain
+from .modules import run_linear
 
 __all__ = ["DeepNeuralNet", "ExampleDeepNeuralNetwork", "ImprovedResidualNetwork", "ResidualNetwork"]
 
@@ -21,17 +21,17 @@ _GELU_NAMES = {"none": "gelu", "tanh": "gelu_tanh"}
 
 def _plain_layer(layer: nn.Module) -> tuple[Tensor, Tensor | None, str] | str:
     """Weight, bias and activation where the fused op can stand in for ``layer``, else the reason why not."""
-    reason = _why_not_plain(layer, nn.Sequential)
+    reason = why_not_plain(layer, nn.Sequential)
     if reason is not None:
         return reason
     if len(layer._modules) != 2:
         return f"has {len(layer._modules)} children, not Linear and activation"
     linear, activation = layer._modules.values()
-    reason = _why_not_plain(linear, nn.Linear)
+    reason = why_not_plain(linear, nn.Linear)
     if reason is not None:
         return f"has a child 0 that {reason}"
     kind = nn.Identity if type(activation) is nn.Identity else nn.GELU
-    reason = _why_not_plain(activation, kind)
+    reason = why_not_plain(activation, kind)
     if reason is not None:
         return f"has a child 1 that {reason}"
     name = "none" if kind is nn.Identity else _GELU_NAMES.get(activation.approximate)
@@ -49,7 +49,7 @@ class _FusedForward(reference.ResidualNetwork):
     def forward(self, x: Tensor) -> Tensor:
         """``(*, layer_sizes[0])`` to ``(*, layer_sizes[-1])``, or, with concat, ``(*, sum(layer_sizes))``."""
         weights, biases, common = [], [], ""
-        if _under_global_hooks():
+        if under_global_hooks():
             return self._forward_by_layer(x)
         for layer in self.layers._modules.values():
             plain = _plain_layer(layer)
@@ -63,7 +63,7 @@ class _FusedForward(reference.ResidualNetwork):
         if self.shortcut == "projection":
             projections, projection_biases = [], []
             for projection in self.projections._modules.values():
-                if projection is not None and _why_not_plain(projection, nn.Linear) is not None:
+                if projection is not None and why_not_plain(projection, nn.Linear) is not None:
                     return self._forward_by_layer(x)
                 projections.append(None if projection is None else projection.weight)
                 projection_biases.append(None if projection is None else projection.bias)
@@ -78,7 +78,7 @@ class _FusedForward(reference.ResidualNetwork):
         )
 
     def _forward_by_layer(self, x: Tensor) -> Tensor:
-        hooked = _under_global_hooks()
+        hooked = under_global_hooks()
         for index, layer in enumerate(self.layers):
             plain = hooked or _plain_layer(layer)
             if isinstance(plain, str):
@@ -92,7 +92,7 @@ class _FusedForward(reference.ResidualNetwork):
             residual = None
             if self.shortcut == "projection":
                 projection = self.projections[index]
-                residual = x if projection is None else _linear(projection, f"projections.{index}", x)
+                residual = x if projection is None else run_linear(projection, f"projections.{index}", x)
             elif self.shortcut == "identity" and weight.shape[0] == weight.shape[1]:
                 residual = x
             x = linear_gelu_residual(x, weight, bias, residual, activation=activation)

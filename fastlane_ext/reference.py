@@ -9,7 +9,6 @@ al., arXiv:1512.03385; concatenation, Huang et al., arXiv:1608.06993.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,6 +16,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ._arguments import (
+    ACTIVATIONS,
+    SHORTCUTS,
+    bad,
+    check_choice,
+    check_layer_sizes,
+    check_size,
+    check_stack,
+    missing_projection,
+    per_layer,
+)
+from ._plain import why_not_plain
 
 __all__ = [
     "ACTIVATIONS",
@@ -33,60 +45,17 @@ __all__ = [
     "residual_stack",
 ]
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "none")
-SHORTCUTS = ("identity", "projection", "concat", "none")
 
-
-def _bad(
-    argument: str, got: object, expected: str, remedy: str, error: type[Exception] = ValueError
-) -> Exception:
-    """The one form of message for a refused argument: its name, what came, what was expected, what to do."""
-    return error(f"{argument}: got {got}, expected {expected}; {remedy}")
-
-
-def _check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        error = ValueError if isinstance(value, str) else TypeError
-        expected = "one of " + ", ".join(map(repr, choices))
-        raise _bad(argument, repr(value), expected, "pass one of these", error)
-
-
-def _check_size(argument: str, value: Any) -> int:
-    remedy = "give the number of features"
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
-        raise _bad(argument, f"{value!r} ({type(value).__name__})", "an int", remedy, TypeError)
-    if value < 0:
-        raise _bad(argument, value, "an int >= 0", remedy)
-    return operator.index(value)
-
-
-def _check_layer_sizes(argument: str, value: Any) -> list[int]:
-    got, expected = f"{value!r} ({type(value).__name__})", "a sequence of at least two ints"
-    remedy = "list the input size, then the size of every layer, as in [64, 64, 10]"
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise _bad(argument, got, expected, remedy, TypeError)
-    if len(value) < 2:
-        raise _bad(argument, got, expected, remedy)
-    return [_check_size(f"{argument}[{index}]", size) for index, size in enumerate(value)]
-
-
-def _per_layer(argument: str, values: Sequence[Tensor | None] | None, layers: int) -> Sequence[Tensor | None]:
-    if values is not None and len(values) != layers:
-        remedy = "use None for a layer that has none"
-        raise _bad(argument, f"{len(values)} entries", f"{layers}, one a layer", remedy)
-    return [None] * layers if values is None else values
-
-
-def _activate(z: Tensor, activation: str) -> Tensor:
+def activate(z: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
         return F.gelu(z)
     if activation == "gelu_tanh":
         return F.gelu(z, approximate="tanh")
-    _check_choice("activation", activation, ACTIVATIONS)
+    check_choice("activation", activation, ACTIVATIONS)
     return z
 
 
-def _activation_module(activation: str) -> nn.Module:
+def activation_module(activation: str) -> nn.Module:
     if activation == "none":
         return nn.Identity()
     return nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
@@ -113,7 +82,7 @@ def linear_gelu_residual(
     >>> linear_gelu_residual(torch.ones(2, 3), torch.zeros(4, 3), residual=torch.ones(4)).sum().item()
     8.0
     """
-    y = _activate(F.linear(x, weight, bias), activation)
+    y = activate(F.linear(x, weight, bias), activation)
     return y if residual is None else y + residual
 
 
@@ -156,13 +125,11 @@ def residual_stack(
     >>> residual_stack(torch.ones(2, 3), [torch.zeros(3, 3)] * 2).tolist()
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
-    _check_choice("shortcut", shortcut, SHORTCUTS)
-    _check_choice("activation", activation, ACTIVATIONS)
-    if shortcut != "projection" and not (projections is None and projection_biases is None):
-        raise _bad("projections", "tensors", f"None with shortcut={shortcut!r}", 'use shortcut="projection"')
-    biases = _per_layer("biases", biases, len(weights))
-    projections = _per_layer("projections", projections, len(weights))
-    projection_biases = _per_layer("projection_biases", projection_biases, len(weights))
+    check_stack(shortcut, projections is not None or projection_biases is not None)
+    check_choice("activation", activation, ACTIVATIONS)
+    biases = per_layer("biases", biases, len(weights))
+    projections = per_layer("projections", projections, len(weights))
+    projection_biases = per_layer("projection_biases", projection_biases, len(weights))
     for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if shortcut == "concat":
             x = linear_gelu_concat(x, weight, bias, activation=activation)
@@ -174,8 +141,7 @@ def residual_stack(
             if projection is not None:
                 residual = F.linear(x, projection, projection_biases[index])
             elif not square:
-                expected = f"a weight of shape {tuple(weight.shape)}"
-                raise _bad(f"projections[{index}]", None, expected, "pass one wherever in and out differ")
+                raise missing_projection(index, weight.shape)
         x = linear_gelu_residual(x, weight, bias, residual, activation=activation)
     return x
 
@@ -229,6 +195,8 @@ class LinearGELUResidual(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    _linear_gelu_residual = staticmethod(linear_gelu_residual)
+    _linear_gelu_concat = staticmethod(linear_gelu_concat)
 
     def __init__(
         self,
@@ -242,10 +210,10 @@ class LinearGELUResidual(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("shortcut", shortcut, SHORTCUTS)
-        _check_choice("activation", activation, ACTIVATIONS)
-        self.in_features = _check_size("in_features", in_features)
-        self.out_features = _check_size("out_features", out_features)
+        check_choice("shortcut", shortcut, SHORTCUTS)
+        check_choice("activation", activation, ACTIVATIONS)
+        self.in_features = check_size("in_features", in_features)
+        self.out_features = check_size("out_features", out_features)
         self.shortcut = shortcut
         self.activation = activation
         # Taking them from an nn.Linear gives its initial values under any seed, also those of a later torch.
@@ -272,13 +240,13 @@ class LinearGELUResidual(nn.Module):
         >>> LinearGELUResidual.from_linear(linear).weight is linear.weight
         True
         """
-        reason = _why_not_plain(linear, nn.Linear)
+        reason = why_not_plain(linear, nn.Linear)
         if reason is None and "weight" not in linear._parameters:
             reason = "has a computed weight"
         if reason is not None:
             expected = "an nn.Linear with ordinary parameters and no hooks"
             remedy = "remove hooks and parametrizations first"
-            raise _bad("linear", f"a module that {reason}", expected, remedy, TypeError)
+            raise bad("linear", f"a module that {reason}", expected, remedy, TypeError)
         options: dict[str, Any] = {"shortcut": shortcut, "activation": activation}
         bias = linear.bias is not None
         layer = cls(linear.in_features, linear.out_features, bias, device="meta", **options)
@@ -300,10 +268,10 @@ class LinearGELUResidual(nn.Module):
         """
         if self.shortcut == "concat":
             self._refuse(residual)
-            return linear_gelu_concat(x, self.weight, self.bias, activation=self.activation)
+            return self._linear_gelu_concat(x, self.weight, self.bias, activation=self.activation)
         if residual is None:
             residual = self._shortcut(x)
-        return linear_gelu_residual(x, self.weight, self.bias, residual, activation=self.activation)
+        return self._linear_gelu_residual(x, self.weight, self.bias, residual, activation=self.activation)
 
     def _shortcut(self, x: Tensor) -> Tensor | None:
         if self.shortcut == "projection" and self.projection is not None:
@@ -312,7 +280,7 @@ class LinearGELUResidual(nn.Module):
 
     def _refuse(self, residual: Tensor | None) -> None:
         if residual is not None:
-            raise _bad("residual", "a tensor", 'None with shortcut="concat"', 'use shortcut="none" to add it')
+            raise bad("residual", "a tensor", 'None with shortcut="concat"', 'use shortcut="none" to add it')
 
     def extra_repr(self) -> str:
         return (
@@ -340,14 +308,14 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, *, activation: str = "gelu", bias: bool = True) -> None:
         super().__init__()
-        _check_choice("activation", activation, ACTIVATIONS)
-        dim, hidden_dim = _check_size("dim", dim), _check_size("hidden_dim", hidden_dim)
+        check_choice("activation", activation, ACTIVATIONS)
+        dim, hidden_dim = check_size("dim", dim), check_size("hidden_dim", hidden_dim)
         self.activation = activation
         self.fc1 = nn.Linear(dim, hidden_dim, bias)
         self.fc2 = nn.Linear(hidden_dim, dim, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(_activate(self.fc1(x), self.activation))
+        return x + self.fc2(activate(self.fc1(x), self.activation))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
@@ -388,15 +356,15 @@ class ResidualNetwork(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        sizes = _check_layer_sizes(self._sizes_argument, layer_sizes)
-        _check_choice("shortcut", shortcut, SHORTCUTS)
-        _check_choice("activation", activation, ACTIVATIONS)
+        sizes = check_layer_sizes(self._sizes_argument, layer_sizes)
+        check_choice("shortcut", shortcut, SHORTCUTS)
+        check_choice("activation", activation, ACTIVATIONS)
         self.shortcut = shortcut
         layers, projections = [], []
         for index, (fan_in, fan_out) in enumerate(pairwise(sizes)):
             width = sum(sizes[: index + 1]) if shortcut == "concat" else fan_in
             # Order matters: under a seed, each Linear draws its values before its projection does.
-            layers.append(nn.Sequential(nn.Linear(width, fan_out, bias), _activation_module(activation)))
+            layers.append(nn.Sequential(nn.Linear(width, fan_out, bias), activation_module(activation)))
             projected = shortcut == "projection" and fan_in != fan_out
             projections.append(nn.Linear(fan_in, fan_out, bias) if projected else None)
         self.layers = nn.ModuleList(layers)
@@ -482,17 +450,3 @@ class DeepNeuralNet(ResidualNetwork):
         super().__init__(layer_size, shortcut=shortcut, activation=activation)
 
     use_skip_connection = ResidualNetwork.use_shortcut
-
-
-def _why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """None if ``module`` does just what ``kind`` does, else why not: other type, hooks, own forward."""
-    if type(module) is not kind:
-        return f"is a {type(module).__name__}, not a plain {kind.__name__}"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        return "has hooks"
-    return "has a forward of its own" if "forward" in module.__dict__ else None

@@ -15,7 +15,8 @@ from torch.nn.functional import mse_loss
 
 import fastlane_ext as fl
 from fastlane_ext import gradients
-from fastlane_ext.gradients import gradient_report, plot_gradients, print_gradients, shortcut_demo
+from fastlane_ext.gradients import gradient_report, print_gradients, shortcut_demo
+from fastlane_ext.plots import plot_gradients
 
 WITHOUT = "layers.0.0.weight has gradient mean of 1.797181e-05"
 

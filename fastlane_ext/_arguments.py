@@ -1,0 +1,64 @@
+"""Checks of Python-level arguments, one form of message. Tensors are checked in csrc/ops/checks.h."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "none")
+SHORTCUTS = ("identity", "projection", "concat", "none")
+
+
+def bad(
+    argument: str, got: object, expected: str, remedy: str, error: type[Exception] = ValueError
+) -> Exception:
+    """The one form of message for a refused argument: its name, what came, what was expected, what to do."""
+    return error(f"{argument}: got {got}, expected {expected}; {remedy}")
+
+
+def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        error = ValueError if isinstance(value, str) else TypeError
+        expected = "one of " + ", ".join(map(repr, choices))
+        raise bad(argument, repr(value), expected, "pass one of these", error)
+
+
+def check_size(argument: str, value: Any) -> int:
+    remedy = "give the number of features"
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        raise bad(argument, f"{value!r} ({type(value).__name__})", "an int", remedy, TypeError)
+    if value < 0:
+        raise bad(argument, value, "an int >= 0", remedy)
+    return operator.index(value)
+
+
+def check_layer_sizes(argument: str, value: Any) -> list[int]:
+    got, expected = f"{value!r} ({type(value).__name__})", "a sequence of at least two ints"
+    remedy = "list the input size, then the size of every layer, as in [64, 64, 10]"
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise bad(argument, got, expected, remedy, TypeError)
+    if len(value) < 2:
+        raise bad(argument, got, expected, remedy)
+    return [check_size(f"{argument}[{index}]", size) for index, size in enumerate(value)]
+
+
+def per_layer(argument: str, values: Sequence[Tensor | None] | None, layers: int) -> Sequence[Tensor | None]:
+    if values is not None and len(values) != layers:
+        remedy = "use None for a layer that has none"
+        raise bad(argument, f"{len(values)} entries", f"{layers}, one a layer", remedy)
+    return [None] * layers if values is None else values
+
+
+def check_stack(shortcut: str, has_projections: bool) -> None:
+    """The shortcut of a stack, and that projections come with the one shortcut that uses them."""
+    check_choice("shortcut", shortcut, SHORTCUTS)
+    if shortcut != "projection" and has_projections:
+        raise bad("projections", "tensors", f"None with shortcut={shortcut!r}", 'use shortcut="projection"')
+
+
+def missing_projection(index: int, shape: Sequence[int]) -> Exception:
+    expected = f"a weight of shape {tuple(shape)}"
+    return bad(f"projections[{index}]", None, expected, "pass one wherever in and out differ")

@@ -1,0 +1,40 @@
+"""Whether a child module still is what its parent was built with, so that a fused op may stand in for it.
+
+Anything else (a subclass, hooks, a parametrization, an adapter in its place) has to be called as a module.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+
+def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """None if ``module`` does just what ``kind`` does, else why not: other type, hooks, own forward."""
+    if type(module) is not kind:
+        return f"is a {type(module).__name__}, not a plain {kind.__name__}"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "has hooks"
+    return "has a forward of its own" if "forward" in module.__dict__ else None
+
+
+def under_global_hooks() -> str | None:
+    """The reason to call every child as a module, if a hook was registered for all modules."""
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
+        return "is under a hook registered for all modules"
+    return None
+
+
+def why_not_plain_linear(module: nn.Module) -> str | None:
+    """None if calling ``module`` is just ``F.linear`` on its parameters, else the reason why it is not."""
+    return under_global_hooks() or why_not_plain(module, nn.Linear)

@@ -1,0 +1,132 @@
+"""What the folder layout promises, and that the source distribution builds and runs on its own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import fastlane_ext
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "csrc" / "kernels"
+
+
+def test_kernels_include_no_torch_or_python_header():
+    include = re.compile(r'^\s*#\s*include\s*[<"](torch|ATen|c10|Python|pybind11)', re.MULTILINE)
+    sources = [path for path in KERNELS.rglob("*") if path.is_file()]
+    assert len(sources) > 10
+    assert [path.name for path in sources if include.search(path.read_text())] == []
+
+
+def test_intrinsics_live_in_the_vector_headers_only():
+    intrinsic = re.compile(r"\b_mm(256|512)?_\w+\(")
+    found = {path.name for path in KERNELS.rglob("*") if path.is_file() and intrinsic.search(path.read_text())}
+    assert found == {"vec_avx2.h", "vec_avx512.h"}
+
+
+def test_there_is_one_operator_library():
+    definitions = [p.name for p in (ROOT / "csrc").rglob("*.cpp") if re.search(r"TORCH_LIBRARY\(", p.read_text())]
+    assert definitions == ["schema.cpp"]
+
+
+def test_no_flag_ties_the_build_to_this_machine_or_changes_floating_point():
+    flags = (ROOT / "setup.py").read_text()
+    for forbidden in ("-march", "-mavx", "-ffast-math", "-Ofast", "-std="):
+        assert forbidden not in flags
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ("avx2", "avx512") if isa in fastlane_ext.build_info()["compiled_isas"]])
+def test_an_isa_file_exports_one_symbol(isa, tmp_path):
+    """A weak AVX symbol could be picked by the linker for code that runs on an older CPU."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None or shutil.which("nm") is None:
+        pytest.skip("needs a C++ compiler and nm")
+    assembled = tmp_path / "isa.o"
+    source = KERNELS / "cpu" / f"isa_{isa}.cpp"
+    subprocess.run([compiler, "-std=c++17", "-O1", "-fPIC", "-w", "-c", source, "-o", assembled], check=True)
+    listing = subprocess.run(["nm", "-C", "--defined-only", assembled], capture_output=True, text=True, check=True)
+    exported = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
+    exported = [(kind, name) for _, kind, name in exported if kind not in "tbrdn" and "DW.ref" not in name]
+    assert exported == [("T", f"fastlane::{isa}_kernels()")]
+
+
+def test_wide_registers_stay_in_local_functions_of_the_library():
+    if shutil.which("objdump") is None:
+        pytest.skip("needs objdump")
+    library = fastlane_ext._load.library.__file__
+    exported = set(
+        subprocess.run(
+            ["nm", "-D", "--defined-only", "--format=just-symbols", library],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
+    )
+    disassembly = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", library], capture_output=True, text=True, check=True
+    ).stdout
+    users, function = set(), ""
+    for line in disassembly.splitlines():
+        if line.endswith(">:"):
+            function = line.split("<", 1)[1][:-2]
+        elif "%ymm" in line or "%zmm" in line:
+            users.add(function)
+    assert users, "the AVX kernels are missing from the library"
+    assert not users & exported
+
+
+def build_sdist(folder):
+    subprocess.run(
+        [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+@pytest.mark.slow
+def test_the_source_distribution_builds_installs_and_runs(tmp_path):
+    archive = build_sdist(tmp_path)
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    tracked = {
+        str(path.relative_to(ROOT))
+        for folder in ("csrc", "fastlane_ext")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".cpp", ".h", ".inc", ".py", ".typed"}
+    }
+    assert tracked <= names
+    assert {"LICENSE", "README.md", "build_support.py", "setup.py", "pyproject.toml"} <= names
+
+    target = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
+        + ["--target", str(target), str(archive)],
+        check=True,
+        cwd=tmp_path,
+    )
+    program = (
+        "import json, torch, fastlane_ext as fe\n"
+        "x, w = torch.randn(5, 8), torch.randn(8, 8, requires_grad=True)\n"
+        "fe.linear_gelu_residual(x, w, None, x).sum().backward()\n"
+        "print(json.dumps([fe.__file__, fe.build_info()['torch_version'], fe.stats()['fused']]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(target)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    file, torch_version, fused = json.loads(run.stdout)
+    assert Path(file).is_relative_to(target)
+    assert torch_version == fastlane_ext.build_info()["torch_version"]
+    assert fused == {"forward": 1, "backward": 1}
