@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlane_ext.bench import protocol, suites
+from fastlane_ext.bench import machine, protocol, suites
 
 REPEATS, QUICK_REPEATS = 15, 5
 
@@ -61,8 +61,9 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[suites.
                             race.sample(name)
 
                 # Setup runs before each round, untimed: eager, compile, linear, oneDNN, fused, eager, ...
-                benchmark.pedantic(race.sample, args=("fused",), setup=others, rounds=rounds)
-            row = prepared.row(mode, race.results())
+                with machine.Neighbours() as neighbours:
+                    benchmark.pedantic(race.sample, args=("fused",), setup=others, rounds=rounds)
+            row = prepared.row(mode, race.results(), neighbours.cores)
         benchmark.group = f"{job} {mode}"
         benchmark.extra_info["over_fused"] = row["over_fused"]
         benchmark.extra_info["row"] = row

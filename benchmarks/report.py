@@ -23,7 +23,7 @@ RIVALS = ("eager", "compile", "linear", "onednn")
 COLOURS = {"eager": "#0072b2", "compile": "#009e73", "linear": "#7b5ea7", "onednn": "#d55e00"}
 LABELS = {"eager": "eager", "compile": "torch.compile", "linear": "F.linear alone", "onednn": "oneDNN"}
 TICKS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
-FACTS = ("cpu", "cores", "isa", "torch", "fastlane_ext", "commit", "date")
+FACTS = ("cpu", "cores", "isa", "torch", "fastlane_ext", "commit", "date", "quiet_cores")
 
 Document = dict[str, Any]
 
@@ -93,7 +93,8 @@ def _ratio(row: Document, name: str) -> str:
     value = row["over_fused"].get(name)
     if value is None:
         return "–"
-    return f"**{value:.2f}**" if value < 1 else f"{value:.2f}"
+    text = f"{value:.2f}" if value < 10 else f"{value:.0f}"
+    return f"**{text}**" if value < 1 else text
 
 
 def markdown(document: Document) -> str:
@@ -105,6 +106,11 @@ def markdown(document: Document) -> str:
     )
     if document.get("commit"):
         facts += f" at {document['commit']}"
+    quiet = document["quiet_cores"]
+    noisy = [row["busy_cores"] for row in document["rows"] if (row["busy_cores"] or 0) > quiet]
+    if noisy:
+        rows = f"{len(noisy)} of {len(document['rows'])} rows"
+        facts += f"; NOT a quiet machine: in {rows} something else kept up to {max(noisy):.1f} cores busy"
     lines = [
         f"{facts}; {str(document['date'])[:10]}. Times of the fused op; for the others, how many times that "
         "long they take (bold: less than once, the fused op loses). Medians of interleaved runs.",
@@ -194,10 +200,10 @@ def plot(document: Document, path: Path) -> None:
                         color="#6b6b6b",
                     )
         axes.set_xscale("log")
-        axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS], fontsize=8)
         axes.minorticks_off()
         finite = [value for row in rows for value in row["over_fused"].values()]
-        axes.set_xlim(min([0.5, *finite]) / 1.5, max([2.0, *finite]) * 1.5)
+        axes.set_xlim(min([0.5, *finite]) / 2.2, max([2.0, *finite]) * 1.8)
         axes.axvline(1, color="#1a1a1a", linewidth=1)
         axes.set_yticks(range(len(rows)), [f"{row['case']}\n{row['dtype']}" for row in rows], fontsize=8)
         axes.invert_yaxis()

@@ -22,6 +22,8 @@ from . import contestants, machine, protocol
 FORWARD, STEP = "forward", "forward+backward"
 MODES = (FORWARD, STEP)
 SCHEMA = 1
+QUIET = 0.2
+"""Cores that anything else may keep busy before a row carries a warning."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -227,9 +229,16 @@ class Prepared:
             call()
         return contestants.stats_since(before)
 
-    def row(self, mode: str, results: dict[str, protocol.Timing | protocol.Skipped]) -> dict[str, Any]:
-        """One JSON-able row: what was measured, eager's time over the fused one's, and the part of the
-        limit."""
+    def row(
+        self,
+        mode: str,
+        results: dict[str, protocol.Timing | protocol.Skipped],
+        busy_cores: float | None = None,
+    ) -> dict[str, Any]:
+        """One JSON-able row: what was measured, each time over the fused one's, and the part of the limit.
+
+        ``busy_cores`` is what :class:`machine.Neighbours` saw meanwhile.
+        """
         case, threads = self.job.case, self.job.threads
         results = {
             name: r for name in contestants.NAMES for r in [{**results, **self.absent(mode)}.get(name)] if r
@@ -260,6 +269,7 @@ class Prepared:
             },
             "part_of_limit": {name: bounds[bound_by] / t for name, t in times.items()},
             "path": self.path(mode),
+            "busy_cores": busy_cores,
         }
 
 
@@ -295,14 +305,14 @@ def run_job(
     rows = []
     with prepare(job, compiled=compiled, note=note) as prepared:
         for mode in MODES:
-            with torch.set_grad_enabled(mode == STEP):
+            with torch.set_grad_enabled(mode == STEP), machine.Neighbours() as others:
                 results = protocol.race(
                     prepared.calls(mode),
                     repeats=repeats,
                     budget=budget,
                     on_contestant=(lambda name, mode=mode: note(f"{mode}: {name}")) if note else None,
                 )
-            rows.append(prepared.row(mode, results))
+            rows.append(prepared.row(mode, results, others.cores))
     return rows
 
 
@@ -312,6 +322,7 @@ def document(rows: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
         "kind": "fastlane-bench",
         "schema": SCHEMA,
         **machine.environment(),
+        "quiet_cores": QUIET,
         "settings": settings,
         "rows": rows,
     }

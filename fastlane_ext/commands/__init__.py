@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 Note = Callable[..., None]
 """``note(done=0, text=None)``: move the progress bar by ``done`` steps and say what is going on."""
+
+PLAIN_NOTE_SECONDS = 5.0
 
 
 class CommandError(Exception):
@@ -53,12 +56,27 @@ def table(title: str, *columns: str, left: int = 1) -> Table:
     return made
 
 
+def _plain_notes(title: str, total: int) -> Note:
+    finished, last = 0, time.monotonic()
+
+    def note(done: int = 0, text: str | None = None) -> None:
+        nonlocal finished, last
+        finished += done
+        if time.monotonic() - last > PLAIN_NOTE_SECONDS:
+            last = time.monotonic()
+            print(f"{title}: {finished} of {total} done; {text or ''}", file=sys.stderr, flush=True)
+
+    return note
+
+
 @contextmanager
 def progress(title: str, total: int, *, json_output: bool) -> Iterator[Note]:
-    """A progress bar on stderr, as a function ``note(done=0, text=None)``; silent under --json off a
-    terminal."""
-    if json_output and not sys.stderr.isatty():
-        yield lambda done=0, text=None: None
+    """Progress on stderr, as a function ``note(done=0, text=None)``.
+
+    On a terminal it is a bar; elsewhere a plain line every few seconds, or nothing under ``--json``.
+    """
+    if not sys.stderr.isatty():
+        yield (lambda done=0, text=None: None) if json_output else _plain_notes(title, total)
         return
     rich_progress = need("rich.progress", "cli", "a progress bar")
     errors = need("rich.console", "cli", "a progress bar").Console(stderr=True)

@@ -54,8 +54,14 @@ def compute(
             note=lambda text, job=job: note(0, f"{job}, {text}"),
         )
         note(1)
-    document = suites.document(rows, repeats=repeats, budget_s=budget, quick=quick, compiled=compiled)
+    settings = {"repeats": repeats, "budget_s": budget, "quick": quick, "compiled": compiled}
+    document = suites.document(rows, **settings)
     return {**document, "ok": all("skipped" not in row["results"]["fused"] for row in rows)}
+
+
+def times(value: float) -> str:
+    """A ratio with the digits that matter."""
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
@@ -68,7 +74,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
     over = row["over_fused"].get(name)
     if over is None:
         return text
-    return f"{text} [{'green' if over >= 1 else 'red'}]{over:.2f}×[/]"
+    return f"{text} [{'green' if over >= 1 else 'red'}]{times(over)}×[/]"
 
 
 def render(result: dict[str, Any]) -> None:
@@ -78,6 +84,12 @@ def render(result: dict[str, Any]) -> None:
         f"{result['cpu']}, {result['cores']} cores, {result['isa']}, torch {result['torch']}; medians; "
         "N× is how many times the fused time that is"
     )
+    noisy = [row["busy_cores"] for row in result["rows"] if (row["busy_cores"] or 0) > suites.QUIET]
+    if noisy:
+        out.print(
+            f"[red]Not a quiet machine: in {len(noisy)} of {len(result['rows'])} rows something else "
+            f"kept up to {max(noisy):.1f} cores busy.[/red]"
+        )
     tables: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         tables.setdefault((row["suite"], row["threads"], row["mode"]), []).append(row)

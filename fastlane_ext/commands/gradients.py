@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import fastlane_ext
-from fastlane_ext import gradients
+from fastlane_ext import gradients, plots
 from fastlane_ext.bench.contestants import stats_since
 
 from . import CommandError, writable
@@ -87,7 +87,7 @@ def _relative(value: float | None, expected: float | None) -> float:
 
 def _plot(reports: dict[str, gradients.GradientReport], path: str) -> None:
     try:
-        gradients.plot_gradients(reports, path)
+        plots.plot_gradients(reports, path)
     except ImportError as error:
         raise CommandError(str(error)) from error
     except (OSError, ValueError) as error:

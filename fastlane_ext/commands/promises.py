@@ -146,6 +146,8 @@ def _error(got: Tensor, exact: Tensor) -> float:
 def _multiprecision_error(got: Tensor, exact: list[list[Any]]) -> float:
     from mpmath import mp, mpf
 
+    if not torch.isfinite(got).all():
+        return math.inf
     with mp.workdps(40):
         rows = got.reshape(len(exact), -1).tolist()
         scale = max(abs(value) for row in exact for value in row)
@@ -154,8 +156,7 @@ def _multiprecision_error(got: Tensor, exact: list[list[Any]]) -> float:
             for mine, other in zip(rows, exact, strict=True)
             for a, b in zip(mine, other, strict=True)
         ]
-        error = float(max(abs(a - b) for a, b in pairs) / max(scale, mpf("1e-300")))
-    return error if error == error else math.inf
+        return float(max(abs(a - b) for a, b in pairs) / max(scale, mpf("1e-300")))
 
 
 def ratio(fused: float, eager: float) -> float:

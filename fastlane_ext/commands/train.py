@@ -6,6 +6,7 @@ All runs start from the same parameters and see the same batches with the same o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,7 +47,7 @@ class Options:
         for name in ("epochs", "layers", "width", "batch"):
             if getattr(self, name) < 1:
                 raise CommandError(f"--{name}: got {getattr(self, name)}, expected at least 1")
-        if not 0 < self.lr < float("inf"):
+        if not 0 < self.lr < math.inf:
             raise CommandError(f"--lr: got {self.lr}, expected a positive number")
 
 
@@ -124,8 +125,9 @@ def _train(
 
 
 def _difference(a: list[float], b: list[float]) -> float:
-    worst = max(abs(p - q) / max(abs(q), 1e-12) for p, q in zip(a, b, strict=True))
-    return worst if worst == worst else float("inf")
+    each = (abs(p - q) / max(abs(q), 1e-12) for p, q in zip(a, b, strict=True))
+    # max() would pass over a NaN.
+    return max(math.inf if value != value else value for value in each)
 
 
 def _agreement(curves: dict[str, list[float]]) -> dict[str, Any]:
@@ -263,7 +265,7 @@ def _plot(result: dict[str, Any], path: str) -> None:
         label = f"{key} shortcuts, {run['accuracy']['fused']:.1%} right"
         losses.plot(steps_done, run["loss"]["fused"], color=colour, linewidth=2.2, alpha=0.75, label=label)
         losses.plot(steps_done, run["loss"]["eager"], color="#1a1a1a", linewidth=0.7, linestyle=(0, (4, 4)))
-        heights = [value or float("nan") for value in run["gradients_at_start"]]
+        heights = [value or math.nan for value in run["gradients_at_start"]]
         slopes.plot(
             range(1, len(heights) + 1), heights, "o-", color=colour, markersize=4, label=f"{key} shortcuts"
         )

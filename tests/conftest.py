@@ -1,0 +1,78 @@
+"""Fixtures shared by all tests: which path ran, poisoned memory, threads."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+import fastlane_ext as fl
+
+# The same examples on every run: a failure in CI is a failure at home. HYPOTHESIS_PROFILE=explore looks further.
+hypothesis.settings.register_profile(
+    "fixed",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.register_profile(
+    "explore", hypothesis.settings.get_profile("fixed"), derandomize=False, max_examples=2000
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "expects_fallback(*reasons): the test leaves the fused path, for these reasons and no other",
+    )
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and torch.cuda.is_available() says there is none")
+
+
+@pytest.fixture(autouse=True)
+def no_silent_fallback(request):
+    """A call that took the eager path fails its test, unless the test says why it should.
+
+    A test that provokes fallbacks and checks them itself calls `reset_stats` when it is done.
+    """
+    fl.reset_stats()
+    yield
+    reasons = set(fl.stats()["fallback"])
+    fl.reset_stats()
+    marker = request.node.get_closest_marker("expects_fallback")
+    assert reasons == (set(marker.args) if marker else set()), "unexpected path, see fastlane_ext.stats()"
+
+
+@pytest.fixture
+def assert_fused():
+    """Call it at the end: so many fused calls ran since the last `reset_stats` (None: at least one)."""
+
+    def check(forward=None, backward=0):
+        fused = fl.stats()["fused"]
+        for direction, expected in (("forward", forward), ("backward", backward)):
+            count = fused[direction]
+            assert count > 0 if expected is None else count == expected, f"{direction}: {count}, not {expected}"
+
+    return check
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty returns NaN: an element that no kernel wrote cannot look right by luck."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,198 @@
+"""GELU and GELU′ as the kernels compute them, over everything that a float can be.
+
+They are reached through the layer: with the weight I, z is x itself, and dx is dy ⊙ GELU′(x).
+"""
+
+import math
+
+import mpmath
+import pytest
+import torch
+from oracle import DTYPES, dtype_name, gelu_parts
+
+import fastlane_ext as fl
+
+both_gelus = pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+TINY = 2.0**-149  # the smallest float32: no relative bound holds below it
+
+SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40, 1e-8, -1e-8, 0.5, -0.5, -0.7517, 1.0, -1.0]
+SPECIAL += [3.0, -3.0, 9.9, -9.9, -13.0, 13.0, -14.6, 14.6, -40.0, 40.0, -41.0, 41.0, 1e4, -1e4, 6e4, -6e4]
+SPECIAL += [sign * v for v in (1e10, 1e20, 3e38) for sign in (1, -1)]
+
+
+def fused_gelu(values, activation, width=1):
+    """(GELU, GELU′) of each value. A width of 1 keeps inf and NaN to themselves; others fill the vectors."""
+    x = values.reshape(-1, width).clone().requires_grad_()
+    fused_before = fl.stats()["fused"]["backward"]
+    y = fl.linear_gelu_residual(x, torch.eye(width, dtype=x.dtype), activation=activation)
+    (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert fl.stats()["fused"]["backward"] == fused_before + 1
+    return y.detach().flatten(), slope.flatten()
+
+
+def exact_gelu(values, activation):
+    """(GELU, GELU′, and the sum of the moduli of GELU′'s two terms) of finite values in float64."""
+    z = values.double().numpy()
+    c, b = gelu_parts(z, activation)
+    return tuple(torch.from_numpy(a) for a in (z * c, c + b, c + abs(b)))
+
+
+def test_the_oracle_against_fifty_digits():
+    values = torch.linspace(-12, 12, 97, dtype=torch.float64)
+    with mpmath.workdps(50):
+        for activation in ("gelu", "gelu_tanh"):
+            value, slope, size = exact_gelu(values, activation)
+            for i, z in enumerate(map(mpmath.mpf, values.tolist())):
+                f = mp_gelu(activation)
+                assert abs(value[i].item() - f(z)) <= 1e-12 * abs(f(z))
+                assert abs(slope[i].item() - mpmath.diff(f, z)) <= 1e-12 * size[i].item()
+
+
+def mp_gelu(activation):
+    if activation == "gelu":
+        return lambda z: z * mpmath.erfc(-z / mpmath.sqrt(2)) / 2
+    u = lambda z: mpmath.sqrt(2 / mpmath.pi) * (z + mpmath.mpf("0.044715") * z**3)  # noqa: E731
+    return lambda z: z / (1 + mpmath.exp(-2 * u(z)))
+
+
+def assert_float32_promise(values, got, activation):
+    value, slope, size = exact_gelu(values, activation)
+    for name, result, exact, bound in (("GELU", got[0], value, value.abs()), ("GELU′", got[1], slope, size)):
+        excess = (result.double() - exact).abs() - (1e-5 * bound + TINY)
+        worst = excess.argmax()
+        assert excess[worst] <= 0, (
+            f"{name}({values[worst].item()!r}) = {result[worst].item()!r}, expected {exact[worst].item()!r}"
+        )
+
+
+@both_gelus
+def test_float32_everywhere_in_ten(activation):
+    values = torch.linspace(-10, 10, 3_000_000 // 64 * 64)
+    assert_float32_promise(values, fused_gelu(values, activation, width=64), activation)
+
+
+@both_gelus
+def test_float32_in_every_binade(activation):
+    """All powers of two up to 8, denormals included, with several mantissas and both signs."""
+    powers = 2.0 ** torch.arange(-149, 4, dtype=torch.float64)
+    values = torch.outer(powers, torch.tensor([1.0, 1.1, 1.25, 1.37, 1.5, 1.7, 1.99], dtype=torch.float64))
+    values = torch.cat([values, -values]).flatten().float()
+    values = values[values.abs() <= 10]
+    assert_float32_promise(values, fused_gelu(values, activation), activation)
+
+
+@both_gelus
+def test_float32_beyond_ten(activation):
+    values = torch.logspace(1, 38.5, 40_000, dtype=torch.float64).float()
+    value, slope = fused_gelu(values, activation)
+    assert torch.equal(value, values) and (slope == 1).all()
+    value, slope = fused_gelu(-values, activation)
+    assert (value <= 0).all() and (value > -1e-21).all()
+    assert (slope <= 0).all() and (slope > -1e-20).all()
+
+
+@both_gelus
+def test_float64(activation):
+    """Relative to GELU itself, with what the rounding of z costs: GELU's condition number grows like z²."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.cat([
+        torch.linspace(-36, 36, 400, dtype=torch.float64),
+        torch.randn(200, generator=generator, dtype=torch.float64),
+        torch.tensor([1e-310, -1e-310, 1e-300, -1e-20, 0.0], dtype=torch.float64),
+    ])
+    value, slope = fused_gelu(values, activation)
+    f = mp_gelu(activation)
+    with mpmath.workdps(60):
+        for z, got, got_slope in zip(values.tolist(), value.tolist(), slope.tolist(), strict=True):
+            exact, exact_slope = f(mpmath.mpf(z)), mpmath.diff(f, mpmath.mpf(z), h=mpmath.mpf(10) ** -20)
+            condition = 8 * (1 + z * z if activation == "gelu" else 1 + abs(z) + z * z + abs(z) ** 3 / 4)
+            limit = condition * 2.3e-16
+            size = max(abs(exact_slope), abs(exact / z) if z else 1)
+            # Where exp() is a denormal of a few bits, z and GELU′ multiply what they miss.
+            assert abs(got - exact) <= limit * abs(exact) + 1e-321, (z, got)
+            assert abs(got_slope - exact_slope) <= limit * size + 1e-320, (z, got_slope)
+
+
+def ordinal(t):
+    """Neighbouring floats of 16 bits become neighbouring integers; both zeros become 0."""
+    bits = t.view(torch.int16).to(torch.int64)
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+@SIXTEEN_BITS
+@both_gelus
+def test_all_values_of_16_bits(dtype, activation):
+    """Within one unit in the last place of the exact value, rounded: GELU and GELU′ of all 65,536."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    value, slope = fused_gelu(values, activation)
+    nan, infinite = values.isnan(), values.isinf()
+    assert value[nan].isnan().all() and slope[nan].isnan().all()
+    assert torch.equal(value[infinite], values[infinite].clamp(min=0))
+    assert torch.equal(slope[infinite], (values[infinite] > 0).to(dtype))
+    finite = values[~nan & ~infinite]
+    for got, exact in zip((value, slope), exact_gelu(finite, activation), strict=False):
+        distance = (ordinal(got[~nan & ~infinite]) - ordinal(exact.to(dtype))).abs()
+        worst = distance.argmax()
+        assert distance[worst] <= 1, (finite[worst].item(), exact[worst].item())
+
+
+@every_dtype
+@both_gelus
+def test_special_values(dtype, activation):
+    """0 or 1 far out, never 0 · inf; NaN stays NaN; a denormal halves and does not vanish."""
+    values = torch.tensor(SPECIAL, dtype=torch.float64).to(dtype)
+    value, slope = fused_gelu(values, activation)
+    assert torch.equal(value.isnan(), values.isnan()) and torch.equal(slope.isnan(), values.isnan())
+    far = values.abs() >= 41
+    assert torch.equal(value[far], values[far].clamp(min=0))
+    assert torch.equal(slope[far], (values[far] > 0).to(dtype))
+    zero = values == 0
+    assert (value[zero] == 0).all() and (slope[zero] == 0.5).all()
+    smallest = 4 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    tiny = torch.tensor([smallest, -smallest], dtype=dtype)
+    value, slope = fused_gelu(tiny, activation)
+    assert torch.equal(value, tiny / 2) and (tiny != 0).all() and (slope == 0.5).all()
+
+
+def backward_slope(z, activation, grad=None):
+    """GELU′(z) where z is given to the kernel itself: row by row, as the bias gradient of one row."""
+    grad = torch.ones_like(z) if grad is None else grad
+    return torch.ops.fastlane.linear_gelu_backward(
+        grad, z, None, None, None, None, activation=activation, weight_column_major=False,
+        output_mask=[False, False, True],
+    )[2]  # fmt: skip
+
+
+@every_dtype
+@both_gelus
+def test_zeros(dtype, activation):
+    """GELU′ does not tell the zeros apart; half of the smallest denormal rounds to a zero that keeps its sign."""
+    zeros = torch.tensor([[-0.0, 0.0]], dtype=dtype)
+    assert torch.equal(backward_slope(zeros, activation), torch.full((2,), 0.5, dtype=dtype))
+    smallest = torch.tensor([1.0, -1.0], dtype=dtype) * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    value, _ = fused_gelu(smallest, activation)
+    assert (smallest != 0).all() and (value == 0).all()
+    assert torch.equal(value.signbit(), smallest.signbit())
+
+
+@every_dtype
+@both_gelus
+def test_vector_and_tail_agree(dtype, activation):
+    """The same value at every place of a row and of a tile gives the same bits, forward and backward."""
+    values = torch.cat([torch.tensor(SPECIAL, dtype=torch.float64), torch.linspace(-6, 6, 53, dtype=torch.float64)])
+    values = values.to(dtype).reshape(-1, 1)
+    values = torch.where(values.isnan(), torch.zeros_like(values), values)  # NaN has no equal
+    for width in (1, 3, 15, 16, 17, 31, 32, 33, 67, 257):
+        y = fl.linear_gelu_residual(values, values.new_ones(width, 1), activation=activation)
+        assert torch.equal(y, y[:, :1].expand(-1, width)), f"width {width}"
+        assert torch.equal(y[:, :1], fused_gelu(values, activation)[0].reshape(-1, 1))
+        for row in (0, len(values) // 2, len(values) - 1):
+            again = fl.linear_gelu_residual(
+                values.roll(row, 0), values.new_ones(width, 1), activation=activation
+            )
+            assert torch.equal(again, y.roll(row, 0))
+        slopes = torch.stack([backward_slope(v.expand(1, width), activation) for v in values])
+        assert torch.equal(slopes, slopes[:, :1].expand(-1, width)), f"width {width}"
+        assert torch.equal(slopes[:, 0], fused_gelu(values, activation)[1])

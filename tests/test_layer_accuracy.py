@@ -1,0 +1,218 @@
+"""The layer against an oracle: never less exact than eager, and exact where exactness is possible."""
+
+import mpmath
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import (
+    ACTIVATIONS,
+    ALL_LAYOUTS,
+    DTYPES,
+    LAYOUTS,
+    RESIDUALS,
+    assert_as_exact_as_eager,
+    dtype_name,
+    make_case,
+    run_fused,
+    run_oracle,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+# (rows, in_features, out_features), one off every size the kernels know: tiles of 4, 6 and 12 rows and of 4, 16 and
+# 32 columns (half of that in float64), row chunks of 16 and 128, row blocks of 240, k in chains of 32 and blocks
+# of 256, columns in strips of 256 and blocks of 1024.
+SIZES = [
+    (1, 1, 1),
+    (1, 64, 33),
+    (1, 31, 1025),
+    (2, 3, 1023),
+    (3, 7, 15),
+    (4, 5, 16),
+    (5, 8, 17),
+    (6, 9, 31),
+    (7, 16, 32),
+    (11, 17, 33),
+    (12, 255, 3),
+    (13, 256, 31),
+    (15, 33, 255),
+    (17, 32, 257),
+    (24, 300, 1024),
+    (97, 257, 17),
+    (127, 31, 63),
+    (128, 33, 64),
+    (129, 513, 5),
+    (239, 10, 11),
+    (241, 20, 4),
+    (257, 63, 1),
+    (1025, 12, 13),
+    (64, 0, 8),
+]
+
+
+def repeated(rows, in_features, out_features, **options):
+    """So many cases that the largest error is taken over about a thousand outputs."""
+    count = max(1, min(24, 1000 // (rows * out_features)))
+    return [make_case((rows,), in_features, out_features, seed=seed, **options) for seed in range(count)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_never_less_exact_than_eager(dtype, activation, size):
+    assert_as_exact_as_eager(repeated(*size, dtype=dtype, activation=activation))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("options", [{"bias": False}, {"recompute": True}, {"concat": True}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_options(dtype, options, activation):
+    assert_as_exact_as_eager(repeated(37, 45, 51, dtype=dtype, activation=activation, **options))
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_residuals(dtype, activation, residual):
+    case = make_case((5, 8), 35, 35, dtype=dtype, activation=activation, residual=residual)
+    assert_as_exact_as_eager([case])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("operand", ["x", "weight", "bias", "residual_data", "grad"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_layouts(dtype, operand, layout):
+    """Each operand alone. Real data: a misread layout that integers might hide does not pass."""
+    assert_as_exact_as_eager([make_case((37,), 45, 51, dtype=dtype).with_layout(**{operand: layout})])
+
+
+def assert_exact(case):
+    """With no activation and small integers every sum is exact in every dtype: equality, not closeness."""
+    got, expected = run_fused(case), run_oracle(case)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name].double(), torch.from_numpy(value.astype("float64"))), name
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("concat", [False, True], ids=["residual", "concat"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_integers_are_exact(dtype, concat, size):
+    rows, in_features, out_features = size
+    if dtype == torch.bfloat16:  # whose integers end at 256
+        rows, in_features, out_features = min(rows, 241), min(in_features, 241), min(out_features, 241)
+    case = make_case((rows,), in_features, out_features, dtype=dtype, integers=True, concat=concat)
+    case.activation = "none"
+    assert_exact(case)
+
+
+@st.composite
+def any_case(draw):
+    """Any rank, size, dtype, residual and layout of every operand."""
+    shape = draw(st.lists(st.integers(1, 5), max_size=3).map(tuple) | st.tuples(st.integers(1, 40)))
+    in_features, out_features = draw(st.integers(0, 40)), draw(st.integers(1, 40))
+    residuals = set(RESIDUALS)
+    if in_features == 0:
+        residuals -= {"x", "view_of_x"}
+    elif in_features != out_features:
+        residuals -= {"x"}
+    layout = st.sampled_from(sorted(ALL_LAYOUTS))
+    case = make_case(
+        shape,
+        in_features,
+        out_features,
+        dtype=draw(st.sampled_from(DTYPES)),
+        seed=draw(st.integers(0, 9)),
+        integers=True,
+        bias=draw(st.booleans()),
+        residual=draw(st.sampled_from(sorted(residuals))),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        concat=draw(st.booleans()),
+        recompute=draw(st.booleans()),
+    )
+    layouts = {name: draw(layout) for name in ("x", "weight", "residual_data", "grad")}
+    if case.bias is not None:
+        layouts["bias"] = draw(layout)
+    return case.with_layout(**layouts)
+
+
+@settings(max_examples=300)
+@given(any_case())
+def test_any_shape_and_layout(case):
+    """The layout changes nothing, to the bit; and without an activation the result is the exact one."""
+    got = run_fused(case)
+    plain = case.with_layout(**{
+        name: "contiguous"
+        for name in ("x", "weight", "bias", "residual_data", "grad")
+        if getattr(case, name) is not None
+    })
+    expected = run_fused(plain)
+    for name in got:
+        assert torch.equal(got[name], expected[name]), name
+    if case.activation == "none":
+        assert_exact(case)
+
+
+def exactly(value):
+    """Every element as a number of 50 digits."""
+    return mpmath.matrix([[mpmath.mpf(v) for v in row] for row in value.double().tolist()])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_name)
+@pytest.mark.parametrize("size", [(3, 5, 4), (5, 40, 9)], ids=str)
+def test_fifty_digits(size, dtype, activation):
+    """The numpy oracle and the kernels against arbitrary precision, so that neither vouches for the other."""
+    rows, in_features, out_features = size
+    case = make_case((rows,), in_features, out_features, dtype=dtype, activation=activation)
+    with mpmath.workdps(50):
+        z = exactly(case.x) * exactly(case.weight).T
+        bias, residual, dy = case.bias.tolist(), exactly(case.residual_data), exactly(case.grad)
+
+        def act(v):
+            if activation == "none":
+                return v
+            if activation == "gelu":
+                return v * mpmath.erfc(-v / mpmath.sqrt(2)) / 2
+            return v * (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (v + mpmath.mpf("0.044715") * v**3))) / 2
+
+        y, dz = mpmath.matrix(rows, out_features), mpmath.matrix(rows, out_features)
+        for i in range(rows):
+            for j in range(out_features):
+                v = z[i, j] + mpmath.mpf(bias[j])
+                y[i, j] = act(v) + residual[i, j]
+                dz[i, j] = dy[i, j] * mpmath.diff(act, v)
+        exact = {
+            "y": y,
+            "dx": dz * exactly(case.weight),
+            "dweight": dz.T * exactly(case.x),
+            "dbias": mpmath.matrix([sum(dz[i, j] for i in range(rows)) for j in range(out_features)]),
+        }
+        got, oracle = run_fused(case), run_oracle(case)
+        for name, value in exact.items():
+            flat = list(value)
+            scale = max(abs(v) for v in flat)
+            for result, limit in ((got, 2e-16 if dtype == torch.float64 else 1e-7), (oracle, 2e-16)):
+                values = [float(v) for v in result[name].flatten()]
+                worst = max(abs(mpmath.mpf(a) - b) for a, b in zip(values, flat, strict=True))
+                assert worst <= 6 * limit * scale, (name, mpmath.nstr(worst / scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+def test_long_sums_in_16_bits(dtype, assert_fused):
+    """Accumulated in float32, rounded once: in 16 bits a sum of ones stops at 256 or 2048."""
+    n = 5000
+    x, weight = torch.ones(1, n, dtype=dtype, requires_grad=True), torch.ones(3, n, dtype=dtype)
+    y = fused_none(x, weight)
+    assert (y == torch.tensor(float(n)).to(dtype)).all()
+    x, weight = torch.ones(n, 2, dtype=dtype), torch.ones(3, 2, dtype=dtype, requires_grad=True)
+    bias = torch.zeros(3, dtype=dtype, requires_grad=True)
+    fused_none(x, weight, bias).sum().backward()
+    assert (weight.grad == torch.tensor(float(n)).to(dtype)).all()
+    assert (bias.grad == torch.tensor(float(n)).to(dtype)).all()
+    assert_fused(forward=2, backward=1)
+
+
+def fused_none(*args):
+    return torch.ops.fastlane.linear_gelu_residual(*args, activation="none")
