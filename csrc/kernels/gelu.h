@@ -47,28 +47,24 @@ FASTLANE_HOST_DEVICE inline double gelu_derivative(double z) {
   return normal_cdf(c) + c * gelu_constants::inv_sqrt_2pi * std::exp(-0.5 * c * c);
 }
 
-struct TanhGeluParts {
-  double sigmoid;  // σ(2u)
-  double sigmoid_complement;  // 1 − σ(2u), without cancellation
-};
-
-FASTLANE_HOST_DEVICE inline TanhGeluParts tanh_gelu_parts(double z) {
+// exp(−|2u|): σ(2u) is 1/(1 + e) for z ≥ 0 and e/(1 + e) below.
+FASTLANE_HOST_DEVICE inline double tanh_gelu_exp(double z) {
   const double two_u = gelu_constants::two_sqrt_2_over_pi * z * (1.0 + gelu_constants::tanh_cubic * z * z);
-  const double e = std::exp(-std::fabs(two_u));
-  const double large = 1.0 / (1.0 + e), small = e / (1.0 + e);
-  return z < 0 ? TanhGeluParts{small, large} : TanhGeluParts{large, small};
+  return std::exp(-std::fabs(two_u));
 }
 
 FASTLANE_HOST_DEVICE inline double gelu_tanh(double z) {
   const double from_below = z < -gelu_constants::saturation ? -gelu_constants::saturation : z;
-  return from_below * tanh_gelu_parts(clamp_to_saturation(z)).sigmoid;
+  const double e = tanh_gelu_exp(clamp_to_saturation(z));
+  return (z < 0 ? from_below * e : from_below) / (1.0 + e);
 }
 
 FASTLANE_HOST_DEVICE inline double gelu_tanh_derivative(double z) {
   const double c = clamp_to_saturation(z);
-  const TanhGeluParts parts = tanh_gelu_parts(c);
-  const double two_u_slope = gelu_constants::two_sqrt_2_over_pi * (1.0 + 3.0 * gelu_constants::tanh_cubic * c * c);
-  return parts.sigmoid + c * parts.sigmoid * parts.sigmoid_complement * two_u_slope;
+  const double e = tanh_gelu_exp(c);
+  const double inverse = 1.0 / (1.0 + e);
+  const double slope = gelu_constants::two_sqrt_2_over_pi * (1.0 + 3.0 * gelu_constants::tanh_cubic * c * c);
+  return (z < 0 ? e * inverse : inverse) + c * slope * e * inverse * inverse;
 }
 
 }  // namespace fastlane
