@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MINIMUM_TORCH = (2, 11)
+MINIMUM_SETUPTOOLS = (70, 1)  # the first that makes wheels by itself
 
 
 class BuildError(RuntimeError):
@@ -39,7 +40,9 @@ def decide_cuda(
     the toolkit is what `find_cuda_home` found. Raises BuildError where "1" asks for what cannot be done.
     """
     if requested not in (None, "", "0", "1"):
-        raise BuildError(f"FASTLANE_CUDA: got {requested!r}, expected 0 or 1; unset it to decide automatically")
+        raise BuildError(
+            f"FASTLANE_CUDA: got {requested!r}, expected 0 or 1; unset it to decide automatically"
+        )
     if requested == "0":
         return CudaDecision(False, "FASTLANE_CUDA=0")
     obstacle = None
@@ -48,7 +51,9 @@ def decide_cuda(
     elif torch_cuda is None:
         obstacle = "the installed torch is a CPU build"
     elif toolkit_home is None:
-        obstacle = f"torch was built for CUDA {torch_cuda}, but no nvcc was found; put it on PATH or set CUDA_HOME"
+        obstacle = (
+            f"torch was built for CUDA {torch_cuda}, but no nvcc was found; put it on PATH or set CUDA_HOME"
+        )
     elif toolkit_version is None or toolkit_version.split(".")[0] != torch_cuda.split(".")[0]:
         obstacle = (
             f"torch was built for CUDA {torch_cuda}, but the toolkit in {toolkit_home} is "
@@ -96,13 +101,13 @@ def cuda_toolkit_version(home: str | None) -> str | None:
     return match.group(1) if match else None
 
 
-def check_torch_version(version: str) -> None:
-    """Raise BuildError unless `version` (`torch.__version__`) is new enough."""
+def check_version(package: str, version: str, minimum: tuple[int, int]) -> None:
+    """Raise BuildError unless `version` (a package's ``__version__``) is `minimum` or newer."""
     match = re.match(r"(\d+)\.(\d+)", version)
-    if match is None or tuple(map(int, match.groups())) < MINIMUM_TORCH:
-        minimum = ".".join(map(str, MINIMUM_TORCH))
+    if match is None or tuple(map(int, match.groups())) < minimum:
+        text = ".".join(map(str, minimum))
         raise BuildError(
-            f"torch: got {version}, expected {minimum} or newer; install it with: pip install 'torch>={minimum}'"
+            f"{package}: got {version}, expected {text} or newer; install it with: pip install '{package}>={text}'"
         )
 
 
@@ -115,5 +120,7 @@ def find_compiler(environment: Mapping[str, str] = os.environ) -> tuple[str, str
             f"C++ compiler: '{command}' was not found; install g++ 9 or newer (Debian: apt install g++), "
             "or set CXX to one"
         )
-    output = subprocess.run([*command.split(), "--version"], capture_output=True, text=True, check=False).stdout
+    output = subprocess.run(
+        [*command.split(), "--version"], capture_output=True, text=True, check=False
+    ).stdout
     return command, output.splitlines()[0] if output else command

@@ -8,14 +8,16 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 from build_support import (  # noqa: E402
+    MINIMUM_SETUPTOOLS,
+    MINIMUM_TORCH,
     BuildError,
-    check_torch_version,
+    check_version,
     cuda_toolkit_version,
     decide_cuda,
     find_compiler,
@@ -37,7 +39,8 @@ def extension_and_command():
             "torch: not found in the environment that builds fastlane_ext; install torch first, then run: "
             "pip install --no-build-isolation ."
         ) from error
-    check_torch_version(torch.__version__)
+    check_version("torch", torch.__version__, MINIMUM_TORCH)
+    check_version("setuptools", setuptools.__version__, MINIMUM_SETUPTOOLS)
     _, compiler_version = find_compiler()
 
     toolkit_home = find_cuda_home() if torch.version.cuda else None
@@ -79,7 +82,15 @@ def extension_and_command():
         # -fopenmp is for at::parallel_for's header and is not a link flag: the runtime must be the one torch
         # loaded, since a second one would not follow torch.set_num_threads.
         extra_compile_args={
-            "cxx": ["-O3", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-psabi"]
+            "cxx": [
+                "-O3",
+                "-ffp-contract=off",
+                "-fopenmp",
+                "-fvisibility=hidden",
+                "-g0",
+                "-Wall",
+                "-Wno-psabi",
+            ]
         },
     )
     return extension, RecordingBuildExtension
@@ -90,4 +101,4 @@ try:
 except BuildError as error:
     sys.exit(f"fastlane_ext: {error}")
 
-setup(ext_modules=[extension], cmdclass={"build_ext": build_ext})
+setuptools.setup(ext_modules=[extension], cmdclass={"build_ext": build_ext})

@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from build_support import (  # noqa: E402
+    MINIMUM_TORCH,
     BuildError,
-    check_torch_version,
+    check_version,
     decide_cuda,
     find_compiler,
     find_cuda_home,
@@ -77,13 +78,13 @@ def test_toolkit_root_is_asked_of_nvcc_itself(tmp_path):
 
 @pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.14.1+cu130", "3.0.0a0+git1234"])
 def test_supported_torch(version):
-    check_torch_version(version)
+    check_version("torch", version, MINIMUM_TORCH)
 
 
 @pytest.mark.parametrize("version", ["2.10.1", "1.13.1", "unknown"])
 def test_old_torch_is_refused(version):
     with pytest.raises(BuildError, match="expected 2.11 or newer; install it with"):
-        check_torch_version(version)
+        check_version("torch", version, MINIMUM_TORCH)
 
 
 def test_missing_compiler_is_named():
