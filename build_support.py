@@ -20,7 +20,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class CudaDecision:
-    """Whether the CUDA half is compiled, and the reason, which the build prints and `build_info()` repeats."""
+    """Whether the CUDA half is compiled, and why: the build prints it, `build_info()` repeats it."""
 
     build: bool
     reason: str
@@ -41,7 +41,7 @@ def decide_cuda(
     """
     if requested not in (None, "", "0", "1"):
         raise BuildError(
-            f"FASTLANE_CUDA: got {requested!r}, expected 0 or 1; unset it to decide automatically"
+            f"FASTLANE_CUDA: got {requested!r}, expected 0 or 1; unset it to let the build decide"
         )
     if requested == "0":
         return CudaDecision(False, "FASTLANE_CUDA=0")
@@ -51,9 +51,7 @@ def decide_cuda(
     elif torch_cuda is None:
         obstacle = "the installed torch is a CPU build"
     elif toolkit_home is None:
-        obstacle = (
-            f"torch was built for CUDA {torch_cuda}, but no nvcc was found; put it on PATH or set CUDA_HOME"
-        )
+        obstacle = f"torch was built for CUDA {torch_cuda}, but no nvcc was found; set CUDA_HOME"
     elif toolkit_version is None or toolkit_version.split(".")[0] != torch_cuda.split(".")[0]:
         obstacle = (
             f"torch was built for CUDA {torch_cuda}, but the toolkit in {toolkit_home} is "
@@ -107,7 +105,8 @@ def check_version(package: str, version: str, minimum: tuple[int, int]) -> None:
     if match is None or tuple(map(int, match.groups())) < minimum:
         text = ".".join(map(str, minimum))
         raise BuildError(
-            f"{package}: got {version}, expected {text} or newer; install it with: pip install '{package}>={text}'"
+            f"{package}: got {version}, expected {text} or newer; "
+            f"install it with: pip install '{package}>={text}'"
         )
 
 

@@ -59,7 +59,7 @@ def extension_and_command():
     print(f"fastlane_ext: CUDA kernels: {'yes' if decision.build else 'no'} ({decision.reason})")
 
     class RecordingBuildExtension(BuildExtension):
-        """Writes down, beside the library, which torch it fits: readable also where the library cannot load."""
+        """Writes down, beside the library, which torch it fits: to be read where it cannot be loaded."""
 
         def run(self):
             super().run()

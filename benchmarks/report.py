@@ -75,6 +75,20 @@ def choose(document: Document, suite: str | None, threads: Sequence[int] | None)
     return {**document, "rows": rows}
 
 
+def _seconds(value: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def _bytes(value: int) -> str:
+    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if value >= 1 << shift:
+            return f"{value / (1 << shift):.3g} {unit}"
+    return f"{value} B"
+
+
 def _ratio(row: Document, name: str) -> str:
     value = row["over_fused"].get(name)
     if value is None:
@@ -115,10 +129,10 @@ def markdown(document: Document) -> str:
             row["dtype"],
             str(row["threads"]),
             row["mode"],
-            seconds(fused["median_s"]) if "median_s" in fused else "–",
+            _seconds(fused["median_s"]) if "median_s" in fused else "–",
             *(_ratio(row, name) for name in RIVALS),
             "–" if part is None else f"{part:.0%} of {row['limit']['bound_by']}",
-            " → ".join("–" if peak is None else size(peak) for peak in peaks),
+            " → ".join("–" if peak is None else _bytes(peak) for peak in peaks),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines + _absences(document["rows"])) + "\n"

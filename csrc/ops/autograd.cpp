@@ -161,7 +161,13 @@ const char* reason_to_compose(std::initializer_list<const Tensor*> tensors) {
   return nullptr;
 }
 
-void check_device(const char* op, const Tensor& x) {
+// What the dispatcher would answer with a page of its own, below this key.
+void check_backend(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                   const Tensor& residual) {
+  const std::pair<const char*, const Tensor*> arguments[] = {
+      {"x", &x}, {"weight", &weight}, {"bias", &bias}, {"residual", &residual}};
+  for (const auto& [name, t] : arguments)
+    if (t->defined()) check_dense(op, name, *t);
   const auto device = x.device();
   TORCH_CHECK(device.is_cpu() || device.is_cuda() || device.is_meta(), op, ": x is on ", device,
               ", expected cpu or cuda; move x and the parameters there");
@@ -176,7 +182,7 @@ Tensor linear_gelu_residual(const Tensor& x, const Tensor& weight, const Optiona
     policy::leave_fused_path(reason);
     return composition::linear_gelu_residual(x, weight, bias, residual, activation);
   }
-  check_device("linear_gelu_residual", x);
+  check_backend("linear_gelu_residual", x, weight, b, r);
   if (!torch::autograd::compute_requires_grad(x, weight, b, r)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_linear_gelu_residual(x, weight, bias, residual, activation_name, recompute);
@@ -195,7 +201,7 @@ Tensor linear_gelu_concat(const Tensor& x, const Tensor& weight, const OptionalT
     policy::leave_fused_path(reason);
     return composition::linear_gelu_concat(x, weight, bias, activation);
   }
-  check_device("linear_gelu_concat", x);
+  check_backend("linear_gelu_concat", x, weight, b, no_tensor);
   if (!torch::autograd::compute_requires_grad(x, weight, b)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_linear_gelu_concat(x, weight, bias, activation_name);

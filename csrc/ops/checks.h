@@ -25,9 +25,13 @@ inline bool has_kernel_dtype(const at::Tensor& t) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
-inline void check_like_x(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x) {
+inline void check_dense(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " has layout ", t.layout(),
               ", expected a dense tensor; convert it with ", name, ".to_dense()");
+}
+
+inline void check_like_x(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x) {
+  check_dense(op, name, t);
   TORCH_CHECK(t.device() == x.device(), op, ": ", name, " is on ", t.device(), ", expected ", x.device(),
               " like x; move one of them");
   TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " has dtype ", t.scalar_type(), ", expected ",
