@@ -40,9 +40,7 @@ def decide_cuda(
     the toolkit is what `find_cuda_home` found. Raises BuildError where "1" asks for what cannot be done.
     """
     if requested not in (None, "", "0", "1"):
-        raise BuildError(
-            f"FASTLANE_CUDA: got {requested!r}, expected 0 or 1; unset it to let the build decide"
-        )
+        raise BuildError(f"FASTLANE_CUDA: got {requested!r}, expected 0 or 1; unset it to let the build decide")
     if requested == "0":
         return CudaDecision(False, "FASTLANE_CUDA=0")
     obstacle = None
@@ -105,8 +103,7 @@ def check_version(package: str, version: str, minimum: tuple[int, int]) -> None:
     if match is None or tuple(map(int, match.groups())) < minimum:
         text = ".".join(map(str, minimum))
         raise BuildError(
-            f"{package}: got {version}, expected {text} or newer; "
-            f"install it with: pip install '{package}>={text}'"
+            f"{package}: got {version}, expected {text} or newer; install it with: pip install '{package}>={text}'"
         )
 
 
@@ -119,7 +116,5 @@ def find_compiler(environment: Mapping[str, str] = os.environ) -> tuple[str, str
             f"C++ compiler: '{command}' was not found; install g++ 9 or newer (Debian: apt install g++), "
             "or set CXX to one"
         )
-    output = subprocess.run(
-        [*command.split(), "--version"], capture_output=True, text=True, check=False
-    ).stdout
+    output = subprocess.run([*command.split(), "--version"], capture_output=True, text=True, check=False).stdout
     return command, output.splitlines()[0] if output else command

@@ -44,9 +44,7 @@ def load(paths: Sequence[str | Path]) -> Document:
         except (OSError, ValueError) as error:
             raise ReportError(f"{path}: cannot be read as JSON: {error}") from error
         if isinstance(found, dict) and "benchmarks" in found:
-            rows = [
-                entry["extra_info"]["row"] for entry in found["benchmarks"] if "row" in entry["extra_info"]
-            ]
+            rows = [entry["extra_info"]["row"] for entry in found["benchmarks"] if "row" in entry["extra_info"]]
             facts = found["machine_info"].get("fastlane", {})
         elif isinstance(found, dict) and found.get("kind") == "fastlane-bench":
             rows, facts = found["rows"], found
@@ -66,9 +64,7 @@ def load(paths: Sequence[str | Path]) -> Document:
 def choose(document: Document, suite: str | None, threads: Sequence[int] | None) -> Document:
     """The rows of one suite and of some numbers of threads."""
     rows = [
-        row
-        for row in document["rows"]
-        if suite in (None, row["suite"]) and (not threads or row["threads"] in threads)
+        row for row in document["rows"] if suite in (None, row["suite"]) and (not threads or row["threads"] in threads)
     ]
     if not rows:
         raise ReportError("no row is left of what --suite and --threads ask for")
@@ -214,14 +210,10 @@ def plot(document: Document, path: Path) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     handles = {
-        label: handle
-        for axes in all_axes
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        label: handle for axes in all_axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     if handles:
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
-        )
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
@@ -231,17 +223,11 @@ def plot(document: Document, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 with one line on stderr."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "results", nargs="+", help="JSON from `fastlane bench --json` or from pytest-benchmark"
-    )
-    parser.add_argument(
-        "--readme", type=Path, metavar="PATH", help="rewrite the table between the markers of PATH"
-    )
+    parser.add_argument("results", nargs="+", help="JSON from `fastlane bench --json` or from pytest-benchmark")
+    parser.add_argument("--readme", type=Path, metavar="PATH", help="rewrite the table between the markers of PATH")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="save a picture of the ratios")
     parser.add_argument("--suite", choices=("layer", "networks"), help="only this suite")
-    parser.add_argument(
-        "--threads", type=int, action="append", help="only this number of threads (repeatable)"
-    )
+    parser.add_argument("--threads", type=int, action="append", help="only this number of threads (repeatable)")
     args = parser.parse_args(argv)
     try:
         document = choose(load(args.results), args.suite, args.threads)

@@ -12,9 +12,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "none")
 SHORTCUTS = ("identity", "projection", "concat", "none")
 
 
-def bad(
-    argument: str, got: object, expected: str, remedy: str, error: type[Exception] = ValueError
-) -> Exception:
+def bad(argument: str, got: object, expected: str, remedy: str, error: type[Exception] = ValueError) -> Exception:
     """The one form of message for a refused argument: its name, what came, what was expected, what to do."""
     return error(f"{argument}: got {got}, expected {expected}; {remedy}")
 
@@ -52,9 +50,23 @@ def per_layer(argument: str, values: Sequence[Tensor | None] | None, layers: int
     return [None] * layers if values is None else values
 
 
-def check_stack(shortcut: str, has_projections: bool) -> None:
-    """The shortcut of a stack, and that projections come with the one shortcut that uses them."""
+def check_tensor(argument: str, value: object, *, optional: bool = False) -> None:
+    """TypeError for what is no tensor; torch itself would not name the argument."""
+    if not isinstance(value, Tensor) and not (optional and value is None):
+        expected = "a tensor or None" if optional else "a tensor"
+        raise bad(argument, f"a {type(value).__name__}", expected, "convert it with torch.as_tensor", TypeError)
+
+
+def check_stack(x: object, weights: object, shortcut: str, activation: str, *, has_projections: bool) -> None:
+    """What the lists of a stack are before their tensors meet the layers' own checks."""
+    check_tensor("x", x)
+    if not isinstance(weights, Sequence) or isinstance(weights, (str, bytes)) or not weights:
+        got = "an empty list" if isinstance(weights, Sequence) else f"a {type(weights).__name__}"
+        raise bad("weights", got, "a list of at least one tensor", "list one (out, in) tensor a layer", TypeError)
+    for index, weight in enumerate(weights):
+        check_tensor(f"weights[{index}]", weight)
     check_choice("shortcut", shortcut, SHORTCUTS)
+    check_choice("activation", activation, ACTIVATIONS)
     if shortcut != "projection" and has_projections:
         raise bad("projections", "tensors", f"None with shortcut={shortcut!r}", 'use shortcut="projection"')
 

@@ -20,8 +20,8 @@ def read_build_record(folder: Path | None = None) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise ImportError(
-            f"fastlane_ext: the compiled extension is missing; build it in the source folder with: "
-            f"{REINSTALL}"
+            f"fastlane_ext: no compiled extension in {path.parent}; if this is the source folder, leave it to use "
+            f"an installed copy, or build in it with: {REINSTALL.replace(' .', ' -e .')}"
         ) from None
 
 

@@ -13,12 +13,7 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """None if ``module`` does just what ``kind`` does, else why not: other type, hooks, own forward."""
     if type(module) is not kind:
         return f"is a {type(module).__name__}, not a plain {kind.__name__}"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
     return "has a forward of its own" if "forward" in module.__dict__ else None
 

@@ -36,9 +36,7 @@ def _sizes(text: str) -> list[int]:
     except ValueError:
         sizes = []
     if len(sizes) < 2 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected two or more positive sizes, as in 1,64,64,1"
-        )
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected two or more positive sizes, as in 1,64,64,1")
     return sizes
 
 
@@ -75,9 +73,7 @@ def _json_option(parser: argparse.ArgumentParser) -> None:
 def _gradients(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
     from fastlane_ext.commands import gradients
 
-    result = gradients.compute(
-        args.sizes, seed=args.seed, activation=args.activation, style=args.style, plot=args.plot
-    )
+    result = gradients.compute(args.sizes, seed=args.seed, activation=args.activation, style=args.style, plot=args.plot)
     return result, gradients.render
 
 
@@ -101,9 +97,7 @@ def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str
 
     planned = bench.jobs(args.suite, args.threads, dtype=args.dtype, quick=args.quick)
     with commands.progress("bench", len(planned), json_output=args.json is not None) as note:
-        result = bench.compute(
-            planned, repeats=args.repeats, quick=args.quick, compiled=args.compile, note=note
-        )
+        result = bench.compute(planned, repeats=args.repeats, quick=args.quick, compiled=args.compile, note=note)
     return result, bench.render
 
 
@@ -132,9 +126,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"fastlane_ext {fastlane_ext.__version__}")
     sub = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(
-        name: str, run: Callable[..., Any], summary: str, description: str
-    ) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[..., Any], summary: str, description: str) -> argparse.ArgumentParser:
         made = sub.add_parser(
             name,
             help=summary,
@@ -153,9 +145,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sizes", type=_sizes, default="1,64,64,64,64,1", help="input size, then each layer's")
     p.add_argument("--seed", type=int, default=42, help="for the parameters and the input")
     p.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="of every layer")
-    p.add_argument(
-        "--style", choices=("lines", "full", "table"), default="lines", help="how values are printed"
-    )
+    p.add_argument("--style", choices=("lines", "full", "table"), default="lines", help="how values are printed")
     p.add_argument("--plot", metavar="PATH", help="save a picture; the ending picks the format")
     _json_option(p)
 
@@ -173,9 +163,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=float, default=1e-3, help="learning rate of SGD with momentum 0.9")
     p.add_argument("--seed", type=int, default=0, help="for parameters, split and batches")
     p.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    p.add_argument(
-        "--plot", metavar="PATH", help="save loss curves and gradients; the ending picks the format"
-    )
+    p.add_argument("--plot", metavar="PATH", help="save loss curves and gradients; the ending picks the format")
     _json_option(p)
 
     p = command(

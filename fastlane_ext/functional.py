@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _register  # noqa: F401  (registers the batching rules)
-from ._arguments import check_stack, missing_projection, per_layer
+from ._arguments import check_stack, check_tensor, missing_projection, per_layer
 from ._load import library
 
 
@@ -38,21 +38,24 @@ def linear_gelu_residual(
         rounded once.
 
     Raises:
-        RuntimeError: a dtype, device or shape does not fit; the message names the argument.
+        RuntimeError: a dtype, device, layout or shape does not fit; the message names the argument.
+        TypeError: an argument is no tensor.
         ValueError: unknown activation.
 
     >>> x, weight, bias = torch.randn(8, 64), torch.randn(64, 64) / 8, torch.zeros(64)
     >>> linear_gelu_residual(x, weight, bias, residual=x).shape
     torch.Size([8, 64])
     """
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    check_tensor("bias", bias, optional=True)
+    check_tensor("residual", residual, optional=True)
     return torch.ops.fastlane.linear_gelu_residual.default(
         x, weight, bias, residual, activation=activation, recompute=recompute
     )
 
 
-def linear_gelu_concat(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "gelu"
-) -> Tensor:
+def linear_gelu_concat(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "gelu") -> Tensor:
     """``cat([x, act(x Wᵀ + b)], -1)``; the kernel writes the activated part into its slice.
 
     Shapes, dtypes and errors as in `linear_gelu_residual`; the output is
@@ -61,6 +64,9 @@ def linear_gelu_concat(
     >>> linear_gelu_concat(torch.randn(8, 64), torch.randn(32, 64)).shape
     torch.Size([8, 96])
     """
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    check_tensor("bias", bias, optional=True)
     return torch.ops.fastlane.linear_gelu_concat.default(x, weight, bias, activation=activation)
 
 
@@ -100,7 +106,8 @@ def residual_stack(
     >>> residual_stack(torch.randn(2, 10, 64), weights).shape
     torch.Size([2, 10, 64])
     """
-    check_stack(shortcut, projections is not None or projection_biases is not None)
+    has_projections = projections is not None or projection_biases is not None
+    check_stack(x, weights, shortcut, activation, has_projections=has_projections)
     biases = per_layer("biases", biases, len(weights))
     projections = per_layer("projections", projections, len(weights))
     projection_biases = per_layer("projection_biases", projection_biases, len(weights))

@@ -277,9 +277,7 @@ class GradientReport:
         """
         return _to_json({"loss": self.loss, "rows": [asdict(row) for row in self.rows]})
 
-    def compare(
-        self, other: GradientReport, labels: tuple[str, str] = ("first", "second")
-    ) -> GradientComparison:
+    def compare(self, other: GradientReport, labels: tuple[str, str] = ("first", "second")) -> GradientComparison:
         """Mean |gradient| here and in ``other`` by parameter name, and how many times larger the other's is.
 
         The models may differ: a parameter only one of them has shows "-" for the other.

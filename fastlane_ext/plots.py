@@ -32,9 +32,7 @@ def plot_report(report: GradientReport, path: str | os.PathLike[str], *, title: 
             colour = _COLOURS[0] if "weight" in row.name else "#9ecae1"
             axes.barh(place, value - low, left=low, height=0.7, color=colour)
         end = value if value and math.isfinite(value) else low
-        axes.annotate(
-            note, (end, place), (4, 0), textcoords="offset points", va="center", size=8, color=_MUTED
-        )
+        axes.annotate(note, (end, place), (4, 0), textcoords="offset points", va="center", size=8, color=_MUTED)
     axes.set_xscale("log")
     high = max(drawn, default=1.0)
     axes.set_xlim(low, high * (high / low) ** 0.15)
@@ -91,9 +89,7 @@ def plot_gradients(
         arrow = {"arrowstyle": "->", "color": _MUTED, "shrinkA": 6, "shrinkB": 6}
         axes.annotate("", (1, high), (1, low), arrowprops=arrow)
         middle = (1, math.sqrt(low * high))
-        axes.annotate(
-            f"{high / low:,.3g} times larger", middle, (8, 0), textcoords="offset points", color=_INK
-        )
+        axes.annotate(f"{high / low:,.3g} times larger", middle, (8, 0), textcoords="offset points", color=_INK)
     _finish(figure, axes, title, "y", path)
 
 

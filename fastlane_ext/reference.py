@@ -86,9 +86,7 @@ def linear_gelu_residual(
     return y if residual is None else y + residual
 
 
-def linear_gelu_concat(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "gelu"
-) -> Tensor:
+def linear_gelu_concat(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "gelu") -> Tensor:
     """``cat([x, act(x @ weight.T + bias)], -1)``: ``(*, in)`` becomes ``(*, in + out)``.
 
     Arguments and errors are those of `linear_gelu_residual`.
@@ -125,8 +123,8 @@ def residual_stack(
     >>> residual_stack(torch.ones(2, 3), [torch.zeros(3, 3)] * 2).tolist()
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
-    check_stack(shortcut, projections is not None or projection_biases is not None)
-    check_choice("activation", activation, ACTIVATIONS)
+    has_projections = projections is not None or projection_biases is not None
+    check_stack(x, weights, shortcut, activation, has_projections=has_projections)
     biases = per_layer("biases", biases, len(weights))
     projections = per_layer("projections", projections, len(weights))
     projection_biases = per_layer("projection_biases", projection_biases, len(weights))
@@ -404,9 +402,7 @@ class ExampleDeepNeuralNetwork(ResidualNetwork):
     torch.Size([2, 1])
     """
 
-    def __init__(
-        self, layer_sizes: Sequence[int], use_shortcut: bool = True, activation: str = "gelu"
-    ) -> None:
+    def __init__(self, layer_sizes: Sequence[int], use_shortcut: bool = True, activation: str = "gelu") -> None:
         shortcut = "identity" if use_shortcut else "none"
         super().__init__(layer_sizes, shortcut=shortcut, activation=activation)
 
@@ -421,9 +417,7 @@ class ImprovedResidualNetwork(ResidualNetwork):
     ['projections.1.bias', 'projections.1.weight']
     """
 
-    def __init__(
-        self, layer_sizes: Sequence[int], use_shortcut: bool = True, activation: str = "gelu"
-    ) -> None:
+    def __init__(self, layer_sizes: Sequence[int], use_shortcut: bool = True, activation: str = "gelu") -> None:
         shortcut = "projection" if use_shortcut else "none"
         super().__init__(layer_sizes, shortcut=shortcut, activation=activation)
         if self.projections is None:
@@ -443,9 +437,7 @@ class DeepNeuralNet(ResidualNetwork):
 
     _sizes_argument = "layer_size"
 
-    def __init__(
-        self, use_skip_connection: bool, layer_size: Sequence[int], activation: str = "gelu_tanh"
-    ) -> None:
+    def __init__(self, use_skip_connection: bool, layer_size: Sequence[int], activation: str = "gelu_tanh") -> None:
         shortcut = "identity" if use_skip_connection else "none"
         super().__init__(layer_size, shortcut=shortcut, activation=activation)
 

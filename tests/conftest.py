@@ -8,7 +8,8 @@ import torch
 
 import fastlane_ext as fl
 
-# The same examples on every run: a failure in CI is a failure at home. HYPOTHESIS_PROFILE=explore looks further.
+# The same examples on every run, so that a failure in CI is a failure at home too.
+# HYPOTHESIS_PROFILE=explore looks further.
 hypothesis.settings.register_profile(
     "fixed",
     derandomize=True,
@@ -24,10 +25,11 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers",
+    for marker in (
         "expects_fallback(*reasons): the test leaves the fused path, for these reasons and no other",
-    )
+        "any_isa: says nothing about the kernels, so test_isa.py does not repeat it",
+    ):
+        config.addinivalue_line("markers", marker)
 
 
 def pytest_runtest_setup(item):

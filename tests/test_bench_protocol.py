@@ -164,9 +164,7 @@ NETWORK_SHAPES = {
 
 @pytest.mark.parametrize("shortcut", NETWORK_SHAPES)
 def test_network_contestants_compute_the_same(shortcut: str) -> None:
-    field = contestants.network_contestants(
-        NETWORK_SHAPES[shortcut], (3, 8), shortcut, torch.float32, compiled=False
-    )
+    field = contestants.network_contestants(NETWORK_SHAPES[shortcut], (3, 8), shortcut, torch.float32, compiled=False)
     contestants.reject_wrong_answers(field)
     by_name = {contestant.name: contestant for contestant in field}
     assert tuple(by_name) == contestants.NAMES

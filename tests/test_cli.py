@@ -215,9 +215,7 @@ def test_check_passes_on_this_instruction_set(capsys: pytest.CaptureFixture[str]
     assert path["ok"]
 
 
-def test_check_fails_if_one_promise_does(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_fails_if_one_promise_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     good = promises._row("error of a layer", "float32", "gelu", "y", 1e-7, 2e-7, 4e-7, True)
     above = promises._row("error of a layer", "float32", "gelu", "dx", 3e-7, 2e-7, 4e-7, True)
     bad = promises._row("error of a layer", "float32", "gelu", "dW", 9e-7, 2e-7, 4e-7, False)
@@ -324,9 +322,7 @@ def test_units() -> None:
     assert commands.size(12) == "12 B"
 
 
-def test_progress_off_a_terminal_is_plain(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_off_a_terminal_is_plain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(commands, "PLAIN_NOTE_SECONDS", -1.0)
     with commands.progress("work", 2, json_output=False) as note:
         note(1, "first")

@@ -144,9 +144,7 @@ def test_target_and_loss():
     model, x = known_model()
     target = torch.tensor([[0.25]])
     assert printed(model, x, target=target) == ["weight has gradient mean of 1.250000e+00"]
-    assert printed(model, x, loss_fn=lambda y, t: (y - t).abs().sum(), target=target)[0].endswith(
-        " 2.500000e+00"
-    )
+    assert printed(model, x, loss_fn=lambda y, t: (y - t).abs().sum(), target=target)[0].endswith(" 2.500000e+00")
     # With a loss and no target, zeros in the output's shape are handed over.
     seen = []
     printed(model, x, loss_fn=lambda y, t: seen.append(t) or y.sum())
@@ -317,9 +315,7 @@ class TwoOutputs(nn.Linear):
 @pytest.mark.parametrize(("features", "got"), [(2, "dict"), (3, "tuple")])
 def test_outputs_that_are_no_tensor_need_a_loss(features, got):
     model, x = TwoOutputs(2, features), torch.ones(1, 2)
-    with pytest.raises(
-        TypeError, match=f"^loss_fn: got None for a model that returns a {got}, expected .*$"
-    ) as e:
+    with pytest.raises(TypeError, match=f"^loss_fn: got None for a model that returns a {got}, expected .*$") as e:
         gradient_report(model, x)
     assert "\n" not in str(e.value)
     loss_fn = lambda output, target: (output["y"] if got == "dict" else output[0]).sum()  # noqa: E731

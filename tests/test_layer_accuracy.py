@@ -20,9 +20,9 @@ from oracle import (
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-# (rows, in_features, out_features), one off every size the kernels know: tiles of 4, 6 and 12 rows and of 4, 16 and
-# 32 columns (half of that in float64), row chunks of 16 and 128, row blocks of 240, k in chains of 32 and blocks
-# of 256, columns in strips of 256 and blocks of 1024.
+# (rows, in_features, out_features), one off every size the kernels know: tiles of 4, 6 and 12 rows and of 4,
+# 16 and 32 columns (half of that in float64), row chunks of 16 and 128, row blocks of 240, k in chains of 32
+# and blocks of 256, columns in strips of 256 and blocks of 1024.
 SIZES = [
     (1, 1, 1),
     (1, 64, 33),
@@ -142,11 +142,13 @@ def any_case(draw):
 def test_any_shape_and_layout(case):
     """The layout changes nothing, to the bit; and without an activation the result is the exact one."""
     got = run_fused(case)
-    plain = case.with_layout(**{
-        name: "contiguous"
-        for name in ("x", "weight", "bias", "residual_data", "grad")
-        if getattr(case, name) is not None
-    })
+    plain = case.with_layout(
+        **{
+            name: "contiguous"
+            for name in ("x", "weight", "bias", "residual_data", "grad")
+            if getattr(case, name) is not None
+        }
+    )
     expected = run_fused(plain)
     for name in got:
         assert torch.equal(got[name], expected[name]), name

@@ -63,9 +63,7 @@ def results(module, x):
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     names, parameters = zip(*module.named_parameters(), strict=True)
     grads = torch.autograd.grad(y, [x, *parameters], cotangent.to(y.dtype))
-    return {"y": y.detach().double()} | {
-        name: grad.double() for name, grad in zip(("x", *names), grads, strict=True)
-    }
+    return {"y": y.detach().double()} | {name: grad.double() for name, grad in zip(("x", *names), grads, strict=True)}
 
 
 @pytest.fixture(autouse=True)
@@ -267,8 +265,7 @@ def test_layer_is_not_a_linear_and_shows_its_settings():
     layer = fl.LinearGELUResidual(3, 4, False, shortcut="none", activation="gelu_tanh")
     assert not isinstance(layer, nn.Linear)
     assert repr(layer) == (
-        "LinearGELUResidual(in_features=3, out_features=4, bias=False, "
-        "shortcut='none', activation='gelu_tanh')"
+        "LinearGELUResidual(in_features=3, out_features=4, bias=False, shortcut='none', activation='gelu_tanh')"
     )
 
 
@@ -279,9 +276,7 @@ def test_a_parametrized_layer_uses_the_computed_weight(kind):
     x = torch.randn(2, 4)
     with torch.no_grad():
         layer.parametrizations.weight.original0.mul_(3)
-    torch.testing.assert_close(
-        layer(x), nn.functional.gelu(nn.functional.linear(x, layer.weight, layer.bias)) + x
-    )
+    torch.testing.assert_close(layer(x), nn.functional.gelu(nn.functional.linear(x, layer.weight, layer.bias)) + x)
     layer(x).sum().backward()
     assert layer.parametrizations.weight.original0.grad.abs().sum() > 0
     if kind is fl:

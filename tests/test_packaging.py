@@ -26,16 +26,12 @@ def test_kernels_include_no_torch_or_python_header():
 
 def test_intrinsics_live_in_the_vector_headers_only():
     intrinsic = re.compile(r"\b_mm(256|512)?_\w+\(")
-    found = {
-        path.name for path in KERNELS.rglob("*") if path.is_file() and intrinsic.search(path.read_text())
-    }
+    found = {path.name for path in KERNELS.rglob("*") if path.is_file() and intrinsic.search(path.read_text())}
     assert found == {"vec_avx2.h", "vec_avx512.h"}
 
 
 def test_there_is_one_operator_library():
-    definitions = [
-        p.name for p in (ROOT / "csrc").rglob("*.cpp") if re.search(r"TORCH_LIBRARY\(", p.read_text())
-    ]
+    definitions = [p.name for p in (ROOT / "csrc").rglob("*.cpp") if re.search(r"TORCH_LIBRARY\(", p.read_text())]
     assert definitions == ["schema.cpp"]
 
 
@@ -56,9 +52,7 @@ def test_an_isa_file_exports_one_symbol(isa, tmp_path):
     assembled = tmp_path / "isa.o"
     source = KERNELS / "cpu" / f"isa_{isa}.cpp"
     subprocess.run([compiler, "-std=c++17", "-O1", "-fPIC", "-w", "-c", source, "-o", assembled], check=True)
-    listing = subprocess.run(
-        ["nm", "-C", "--defined-only", assembled], capture_output=True, text=True, check=True
-    )
+    listing = subprocess.run(["nm", "-C", "--defined-only", assembled], capture_output=True, text=True, check=True)
     exported = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
     exported = [(kind, name) for _, kind, name in exported if kind not in "tbrdn" and "DW.ref" not in name]
     assert exported == [("T", f"fastlane::{isa}_kernels()")]

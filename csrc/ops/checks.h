@@ -6,6 +6,7 @@
 #include <c10/core/SymIntArrayRef.h>
 #include <c10/util/Exception.h>
 
+#include <array>
 #include <string_view>
 
 #include "../kernels/problem.h"
@@ -30,12 +31,12 @@ inline void check_dense(const char* op, const char* name, const at::Tensor& t) {
               ", expected a dense tensor; convert it with ", name, ".to_dense()");
 }
 
-inline void check_like_x(const char* op, const char* name, const at::Tensor& t, const at::Tensor& x) {
+inline void check_like(const char* op, const char* name, const at::Tensor& t, const char* like, const at::Tensor& x) {
   check_dense(op, name, t);
-  TORCH_CHECK(t.device() == x.device(), op, ": ", name, " is on ", t.device(), ", expected ", x.device(),
-              " like x; move one of them");
+  TORCH_CHECK(t.device() == x.device(), op, ": ", name, " is on ", t.device(), ", expected ", x.device(), " like ",
+              like, "; move one of them");
   TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " has dtype ", t.scalar_type(), ", expected ",
-              x.scalar_type(), " like x; convert one of them, or run under torch.autocast");
+              x.scalar_type(), " like ", like, "; convert one of them, or run under torch.autocast");
 }
 
 // The leading sizes of x, then `features`.
@@ -49,16 +50,16 @@ inline c10::SymDimVector output_sizes(const at::Tensor& x, const c10::SymInt& fe
 inline void check_linear(const char* op, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   TORCH_CHECK(has_kernel_dtype(x), op, ": x has dtype ", x.scalar_type(),
               ", expected float32, float64, bfloat16 or float16; convert it with x.to(torch.float32)");
-  check_like_x(op, "x", x, x);
+  check_like(op, "x", x, "x", x);
   TORCH_CHECK(x.dim() >= 1, op, ": x is 0-D, expected (..., in_features); add a dimension with x.reshape(1)");
-  check_like_x(op, "weight", weight, x);
+  check_like(op, "weight", weight, "x", x);
   TORCH_CHECK(weight.dim() == 2, op, ": weight has shape ", weight.sym_sizes(),
               ", expected (out_features, in_features) like nn.Linear's");
   TORCH_SYM_CHECK(weight.sym_size(1).sym_eq(x.sym_size(-1)), op, ": weight has shape ", weight.sym_sizes(),
                   ", expected (out_features, ", x.sym_size(-1), ") to fit x of shape ", x.sym_sizes(),
                   "; pass it as nn.Linear stores it");
   if (bias) {
-    check_like_x(op, "bias", *bias, x);
+    check_like(op, "bias", *bias, "x", x);
     TORCH_CHECK(bias->dim() == 1, op, ": bias has shape ", bias->sym_sizes(), ", expected (", weight.sym_size(0),
                 ",), one element for each row of weight");
     TORCH_SYM_CHECK(bias->sym_size(0).sym_eq(weight.sym_size(0)), op, ": bias has shape ", bias->sym_sizes(),
@@ -68,7 +69,7 @@ inline void check_linear(const char* op, const at::Tensor& x, const at::Tensor& 
 
 inline void check_residual(const char* op, const at::Tensor& x, const at::Tensor& weight,
                            const at::Tensor& residual) {
-  check_like_x(op, "residual", residual, x);
+  check_like(op, "residual", residual, "x", x);
   const auto sizes = output_sizes(x, weight.sym_size(0));
   bool fits = residual.dim() <= x.dim();
   for (int64_t i = 1; fits && i <= residual.dim(); ++i) {
@@ -78,6 +79,56 @@ inline void check_residual(const char* op, const at::Tensor& x, const at::Tensor
   TORCH_CHECK(fits, op, ": residual has shape ", residual.sym_sizes(),
               ", expected one that broadcasts to the output's shape ", c10::SymIntArrayRef(sizes),
               "; project or expand it first");
+}
+
+// `t` is (leading sizes of `like`..., features).
+inline void check_rows(const char* op, const char* name, const at::Tensor& t, const at::Tensor& like,
+                       const c10::SymInt& features) {
+  const auto expected = output_sizes(like, features);
+  TORCH_CHECK(t.dim() == like.dim(), op, ": ", name, " has shape ", t.sym_sizes(), ", expected ",
+              c10::SymIntArrayRef(expected), "; pass what the forward was called with");
+  for (int64_t i = 0; i < t.dim(); ++i)
+    TORCH_SYM_CHECK(t.sym_size(i).sym_eq(expected[i]), op, ": ", name, " has shape ", t.sym_sizes(), ", expected ",
+                    c10::SymIntArrayRef(expected), "; pass what the forward was called with");
+}
+
+// Saved tensors may have passed through somebody's hooks, so a backward trusts them no more than a forward does.
+inline void check_backward(const at::Tensor& grad, const OptionalTensor& z, const OptionalTensor& x,
+                           const OptionalTensor& weight, const OptionalTensor& bias,
+                           const OptionalTensor& grad_shortcut, Activation activation,
+                           std::array<bool, 3> output_mask) {
+  constexpr char op[] = "linear_gelu_backward";
+  TORCH_CHECK(has_kernel_dtype(grad) && grad.dim() >= 1, op, ": grad_activated has dtype ", grad.scalar_type(),
+              " and shape ", grad.sym_sizes(), ", expected a floating-point tensor (..., out_features)");
+  check_dense(op, "grad_activated", grad);
+  const bool recompute = activation != Activation::none && !z;
+  TORCH_CHECK(x || !(output_mask[1] || recompute), op, ": x is missing, expected the forward's input");
+  TORCH_CHECK(weight || !(output_mask[0] || recompute), op, ": weight is missing, expected the forward's weight");
+  const auto check = [&](const char* name, const at::Tensor& t) { check_like(op, name, t, "grad_activated", grad); };
+  if (z) {
+    check("z", *z);
+    check_rows(op, "z", *z, grad, grad.sym_size(-1));
+  }
+  if (x) {
+    check("x", *x);
+    check_rows(op, "x", *x, grad, x->sym_size(-1));
+  }
+  if (weight) {
+    check("weight", *weight);
+    const bool fits = weight->dim() == 2 && weight->sym_size(0) == grad.sym_size(-1) &&
+                      (!x || weight->sym_size(1) == x->sym_size(-1));
+    TORCH_CHECK(fits, op, ": weight has shape ", weight->sym_sizes(), ", expected (", grad.sym_size(-1),
+                ", in_features); pass what the forward was called with");
+  }
+  if (bias) {
+    check("bias", *bias);
+    TORCH_CHECK(bias->dim() == 1 && bias->sym_size(0) == grad.sym_size(-1), op, ": bias has shape ",
+                bias->sym_sizes(), ", expected (", grad.sym_size(-1), ",); pass what the forward was called with");
+  }
+  if (grad_shortcut && output_mask[0]) {
+    check("grad_shortcut", *grad_shortcut);
+    check_rows(op, "grad_shortcut", *grad_shortcut, grad, weight->sym_size(1));
+  }
 }
 
 }  // namespace fastlane

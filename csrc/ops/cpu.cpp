@@ -163,6 +163,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
     std::string_view activation_name, bool weight_column_major, std::array<bool, 3> output_mask) {
   const auto [need_x, need_weight, need_bias] = output_mask;
   const Activation activation = parse_activation(activation_name);
+  check_backward(grad_activated, saved_z, x, weight, bias, grad_shortcut, activation, output_mask);
   policy::count_fused_backward();
   const auto options = grad_activated.options();
   const at::Tensor dy = with_unit_column_stride(flatten_leading(grad_activated));

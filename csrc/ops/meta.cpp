@@ -36,10 +36,10 @@ std::tuple<at::Tensor, at::Tensor> linear_gelu_forward(const at::Tensor& x, cons
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
-    const at::Tensor& grad_activated, const OptionalTensor&, const OptionalTensor& x, const OptionalTensor& weight,
-    const OptionalTensor&, const OptionalTensor&, std::string_view activation, bool weight_column_major,
-    std::array<bool, 3> output_mask) {
-  parse_activation(activation);
+    const at::Tensor& grad_activated, const OptionalTensor& z, const OptionalTensor& x, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& grad_shortcut, std::string_view activation,
+    bool weight_column_major, std::array<bool, 3> output_mask) {
+  check_backward(grad_activated, z, x, weight, bias, grad_shortcut, parse_activation(activation), output_mask);
   const auto out_features = grad_activated.sym_size(-1);
   at::Tensor grad_x, grad_weight, grad_bias;
   if (output_mask[0]) grad_x = empty(output_sizes(grad_activated, weight->sym_size(1)), grad_activated);

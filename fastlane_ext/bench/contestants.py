@@ -196,9 +196,7 @@ def _without_grad(call: Callable[[], Tensor]) -> Tensor:
         return call()
 
 
-def reject_wrong_answers(
-    contestants: Sequence[Contestant], on_contestant: Callable[[str], None] | None = None
-) -> None:
+def reject_wrong_answers(contestants: Sequence[Contestant], on_contestant: Callable[[str], None] | None = None) -> None:
     """Run every forward once and replace, by the reason, what fails or differs from eager.
 
     A wrong answer has no speed. ``on_contestant`` hears each name first, since its first call may compile.

@@ -46,9 +46,7 @@ class Layer:
         return f"{self.rows}×{self.inputs}→{self.outputs}"
 
     def contestants(self, compiled: bool) -> list[contestants.Contestant]:
-        return contestants.layer_contestants(
-            self.rows, self.inputs, self.outputs, self.dtype, compiled=compiled
-        )
+        return contestants.layer_contestants(self.rows, self.inputs, self.outputs, self.dtype, compiled=compiled)
 
     def work(self, mode: str) -> tuple[int, int]:
         """(floating-point operations, bytes) of an ideal pass: each tensor is read or written once.
@@ -240,9 +238,7 @@ class Prepared:
         ``busy_cores`` is what :class:`machine.Neighbours` saw meanwhile.
         """
         case, threads = self.job.case, self.job.threads
-        results = {
-            name: r for name in contestants.NAMES for r in [{**results, **self.absent(mode)}.get(name)] if r
-        }
+        results = {name: r for name in contestants.NAMES for r in [{**results, **self.absent(mode)}.get(name)] if r}
         times = {name: r.median for name, r in results.items() if isinstance(r, protocol.Timing)}
         flops, moved = case.work(mode)
         peak, bandwidth = machine.fma_peak(case.dtype, threads), machine.copy_bandwidth(moved, threads)
@@ -274,9 +270,7 @@ class Prepared:
 
 
 @contextmanager
-def prepare(
-    job: Job, *, compiled: bool = True, note: Callable[[str], None] | None = None
-) -> Iterator[Prepared]:
+def prepare(job: Job, *, compiled: bool = True, note: Callable[[str], None] | None = None) -> Iterator[Prepared]:
     """Set the number of threads, build the contestants, drop wrong answers; undo the threads at the end.
 
     ``note`` hears in a few words what is going on; compiling a contestant takes seconds.

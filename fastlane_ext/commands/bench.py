@@ -96,9 +96,7 @@ def render(result: dict[str, Any]) -> None:
     for (suite, threads, mode), rows in tables.items():
         plural = "" if threads == 1 else "s"
         title = f"{suite}, {mode}, {threads} thread{plural}"
-        grid = table(
-            title, "case", "dtype", *NAMES, "fused: part of limit", "peak memory, eager → fused", left=2
-        )
+        grid = table(title, "case", "dtype", *NAMES, "fused: part of limit", "peak memory, eager → fused", left=2)
         for row in rows:
             part, peaks = row["part_of_limit"].get("fused"), row["peak_bytes"]
             memory = " → ".join(size(peaks[name]) if name in peaks else "-" for name in ("eager", "fused"))

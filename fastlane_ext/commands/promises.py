@@ -151,11 +151,7 @@ def _multiprecision_error(got: Tensor, exact: list[list[Any]]) -> float:
     with mp.workdps(40):
         rows = got.reshape(len(exact), -1).tolist()
         scale = max(abs(value) for row in exact for value in row)
-        pairs = [
-            (mpf(a), b)
-            for mine, other in zip(rows, exact, strict=True)
-            for a, b in zip(mine, other, strict=True)
-        ]
+        pairs = [(mpf(a), b) for mine, other in zip(rows, exact, strict=True) for a, b in zip(mine, other, strict=True)]
         return float(max(abs(a - b) for a, b in pairs) / max(scale, mpf("1e-300")))
 
 
@@ -193,9 +189,7 @@ def accuracy(fused: Counter, dtype_name: str, activation: str) -> list[Row]:
     rows = []
     for name, (mine, eagers) in worst.items():
         limit = HARD_RATIO * eagers
-        rows.append(
-            _row("error of a layer", dtype_name, activation, name, mine, eagers, limit, mine <= limit)
-        )
+        rows.append(_row("error of a layer", dtype_name, activation, name, mine, eagers, limit, mine <= limit))
     return rows
 
 
@@ -324,9 +318,7 @@ def published_table() -> list[Row]:
             errors.append(max(abs(a - b) / b for a, b in zip(means, expected, strict=True)))
         mine, eagers = errors
         ok = mine <= PUBLISHED_TOLERANCE
-        rows.append(
-            _row("published table", "float32", "gelu_tanh", name, mine, eagers, PUBLISHED_TOLERANCE, ok)
-        )
+        rows.append(_row("published table", "float32", "gelu_tanh", name, mine, eagers, PUBLISHED_TOLERANCE, ok))
     return rows
 
 
@@ -344,9 +336,7 @@ def determinism(fused: Counter, dtype_name: str) -> list[Row]:
                 differing += sum(not torch.equal(a, b) for a, b in zip(first, got, strict=True))
     finally:
         torch.set_num_threads(before)
-    row = _row(
-        "same bits, 1 to 4 threads", dtype_name, "gelu", "differing", differing, None, 0, not differing
-    )
+    row = _row("same bits, 1 to 4 threads", dtype_name, "gelu", "differing", differing, None, 0, not differing)
     return [row]
 
 
@@ -359,9 +349,7 @@ def groups(fused: Counter) -> list[tuple[str, Callable[[], list[Row]]]]:
     for activation in ("gelu", "gelu_tanh"):
         out.append((f"float32 sweep {activation}", lambda a=activation: scalar_float32(fused, a)))
         for dtype in ("bfloat16", "float16"):
-            out.append(
-                (f"{dtype} sweep {activation}", lambda d=dtype, a=activation: scalar_half(fused, d, a))
-            )
+            out.append((f"{dtype} sweep {activation}", lambda d=dtype, a=activation: scalar_half(fused, d, a)))
     out.append(("published table", published_table))
     out.extend((f"threads {dtype}", lambda d=dtype: determinism(fused, d)) for dtype in DTYPES)
     return out

@@ -112,9 +112,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
     return loss.detach()
 
 
-def _train(
-    model: Classifier, digits: Digits, batches: list[Tensor], options: Options
-) -> tuple[list[float], float]:
+def _train(model: Classifier, digits: Digits, batches: list[Tensor], options: Options) -> tuple[list[float], float]:
     # The loss of every step and the share of held-out digits that are right in the end.
     dtype = model.head.weight.dtype
     x, optimizer = digits.x.to(dtype), _optimizer(model, options)
@@ -182,9 +180,7 @@ def _epoch_times(options: Options, digits: Digits, compiled: bool, note: Note) -
         calls["compile"] = epoch(torch.compile(model, dynamic=False), model)
     else:
         results["compile"] = protocol.Skipped("left out by --no-compile")
-    results |= protocol.race(
-        calls, repeats=9, budget=10.0, on_contestant=lambda name: note(0, f"epoch: {name}")
-    )
+    results |= protocol.race(calls, repeats=9, budget=10.0, on_contestant=lambda name: note(0, f"epoch: {name}"))
     return {name: result.to_dict() for name, result in results.items()}
 
 
@@ -266,9 +262,7 @@ def _plot(result: dict[str, Any], path: str) -> None:
         losses.plot(steps_done, run["loss"]["fused"], color=colour, linewidth=2.2, alpha=0.75, label=label)
         losses.plot(steps_done, run["loss"]["eager"], color="#1a1a1a", linewidth=0.7, linestyle=(0, (4, 4)))
         heights = [value or math.nan for value in run["gradients_at_start"]]
-        slopes.plot(
-            range(1, len(heights) + 1), heights, "o-", color=colour, markersize=4, label=f"{key} shortcuts"
-        )
+        slopes.plot(range(1, len(heights) + 1), heights, "o-", color=colour, markersize=4, label=f"{key} shortcuts")
     losses.plot([], [], color="#1a1a1a", linewidth=0.7, linestyle=(0, (4, 4)), label="eager, same seed")
     losses.set(xlabel="epoch", ylabel="training loss", yscale="log")
     losses.set_title("Handwritten digits, fused over eager", loc="left", fontweight="bold")
