@@ -50,9 +50,14 @@ def per_layer(argument: str, values: Sequence[Tensor | None] | None, layers: int
     return [None] * layers if values is None else values
 
 
+def overrides_torch(kind: type) -> bool:
+    return hasattr(kind, "__torch_function__")
+
+
 def check_tensor(argument: str, value: object, *, optional: bool = False) -> None:
     """TypeError for what is no tensor; torch itself would not name the argument."""
-    if not isinstance(value, Tensor) and not (optional and value is None):
+    # torch.fx's proxies and their like stand in for tensors through __torch_function__.
+    if not isinstance(value, Tensor) and not (optional and value is None) and not overrides_torch(type(value)):
         expected = "a tensor or None" if optional else "a tensor"
         raise bad(argument, f"a {type(value).__name__}", expected, "convert it with torch.as_tensor", TypeError)
 

@@ -26,11 +26,18 @@ def _activate(z: Tensor, activation: str) -> Tensor:
     return torch.nn.functional.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
+def _logical_rank(x: Tensor, x_dim: int | None) -> int:
+    rank = x.dim() - (x_dim is not None)
+    if rank == 0:
+        raise RuntimeError("x is 0-D under vmap, expected (..., in_features); add a dimension with x.reshape(1)")
+    return rank
+
+
 def _batched_layer(in_dims, x, weight, bias, activation):
     """act(x Wᵀ + b) where weight or bias differs from example to example: no fused kernel does that."""
     library.leave_fused_path("vmap over weight or bias")
     x_dim, weight_dim, bias_dim = in_dims
-    rank = x.dim() - (x_dim is not None)
+    rank = _logical_rank(x, x_dim)
     x = _batch_first(x, x_dim)
     weight = _batch_first(weight, weight_dim)
     if rank == 1:
@@ -46,7 +53,7 @@ def _batched_layer(in_dims, x, weight, bias, activation):
 
 def _vmap_residual(info, in_dims, x, weight, bias=None, residual=None, *, activation="gelu", recompute=False):
     x_dim, weight_dim, bias_dim, residual_dim = (*in_dims, None, None)[:4]
-    rank = x.dim() - (x_dim is not None)
+    rank = _logical_rank(x, x_dim)
     if weight_dim is None and bias_dim is None:
         if x_dim is None and residual_dim is not None:
             x, x_dim = x.expand(info.batch_size, *x.shape), 0
@@ -65,6 +72,7 @@ def _vmap_residual(info, in_dims, x, weight, bias=None, residual=None, *, activa
 
 def _vmap_concat(info, in_dims, x, weight, bias=None, *, activation="gelu"):
     x_dim, weight_dim, bias_dim = (*in_dims, None)[:3]
+    _logical_rank(x, x_dim)
     if weight_dim is None and bias_dim is None:
         x = _batch_first(x, x_dim)
         return torch.ops.fastlane.linear_gelu_concat(x, weight, bias, activation=activation), 0

@@ -226,10 +226,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except commands.CommandError as error:
         print(f"fastlane {args.command}: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if not str(error).startswith("FASTLANE_STRICT"):
+    except (RuntimeError, MemoryError) as error:
+        message = str(error)
+        if isinstance(error, MemoryError) or "allocate memory" in message:
+            print(f"fastlane {args.command}: not enough memory; choose smaller sizes", file=sys.stderr)
+            return 2
+        if not message.startswith("FASTLANE_STRICT"):
             raise
-        print(f"fastlane {args.command}: {error}", file=sys.stderr)
+        print(f"fastlane {args.command}: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"fastlane {args.command}: interrupted", file=sys.stderr)

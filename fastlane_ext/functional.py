@@ -118,7 +118,7 @@ def residual_stack(
         residual = None
         if projections[i] is not None:
             residual = linear_gelu_residual(x, projections[i], projection_biases[i], activation="none")
-        elif shortcut != "none" and weight.shape[0] == x.shape[-1]:
+        elif shortcut != "none" and weight.shape[0] == weight.shape[1]:
             residual = x
         elif shortcut == "projection":
             raise missing_projection(i, weight.shape)

@@ -37,9 +37,10 @@ def _plain_layer(layer: nn.Module) -> tuple[Tensor, Tensor | None, str] | str:
     name = "none" if kind is nn.Identity else _GELU_NAMES.get(activation.approximate)
     if name is None:
         return f"has a GELU with approximate={activation.approximate!r}"
-    # Reading linear.weight costs half a microsecond; some wrappers keep plain attributes instead, though.
+    # Reading linear.weight costs half a microsecond; but it may be a plain attribute or a buffer by now.
     own = linear._parameters
-    weight, bias = (own["weight"], own["bias"]) if "weight" in own else (linear.weight, linear.bias)
+    plain = "weight" in own and "bias" in own
+    weight, bias = (own["weight"], own["bias"]) if plain else (linear.weight, linear.bias)
     return weight, bias, name
 
 
@@ -62,7 +63,7 @@ class _FusedForward(reference.ResidualNetwork):
         projections = projection_biases = None
         if self.shortcut == "projection":
             projections, projection_biases = [], []
-            for projection in self.projections._modules.values():
+            for projection in list(self.projections._modules.values())[: len(weights)]:
                 if projection is not None and why_not_plain(projection, nn.Linear) is not None:
                     return self._forward_by_layer(x)
                 projections.append(None if projection is None else projection.weight)

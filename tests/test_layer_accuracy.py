@@ -3,7 +3,7 @@
 import mpmath
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import (
     ACTIVATIONS,
@@ -137,7 +137,6 @@ def any_case(draw):
     return case.with_layout(**layouts)
 
 
-@settings(max_examples=300)
 @given(any_case())
 def test_any_shape_and_layout(case):
     """The layout changes nothing, to the bit; and without an activation the result is the exact one."""

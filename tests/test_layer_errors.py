@@ -137,11 +137,43 @@ def test_unknown_activation(function, activation, device, requires_grad):
     assert f"activation: got '{activation}', expected 'gelu', 'gelu_tanh' or 'none'" in message
 
 
-@pytest.mark.parametrize("name", ["x", "weight"])
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "residual"])
 def test_not_a_tensor(name):
-    """The dispatcher's own message, which names the operator and the argument."""
-    with pytest.raises(RuntimeError, match=rf"fastlane::linear_gelu_residual.*'{name}'"):
+    with pytest.raises(TypeError, match=rf"^{name}: got a list, expected a tensor( or None)?; convert it"):
         fl.linear_gelu_residual(**arguments(**{name: [1.0]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"z": torch.zeros(2, 3)}, r"z has shape \[2, 3\], expected \[5, 3\]"),
+        ({"z": torch.zeros(5, 3, dtype=torch.half)}, "z has dtype Half, expected Float like grad_activated"),
+        ({"x": None}, "x is missing"),
+        ({"x": torch.zeros(4, 4)}, r"x has shape \[4, 4\], expected \[5, 4\]"),
+        ({"weight": None}, "weight is missing"),
+        ({"weight": torch.zeros(4, 3)}, r"weight has shape \[4, 3\], expected \(3, in_features\)"),
+        ({"bias": torch.zeros(4)}, r"bias has shape \[4\], expected \(3,\)"),
+        ({"grad_shortcut": torch.zeros(5, 3)}, r"grad_shortcut has shape \[5, 3\], expected \[5, 4\]"),
+        ({"grad_activated": torch.zeros(5, 3, dtype=torch.int)}, "grad_activated has dtype Int"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_backward_trusts_no_saved_tensor(change, message, device):
+    """A hook on saved tensors may hand back another dtype or size: never a read beyond the end."""
+    given = {
+        "grad_activated": torch.zeros(5, 3),
+        "z": torch.zeros(5, 3),
+        "x": torch.zeros(5, 4),
+        "weight": torch.zeros(3, 4),
+        "bias": torch.zeros(3),
+        "grad_shortcut": None,
+    } | change
+    given = {name: t if t is None else t.to(device) for name, t in given.items()}
+    with pytest.raises(RuntimeError, match=f"^linear_gelu_backward: {message}") as error:
+        torch.ops.fastlane.linear_gelu_backward(
+            **given, activation="gelu", weight_column_major=False, output_mask=[True] * 3
+        )
+    assert "\n" not in str(error.value)
 
 
 DTYPE_NAMES = {

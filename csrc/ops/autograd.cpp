@@ -1,10 +1,13 @@
 // All differentiation policy: what is saved, which gradients are computed, and where the ATen composition takes over.
 #include <ATen/ExpandUtils.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/matmul.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "composition.h"
 #include "operators.h"
@@ -30,6 +33,21 @@ std::string_view name_of(Activation activation) {
 }
 
 Tensor flatten_leading(const Tensor& t) { return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); }
+
+// torch cuts a sum to one element by threads, so that its bits depend on their number; sums to a row it does not.
+Tensor sum_to_one(const Tensor& t) {
+  constexpr int64_t kRow = 4096;
+  const auto wide = t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensor row = flatten_leading(t).sum(0, /*keepdim=*/false, wide);
+  const c10::SymInt missing = (kRow - row.sym_size(0) % kRow) % kRow;
+  const Tensor rows = at::constant_pad_nd_symint(row, {0, missing}).view({-1, kRow});
+  return rows.sum(0).sum().to(t.scalar_type());
+}
+
+Tensor residual_grad(const Tensor& dy, c10::SymIntArrayRef sizes) {
+  const bool one_element = std::all_of(sizes.begin(), sizes.end(), [](const c10::SymInt& s) { return s == 1; });
+  return one_element && dy.sym_numel() != 1 ? sum_to_one(dy).view_symint(sizes) : at::sum_to(dy, sizes);
+}
 
 bool is_column_major(const Tensor& weight) {
   const auto strides = weight.sym_strides(), sizes = weight.sym_sizes();
@@ -123,7 +141,7 @@ class LinearGelu : public torch::autograd::Function<LinearGelu> {
     }
     variable_list result(kForwardArguments);
     result[0] = g.x, result[1] = g.weight, result[2] = g.bias;
-    if (need_residual) result[3] = at::sum_to(dy, c10::SymIntArrayRef(residual_sizes->second.toSymIntVector()));
+    if (need_residual) result[3] = residual_grad(dy, residual_sizes->second.toSymIntVector());
     return result;
   }
 

@@ -10,8 +10,11 @@ namespace fastlane::policy {
 namespace {
 
 bool is_set(const char* variable) {
-  const char* value = std::getenv(variable);
-  return value != nullptr && *value != '\0' && std::string(value) != "0";
+  const char* text = std::getenv(variable);
+  const std::string value = text ? text : "";
+  TORCH_CHECK_VALUE(value.empty() || value == "0" || value == "1", variable, ": got '", value,
+                    "', expected 0 or 1; unset it for 0");
+  return value == "1";
 }
 
 std::atomic<int64_t> fused_forward{0};

@@ -23,6 +23,7 @@ FORWARD, STEP = "forward", "forward+backward"
 MODES = (FORWARD, STEP)
 SCHEMA = 1
 QUIET = 0.2
+MAX_THREADS = 1024
 """Cores that anything else may keep busy before a row carries a warning."""
 
 
@@ -169,7 +170,7 @@ def plan(
     """The jobs of a suite (``"layer"``, ``"networks"`` or ``"all"``), each case at each number of threads.
 
     ``threads`` defaults to one and all. ``dtype`` runs every shape in that one instead of the listed
-    ones; ``quick`` keeps a few cases. ValueError for an unknown suite or a thread count below 1.
+    ones; ``quick`` keeps a few cases. ValueError for an unknown suite or a thread count out of range.
 
     >>> len(plan("layer", [1], quick=True))
     3
@@ -178,8 +179,9 @@ def plan(
         raise ValueError(f"suite: got {suite!r}, expected one of {', '.join(map(repr, SUITES))}")
     counts = dict.fromkeys(threads if threads is not None else (1, torch.get_num_threads()))
     for count in counts:
-        if count < 1:
-            raise ValueError(f"threads: got {count}, expected at least 1")
+        # An operating system that refuses a thread ends the process, not the call.
+        if not 1 <= count <= MAX_THREADS:
+            raise ValueError(f"threads: got {count}, expected 1 to {MAX_THREADS}")
     cases = [case for case in SUITES[suite] if case.quick or not quick]
     if dtype is not None:
         cases = list(dict.fromkeys(replace(case, dtype=dtype, quick=False) for case in cases))
