@@ -23,8 +23,8 @@ FORWARD, STEP = "forward", "forward+backward"
 MODES = (FORWARD, STEP)
 SCHEMA = 1
 QUIET = 0.2
-MAX_THREADS = 1024
 """Cores that anything else may keep busy before a row carries a warning."""
+MAX_THREADS = 1024
 
 
 def dtype_name(dtype: torch.dtype) -> str:
