@@ -18,7 +18,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "none")
 dtype_name = lambda value: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None  # noqa: E731
 
 
-# --- layouts: the same values, lying otherwise in memory. Whatever lies between the elements is NaN. ---
+# Layouts: the same values, lying otherwise in memory. Whatever lies between the elements is NaN.
 
 
 def _nan(shape, like: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ SHARING_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 ALL_LAYOUTS = LAYOUTS | SHARING_LAYOUTS
 
 
-# --- where the residual comes from; always a differentiable function of x ---
+# Where the residual comes from; always a differentiable function of x
 
 RESIDUALS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
     "none": None,
@@ -135,7 +135,7 @@ def make_case(
     )
 
 
-# --- three ways to run a case; each returns y, dx, dweight, dbias and dresidual by name ---
+# Three ways to run a case; each returns y, dx, dweight, dbias and dresidual by name
 
 
 def eager_layer(x, weight, bias=None, residual=None, *, activation="gelu", concat=False):
@@ -260,6 +260,10 @@ def assert_as_exact_as_eager(cases: list[Case]):
                 difference = np.abs(_as_numpy(result[name]) - value)
                 errors[name] = max(errors.get(name, 0.0), float(difference.max(initial=0)))
             scale[name] = max(scale.get(name, 0.0), float(np.abs(value).max(initial=0)))
+            if name == "dresidual" and value.size:
+                # A sum of n random terms passes through values √n times as large: no order of adding avoids that.
+                terms = case.grad.numel() / value.size
+                scale[name] = max(scale[name], math.sqrt(terms) * float(case.grad.abs().max()))
     eps = torch.finfo(cases[0].x.dtype).eps
     for name in fused_error:
         limit = 2 * eager_error[name] + 2 * eps * scale[name]

@@ -37,8 +37,7 @@ Tensor flatten_leading(const Tensor& t) { return t.dim() == 1 ? t.unsqueeze(0) :
 // torch cuts a sum to one element by threads, so that its bits depend on their number; sums to a row it does not.
 Tensor sum_to_one(const Tensor& t) {
   constexpr int64_t kRow = 4096;
-  const auto wide = t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const Tensor row = flatten_leading(t).sum(0, /*keepdim=*/false, wide);
+  const Tensor row = flatten_leading(t).sum(0, /*keepdim=*/false, at::kDouble);
   const c10::SymInt missing = (kRow - row.sym_size(0) % kRow) % kRow;
   const Tensor rows = at::constant_pad_nd_symint(row, {0, missing}).view({-1, kRow});
   return rows.sum(0).sum().to(t.scalar_type());
