@@ -29,7 +29,7 @@ poisoned = pytest.mark.usefixtures("poisoned_memory")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 
 
-# --- shapes ---
+# Shapes
 
 
 @poisoned
@@ -105,7 +105,7 @@ def test_no_rows_as_the_first_call_of_a_process():
     run_python(EMPTY_FIRST)
 
 
-# --- addresses and strides ---
+# Addresses and strides
 
 
 @poisoned
@@ -169,7 +169,7 @@ def test_strides_beyond_31_bits(operand, far, far_apart):
         assert torch.equal(got, expected[name]), name
 
 
-# --- values ---
+# Values
 
 
 def spared(t, row=None, column=None):
@@ -295,7 +295,7 @@ def test_bias_is_added_once():
         assert (run_fused(case)["y"] == 1000).all()
 
 
-# --- threads ---
+# Threads
 
 PARALLEL_CASES = [
     ((300,), 120, 70, {}),
@@ -443,7 +443,7 @@ def test_data_loader_workers():
         assert torch.equal(got, wanted)
 
 
-# --- the environment ---
+# The environment
 
 DISABLED = """
 import json, torch

@@ -28,7 +28,7 @@ def random(*shape, dtype=torch.float64, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-# --- opcheck: schema, autograd registration, fake kernel, compilation with dynamic shapes ---
+# Opcheck: schema, autograd registration, fake kernel, compilation with dynamic shapes
 
 
 def layer_samples():
@@ -98,7 +98,7 @@ def test_opcheck(op, args, kwargs, assert_fused):
     assert_fused(forward=None if "backward" not in str(op) else 0, backward=fl.stats()["fused"]["backward"])
 
 
-# --- fake tensors ---
+# Fake tensors
 
 
 @pytest.mark.parametrize("concat", [False, True])
@@ -140,7 +140,7 @@ def test_meta(dtype, requires_grad):
                 assert grad.is_meta and grad.shape == leaf.shape and grad.dtype == dtype
 
 
-# --- torch.compile and torch.export ---
+# Torch.compile and torch.export
 
 
 def training_step(x, weight, bias, residual, activation="gelu", concat=False):
@@ -260,7 +260,7 @@ def test_export(concat, tmp_path, assert_fused):
     assert_fused(forward=4)
 
 
-# --- vmap and torch.func ---
+# Vmap and torch.func
 
 
 def as_eager(function, fused, *arguments):
@@ -482,7 +482,7 @@ def test_is_grads_batched():
     fl.reset_stats()
 
 
-# --- autocast ---
+# Autocast
 
 
 def autocast_run(layer, case, low):
@@ -578,7 +578,7 @@ def test_autocast_under_compile(fresh_compiler, assert_fused):
     assert_fused(forward=2, backward=2)
 
 
-# --- tensors that are not plain ---
+# Tensors that are not plain
 
 
 class Logged(torch.Tensor):
