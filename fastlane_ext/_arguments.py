@@ -24,6 +24,13 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
         raise bad(argument, repr(value), expected, "pass one of these", error)
 
 
+def check_flag(argument: str, value: object) -> bool:
+    # "none" is a true value: what was meant as a shortcut's name must not switch shortcuts on.
+    if not isinstance(value, (bool, int)):
+        raise bad(argument, repr(value), "True or False", "pass one of these", TypeError)
+    return bool(value)
+
+
 def check_size(argument: str, value: Any) -> int:
     remedy = "give the number of features"
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):

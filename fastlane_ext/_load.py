@@ -17,12 +17,17 @@ def read_build_record(folder: Path | None = None) -> dict[str, Any]:
     """What setup.py wrote down beside the library. Raises ImportError if nothing was built."""
     path = (folder or Path(__file__).parent) / "_build_record.json"
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
+        if {"version", "torch", "torch_cuda", "compiler", "cuda_archs", "cuda_reason"} <= record.keys():
+            return record
     except FileNotFoundError:
         raise ImportError(
             f"fastlane_ext: no compiled extension in {path.parent}; if this is the source folder, leave it to use "
             f"an installed copy, or build in it with: {REINSTALL.replace(' .', ' -e .')}"
         ) from None
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise ImportError(f"fastlane_ext: {path} is damaged; reinstall in the source folder with: {REINSTALL}")
 
 
 def check_torch(built: str, running: str) -> None:

@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.writable("--json", args.json)
         if args.json is None:
             # Before minutes of work, not after.
-            commands.need("rich", "cli", f"fastlane {args.command}")
+            commands.need("rich", "cli", "output as tables")
         try:
             fastlane_ext.cpu_isa()
         except RuntimeError as error:

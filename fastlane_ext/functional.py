@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _register  # noqa: F401  (registers the batching rules)
-from ._arguments import check_stack, check_tensor, missing_projection, per_layer
+from ._arguments import ACTIVATIONS, check_choice, check_stack, check_tensor, missing_projection, per_layer
 from ._load import library
 
 
@@ -50,6 +50,8 @@ def linear_gelu_residual(
     check_tensor("weight", weight)
     check_tensor("bias", bias, optional=True)
     check_tensor("residual", residual, optional=True)
+    if not isinstance(activation, str):
+        check_choice("activation", activation, ACTIVATIONS)
     return torch.ops.fastlane.linear_gelu_residual.default(
         x, weight, bias, residual, activation=activation, recompute=recompute
     )
@@ -67,6 +69,8 @@ def linear_gelu_concat(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     check_tensor("x", x)
     check_tensor("weight", weight)
     check_tensor("bias", bias, optional=True)
+    if not isinstance(activation, str):
+        check_choice("activation", activation, ACTIVATIONS)
     return torch.ops.fastlane.linear_gelu_concat.default(x, weight, bias, activation=activation)
 
 
@@ -157,6 +161,9 @@ def mlp_residual(
 
 
 def record_fallback(reason: str) -> None:
-    """Count a module's call that leaves the fused path; RuntimeError under FASTLANE_STRICT=1."""
+    """Count a module's call that leaves the fused path; RuntimeError under FASTLANE_STRICT=1.
+
+    Not while torch.compile traces: a graph has no place for a counter.
+    """
     if not torch.compiler.is_compiling():
         library.leave_fused_path(reason)

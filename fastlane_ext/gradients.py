@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import networks, reference
-from ._arguments import check_choice, check_layer_sizes
+from ._arguments import bad, check_choice, check_layer_sizes, check_tensor
 
 __all__ = [
     "GradientComparison",
@@ -87,6 +87,12 @@ def _gradients(
     model: nn.Module, x: Any, target: Any, loss_fn: Loss | None, keep_grad: bool
 ) -> tuple[float, list[tuple[str, Tensor, Tensor | None]]]:
     """The loss and, for each parameter once, its name, itself and its gradient or None."""
+    if not isinstance(model, nn.Module):
+        raise bad("model", f"a {type(model).__name__}", "an nn.Module", "wrap a function in one", TypeError)
+    if loss_fn is not None and not callable(loss_fn):
+        raise bad("loss_fn", repr(loss_fn), "a function loss_fn(output, target)", "or None for MSE", TypeError)
+    if loss_fn is None and target is not None:
+        check_tensor("target", target)
     named = list(model.named_parameters())
     wanted = [p for _, p in named if p.requires_grad]
     if not wanted:
@@ -96,6 +102,8 @@ def _gradients(
     with torch.inference_mode(False), torch.enable_grad(), _untouched(model, x):
         if isinstance(x, Tensor) and x.is_inference():
             x = x.clone()  # autograd cannot save an inference tensor, but it can save a copy
+        if isinstance(target, Tensor) and target.is_inference():
+            target = target.clone()
         loss = _loss(model(x), target, loss_fn)
         if not loss.requires_grad:
             raise ValueError(
@@ -282,6 +290,10 @@ class GradientReport:
 
         The models may differ: a parameter only one of them has shows "-" for the other.
         """
+        if not isinstance(other, GradientReport):
+            raise bad(
+                "other", f"a {type(other).__name__}", "a GradientReport", "make one with gradient_report", TypeError
+            )
         mine = {row.name: row.mean_abs for row in self.rows}
         theirs = {row.name: row.mean_abs for row in other.rows}
         rows = []

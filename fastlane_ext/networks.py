@@ -1,4 +1,4 @@
-"""Networks of fused layers: the whole stack is one op, forward and backward.
+"""Networks of fused layers: the whole stack is one call of `residual_stack`.
 
 Construction is the eager network's own, from `fastlane_ext.reference`. A child that has become something
 else than what the network was built with (a hook, an adapter, another activation) is called as a module, so

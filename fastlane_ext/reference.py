@@ -22,6 +22,7 @@ from ._arguments import (
     SHORTCUTS,
     bad,
     check_choice,
+    check_flag,
     check_layer_sizes,
     check_size,
     check_stack,
@@ -403,7 +404,7 @@ class ExampleDeepNeuralNetwork(ResidualNetwork):
     """
 
     def __init__(self, layer_sizes: Sequence[int], use_shortcut: bool = True, activation: str = "gelu") -> None:
-        shortcut = "identity" if use_shortcut else "none"
+        shortcut = "identity" if check_flag("use_shortcut", use_shortcut) else "none"
         super().__init__(layer_sizes, shortcut=shortcut, activation=activation)
 
 
@@ -418,7 +419,7 @@ class ImprovedResidualNetwork(ResidualNetwork):
     """
 
     def __init__(self, layer_sizes: Sequence[int], use_shortcut: bool = True, activation: str = "gelu") -> None:
-        shortcut = "projection" if use_shortcut else "none"
+        shortcut = "projection" if check_flag("use_shortcut", use_shortcut) else "none"
         super().__init__(layer_sizes, shortcut=shortcut, activation=activation)
         if self.projections is None:
             self.projections = nn.ModuleList([None] * len(self.layers))  # type: ignore[list-item]
@@ -438,7 +439,7 @@ class DeepNeuralNet(ResidualNetwork):
     _sizes_argument = "layer_size"
 
     def __init__(self, use_skip_connection: bool, layer_size: Sequence[int], activation: str = "gelu_tanh") -> None:
-        shortcut = "identity" if use_skip_connection else "none"
+        shortcut = "identity" if check_flag("use_skip_connection", use_skip_connection) else "none"
         super().__init__(layer_size, shortcut=shortcut, activation=activation)
 
     use_skip_connection = ResidualNetwork.use_shortcut

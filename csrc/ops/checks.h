@@ -81,6 +81,10 @@ inline void check_residual(const char* op, const at::Tensor& x, const at::Tensor
               "; project or expand it first");
 }
 
+inline void check_no_residual_with_concat(bool concat, const OptionalTensor& residual) {
+  TORCH_CHECK(!(concat && residual), "linear_gelu_forward: residual is given, expected none with concat=True");
+}
+
 // `t` is (leading sizes of `like`..., features).
 inline void check_rows(const char* op, const char* name, const at::Tensor& t, const at::Tensor& like,
                        const c10::SymInt& features) {

@@ -144,6 +144,7 @@ std::tuple<at::Tensor, at::Tensor> linear_gelu_forward(const at::Tensor& x, cons
                                                        std::string_view activation, bool concat) {
   const Activation act = parse_activation(activation);
   check_linear(concat ? "linear_gelu_concat" : "linear_gelu_residual", x, weight, bias);
+  check_no_residual_with_concat(concat, residual);
   at::Tensor z = empty_output(x, weight.size(0));
   at::Tensor y =
       concat ? forward_concat(x, weight, bias, act, z) : forward_residual(x, weight, bias, residual, act, z);

@@ -30,6 +30,7 @@ at::Tensor linear_gelu_concat(const at::Tensor& x, const at::Tensor& weight, con
 std::tuple<at::Tensor, at::Tensor> linear_gelu_forward(const at::Tensor& x, const at::Tensor& weight,
                                                        const OptionalTensor& bias, const OptionalTensor& residual,
                                                        std::string_view activation, bool concat) {
+  check_no_residual_with_concat(concat, residual);
   at::Tensor y = concat ? linear_gelu_concat(x, weight, bias, activation)
                         : linear_gelu_residual(x, weight, bias, residual, activation, false);
   return {std::move(y), empty(output_sizes(x, weight.sym_size(0)), x)};

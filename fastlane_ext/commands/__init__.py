@@ -64,7 +64,7 @@ def _plain_notes(title: str, total: int) -> Note:
         finished += done
         if time.monotonic() - last > PLAIN_NOTE_SECONDS:
             last = time.monotonic()
-            print(f"{title}: {finished} of {total} done; {text or ''}", file=sys.stderr, flush=True)
+            print(f"{title}: {finished} of {total} done{'; ' + text if text else ''}", file=sys.stderr, flush=True)
 
     return note
 
