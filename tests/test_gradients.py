@@ -21,6 +21,34 @@ from fastlane_ext.plots import plot_gradients
 WITHOUT = "layers.0.0.weight has gradient mean of 1.797181e-05"
 
 
+@pytest.mark.parametrize("function", [print_gradients, gradient_report])
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (None, {}, "model: got a NoneType, expected an nn.Module"),
+        (len, {}, "model: got a builtin_function_or_method"),
+        (nn.Linear(3, 3), {"target": [0.0]}, "target: got a list, expected a tensor"),
+        (nn.Linear(3, 3), {"loss_fn": "mse"}, "loss_fn: got 'mse', expected a function"),
+    ],
+)
+def test_wrong_arguments_are_named(function, model, options, message):
+    with pytest.raises(TypeError, match=f"^{message}") as error:
+        function(model, torch.ones(2, 3), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_target_made_in_inference_mode():
+    with torch.inference_mode():
+        target = torch.ones(2, 3)
+    assert gradient_report(nn.Linear(3, 3), torch.ones(2, 3), target).loss > 0
+
+
+def test_a_report_is_compared_with_a_report():
+    report = gradient_report(nn.Linear(3, 3), torch.ones(2, 3))
+    with pytest.raises(TypeError, match="^other: got a NoneType, expected a GradientReport"):
+        report.compare(None)
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     fl.reset_stats()

@@ -200,6 +200,21 @@ def test_fifty_digits(size, dtype, activation):
                 assert worst <= 6 * limit * scale, (name, mpmath.nstr(worst / scale))
 
 
+@pytest.mark.parametrize("size", [(5, 17000, 300), (17000, 300, 5)], ids=["long k", "many rows"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_sums_longer_than_what_is_packed_at_once(dtype, size, restore_threads):
+    """Packed B is bounded: beyond it the sums wait from one slab of k to the next, for any number of threads."""
+    rows, in_features, out_features = size
+    case = make_case((rows,), in_features, out_features, dtype=dtype)
+    assert_as_exact_as_eager([case])
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run_fused(case))
+    for name, value in results[0].items():
+        assert all(torch.equal(value, other[name]) for other in results[1:]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 def test_long_sums_in_16_bits(dtype, assert_fused):
     """Accumulated in float32, rounded once: in 16 bits a sum of ones stops at 256 or 2048."""

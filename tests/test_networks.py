@@ -332,6 +332,43 @@ def test_compiles_without_a_graph_break(shortcut, changed):
     torch._dynamo.reset()
 
 
+def test_a_bias_kept_as_a_buffer():
+    fused, eager = fl.ResidualNetwork([4, 4, 3]), reference.ResidualNetwork([4, 4, 3])
+    fused.load_state_dict(eager.state_dict())
+    for network in (fused, eager):
+        linear = network.layers[1][0]
+        bias = linear.bias.detach()
+        del linear.bias
+        linear.register_buffer("bias", bias)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(fused(x), eager(x))
+    assert fl.stats() == {"fused": {"forward": 2, "backward": 0}, "fallback": {}}
+
+
+def test_a_removed_last_layer_with_projections():
+    fused = fl.ResidualNetwork([4, 4, 3, 2], shortcut="projection")
+    eager = reference.ResidualNetwork([4, 4, 3, 2], shortcut="projection")
+    eager.load_state_dict(fused.state_dict())
+    del fused.layers[2], eager.layers[2]
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(fused(x), eager(x))
+
+
+@pytest.mark.parametrize("shortcut", ["identity", "projection", "concat", "none"])
+def test_fx_traces_the_fused_ops(shortcut):
+    network = fl.ResidualNetwork([4, 4, 3], shortcut=shortcut)
+    traced = torch.fx.symbolic_trace(network)
+    assert any("fastlane" in str(node.target) for node in traced.graph.nodes)
+    x = torch.randn(5, 4)
+    assert torch.equal(traced(x), network(x))
+
+
+@both_kinds
+def test_a_shortcuts_name_is_no_flag(kind):
+    with pytest.raises(TypeError, match="^use_shortcut: got 'none', expected True or False"):
+        kind.ExampleDeepNeuralNetwork([4, 4], "none")
+
+
 def test_examples_in_docstrings():
     result = doctest.testmod(networks)
     assert result.attempted >= 4 and result.failed == 0

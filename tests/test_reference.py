@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastlane_ext
 from fastlane_ext import reference
 
 
@@ -27,6 +28,26 @@ def seeded():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.mark.parametrize("kind", [fastlane_ext, reference], ids=["fused", "reference"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weights": []}, TypeError, "weights: got an empty list, expected a list of at least one tensor"),
+        ({"weights": None}, TypeError, "weights: got a NoneType"),
+        ({"weights": [None]}, TypeError, r"weights\[0\]: got a NoneType, expected a tensor"),
+        ({"x": None}, TypeError, "x: got a NoneType, expected a tensor"),
+        ({"activation": "relu"}, ValueError, "activation: got 'relu'"),
+        ({"activation": None}, TypeError, "activation: got None"),
+        ({"shortcut": "both"}, ValueError, "shortcut: got 'both'"),
+    ],
+)
+def test_a_stack_names_the_argument(kind, change, error, message):
+    given = {"x": torch.randn(2, 3), "weights": [torch.randn(3, 3)]} | change
+    with pytest.raises(error, match=f"^{message}") as raised:
+        kind.residual_stack(**given)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
