@@ -54,5 +54,8 @@ def stats() -> dict[str, dict[str, int]]:
 
 
 def reset_stats() -> None:
-    """Set all counters of `stats` to zero."""
+    """Set all counters of `stats` to zero, in all threads.
+
+    >>> reset_stats()
+    """
     library.reset_stats()
