@@ -11,7 +11,13 @@ import torch
 import fastlane_ext as fl
 
 HERE = Path(__file__).parent
-FILES = ["test_gelu.py", "test_layer_accuracy.py", "test_layer_gradients.py", "test_layer_hostile.py"]
+FILES = [
+    "test_gelu.py",
+    "test_layer_accuracy.py",
+    "test_layer_gradients.py",
+    "test_layer_hostile.py",
+    "test_layer_process.py",
+]
 FORCED = os.environ.get("FASTLANE_CPU_ISA")
 ALL = fl.build_info()["supported_isas"]
 
