@@ -395,3 +395,10 @@ def test_lazy_views(kind):
         x = torch.complex(x, x).conj().imag
         assert x.is_neg()
     torch.testing.assert_close(fused_layer(x, weight), eager_layer(x, weight), **exact)
+
+
+def test_a_composed_call_refuses_what_a_fused_one_refuses():
+    x, weight = random(3, dtype=torch.float32), random(4, 3, dtype=torch.float32)
+    for residual, message in ((random(4), "residual has dtype Double"), (torch.zeros(5, 4), "residual has shape")):
+        with pytest.raises(RuntimeError, match=f"^linear_gelu_residual: {message}"):
+            torch.func.grad(lambda x, r=residual: fl.linear_gelu_residual(x, weight, None, r).sum())(x)
