@@ -135,6 +135,10 @@ def make_case(
     )
 
 
+def random(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
 # Three ways to run a case; each returns y, dx, dweight, dbias and dresidual by name
 
 

@@ -11,18 +11,14 @@ from oracle import (
     eager_layer,
     fused_layer,
     make_case,
+    random,
 )
 
 import fastlane_ext as fl
 
-OPS = torch.ops.fastlane
 FUNC = "a torch.func transform is active"
 VMAP = "vmap over weight or bias"
 exact = {"rtol": 1e-11, "atol": 1e-12}
-
-
-def random(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 # Vmap and torch.func

@@ -91,31 +91,34 @@ at::Tensor empty_output(const at::Tensor& x, int64_t features) {
   return at::empty(sizes, x.options());
 }
 
-// z is a tensor of the activated part's shape to fill, or undefined.
-at::Tensor forward_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                            const OptionalTensor& residual, Activation activation, const at::Tensor& z) {
+using OutputAndZ = std::tuple<at::Tensor, at::Tensor>;
+
+// z is undefined unless asked for.
+OutputAndZ forward_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& residual, Activation activation, bool with_z) {
   check_linear("linear_gelu_residual", x, weight, bias);
   if (residual) check_residual("linear_gelu_residual", x, weight, *residual);
   policy::count_fused_forward();
-  at::Tensor y = empty_output(x, weight.size(0));
+  at::Tensor y = empty_output(x, weight.size(0)), z = with_z ? empty_output(x, weight.size(0)) : at::Tensor();
   const Operands o = flatten_operands(x, weight, bias, residual);
   const std::array<int64_t, 2> flat{o.shape.rows, o.shape.out_features};
-  run_forward(o, activation, z.defined() ? z.view(flat) : z, y.view(flat));
-  return y;
+  run_forward(o, activation, with_z ? z.view(flat) : z, y.view(flat));
+  return {std::move(y), std::move(z)};
 }
 
-at::Tensor forward_concat(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                          Activation activation, const at::Tensor& z) {
+OutputAndZ forward_concat(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                          Activation activation, bool with_z) {
   check_linear("linear_gelu_concat", x, weight, bias);
   policy::count_fused_forward();
   const int64_t in_features = x.size(-1), out_features = weight.size(0);
-  at::Tensor y = empty_output(x, in_features + out_features);
+  at::Tensor y = empty_output(x, in_features + out_features),
+             z = with_z ? empty_output(x, out_features) : at::Tensor();
   const Operands o = flatten_operands(x, weight, bias, std::nullopt);
   const at::Tensor rows = y.view({o.shape.rows, in_features + out_features});
   rows.narrow(1, 0, in_features).copy_(o.x);
-  run_forward(o, activation, z.defined() ? z.view({o.shape.rows, out_features}) : z,
+  run_forward(o, activation, with_z ? z.view({o.shape.rows, out_features}) : z,
               rows.narrow(1, in_features, out_features));
-  return y;
+  return {std::move(y), std::move(z)};
 }
 
 // Inference tensors come here without passing the autograd key, which asks for everything else.
@@ -129,26 +132,23 @@ at::Tensor linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, c
                                 const OptionalTensor& residual, std::string_view activation_name, bool) {
   const Activation activation = parse_activation(activation_name);
   if (composes_because_disabled()) return composition::linear_gelu_residual(x, weight, bias, residual, activation);
-  return forward_residual(x, weight, bias, residual, activation, {});
+  return std::get<0>(forward_residual(x, weight, bias, residual, activation, /*with_z=*/false));
 }
 
 at::Tensor linear_gelu_concat(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                               std::string_view activation_name) {
   const Activation activation = parse_activation(activation_name);
   if (composes_because_disabled()) return composition::linear_gelu_concat(x, weight, bias, activation);
-  return forward_concat(x, weight, bias, activation, {});
+  return std::get<0>(forward_concat(x, weight, bias, activation, /*with_z=*/false));
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_gelu_forward(const at::Tensor& x, const at::Tensor& weight,
                                                        const OptionalTensor& bias, const OptionalTensor& residual,
                                                        std::string_view activation, bool concat) {
-  const Activation act = parse_activation(activation);
-  check_linear(concat ? "linear_gelu_concat" : "linear_gelu_residual", x, weight, bias);
   check_no_residual_with_concat(concat, residual);
-  at::Tensor z = empty_output(x, weight.size(0));
-  at::Tensor y =
-      concat ? forward_concat(x, weight, bias, act, z) : forward_residual(x, weight, bias, residual, act, z);
-  return {std::move(y), std::move(z)};
+  const Activation parsed = parse_activation(activation);
+  return concat ? forward_concat(x, weight, bias, parsed, /*with_z=*/true)
+                : forward_residual(x, weight, bias, residual, parsed, /*with_z=*/true);
 }
 
 at::Tensor recomputed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
