@@ -20,6 +20,7 @@
 namespace fastlane {
 namespace gelu_constants {
 
+constexpr double log2_e = 1.44269504088896340736;
 constexpr double sqrt_half = 0.70710678118654752440;
 constexpr double inv_sqrt_2pi = 0.39894228040143267794;
 constexpr double tanh_cubic = 0.044715;

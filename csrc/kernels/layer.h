@@ -16,7 +16,7 @@ inline GemmProblem forward_gemm(const LayerShape& shape, ConstMatrix x, ConstMat
                                 Activation activation, ConstRowMajor residual, RowMajor z, RowMajor y) {
   GemmProblem p;
   p.m = shape.rows, p.n = shape.out_features, p.k = shape.in_features;
-  p.a_type = p.b_type = p.out_type = shape.dtype;
+  p.dtype = shape.dtype;
   p.activation = activation;
   p.a = x, p.b = weight.transposed();
   p.bias = bias, p.addend = residual, p.z = z, p.out = y;
@@ -24,30 +24,28 @@ inline GemmProblem forward_gemm(const LayerShape& shape, ConstMatrix x, ConstMat
 }
 
 // dgrad: dx = dz W + shortcut_grad.
-inline GemmProblem dgrad_gemm(const LayerShape& shape, ConstMatrix dz, DType dz_type, ConstMatrix weight,
+inline GemmProblem dgrad_gemm(const LayerShape& shape, ConstMatrix dz, ConstMatrix weight,
                               ConstRowMajor shortcut_grad, RowMajor dx) {
   GemmProblem p;
   p.m = shape.rows, p.n = shape.in_features, p.k = shape.out_features;
-  p.a_type = dz_type, p.b_type = p.out_type = shape.dtype;
+  p.dtype = shape.dtype;
   p.a = dz, p.b = weight;
   p.addend = shortcut_grad, p.out = dx;
   return p;
 }
 
 // wgrad: dW = dzᵀ x, or its transpose xᵀ dz where the weight itself is stored column-major.
-inline GemmProblem wgrad_gemm(const LayerShape& shape, ConstMatrix dz, DType dz_type, ConstMatrix x,
+inline GemmProblem wgrad_gemm(const LayerShape& shape, ConstMatrix dz, ConstMatrix x,
                               bool column_major, RowMajor dweight) {
   GemmProblem p;
   p.k = shape.rows;
-  p.out_type = shape.dtype;
+  p.dtype = shape.dtype;
   p.out = dweight;
   if (column_major) {
     p.m = shape.in_features, p.n = shape.out_features;
-    p.a_type = shape.dtype, p.b_type = dz_type;
     p.a = x.transposed(), p.b = dz;
   } else {
     p.m = shape.out_features, p.n = shape.in_features;
-    p.a_type = dz_type, p.b_type = shape.dtype;
     p.a = dz.transposed(), p.b = x;
   }
   return p;

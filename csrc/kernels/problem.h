@@ -39,8 +39,7 @@ struct ConstRowMajor {
 // and wgrad are this one problem with different operand layouts and epilogues (see layer.h).
 struct GemmProblem {
   int64_t m = 0, n = 0, k = 0;
-  DType a_type = DType::f32, b_type = DType::f32;
-  DType out_type = DType::f32;  // of bias, addend, z and out
+  DType dtype = DType::f32;  // of every operand
   Activation activation = Activation::none;
   ConstMatrix a;  // m × k
   ConstMatrix b;  // k × n
@@ -54,15 +53,12 @@ struct GemmProblem {
 // activation z is not read.
 struct PreActivationGradProblem {
   int64_t rows = 0, cols = 0;
-  DType dtype = DType::f32;  // of dy, z and db
+  DType dtype = DType::f32;  // of every operand
   Activation activation = Activation::none;
   ConstRowMajor dy;
   ConstRowMajor z;
-  RowMajor dz;  // in compute_dtype(dtype): the gradient is rounded once, at the end
-  void* db = nullptr;
+  RowMajor dz;
+  void* db = nullptr;  // summed before dz is rounded
 };
-
-// Sums of 16-bit values are kept in fp32.
-constexpr DType compute_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
 }  // namespace fastlane

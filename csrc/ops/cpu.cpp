@@ -24,11 +24,10 @@ DType dtype_of(const at::Tensor& t) {
   }
 }
 
-at::ScalarType scalar_type_of(DType dtype) { return dtype == DType::f64 ? at::kDouble : at::kFloat; }
-
 Parallel torch_threads() {
   Parallel parallel;
   parallel.threads = at::get_num_threads();
+  parallel.caches = caches();
   parallel.run = [](int64_t tasks, Parallel::Body body, void* context) {
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
   };
@@ -173,8 +172,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
   at::Tensor dz = dy, z;
   if (activation != Activation::none) {
     z = saved_z ? with_unit_column_stride(flatten_leading(*saved_z)) : recomputed_z(*x, *weight, bias);
-    dz = need_x || need_weight ? at::empty(dy.sizes(), options.dtype(scalar_type_of(compute_dtype(dtype))))
-                               : at::Tensor();
+    dz = need_x || need_weight ? at::empty(dy.sizes(), options) : at::Tensor();
   }
   at::Tensor grad_bias = need_bias ? at::empty({dy.size(1)}, options) : at::Tensor();
   if (need_bias || activation != Activation::none) {
@@ -193,7 +191,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
     const LayerShape shape{dy.size(0), weight->size(1), dy.size(1), dtype};
     const at::Tensor shortcut =
         grad_shortcut ? with_unit_column_stride(flatten_leading(*grad_shortcut)) : at::Tensor();
-    kernels().gemm(dgrad_gemm(shape, matrix(dz), dtype_of(dz), matrix(*weight),
+    kernels().gemm(dgrad_gemm(shape, matrix(dz), matrix(*weight),
                               shortcut.defined() ? row_major(shortcut) : ConstRowMajor{},
                               mutable_row_major(grad_x.view({shape.rows, shape.in_features}))),
                    torch_threads());
@@ -205,7 +203,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
     const LayerShape shape{dy.size(0), flat_x.size(1), dy.size(1), dtype};
     grad_weight = weight_column_major ? at::empty({shape.in_features, shape.out_features}, options)
                                       : at::empty({shape.out_features, shape.in_features}, options);
-    kernels().gemm(wgrad_gemm(shape, matrix(dz), dtype_of(dz), matrix(flat_x), weight_column_major,
+    kernels().gemm(wgrad_gemm(shape, matrix(dz), matrix(flat_x), weight_column_major,
                               mutable_row_major(grad_weight)),
                    torch_threads());
     if (weight_column_major) grad_weight = grad_weight.t();

@@ -1,7 +1,10 @@
-// The seam through which the caller lends its thread pool; the kernels start no thread of their own.
+// What the caller lends a kernel: its thread pool, since the kernels start no thread of their own, and the caches
+// to block for.
 #pragma once
 
 #include <cstdint>
+
+#include "caches.h"
 
 namespace fastlane {
 
@@ -11,6 +14,7 @@ struct Parallel {
   int64_t threads = 1;
   // Splits [0, tasks) over the pool and returns when all of it is done.
   void (*run)(int64_t tasks, Body body, void* context) = nullptr;
+  Caches caches;
 
   template <class Task>
   void for_each(int64_t tasks, Task task) const {

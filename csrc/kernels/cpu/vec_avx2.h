@@ -22,6 +22,8 @@ FASTLANE_INLINE VecF operator-(VecF a, VecF b) { return {_mm256_sub_ps(a.v, b.v)
 FASTLANE_INLINE VecF operator*(VecF a, VecF b) { return {_mm256_mul_ps(a.v, b.v)}; }
 FASTLANE_INLINE VecF operator/(VecF a, VecF b) { return {_mm256_div_ps(a.v, b.v)}; }
 FASTLANE_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+FASTLANE_INLINE VecF multiply_subtract(VecF a, VecF b, VecF c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
+FASTLANE_INLINE VecF negated_multiply_add(VecF a, VecF b, VecF c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 FASTLANE_INLINE VecF min(VecF a, VecF b) { return {_mm256_min_ps(a.v, b.v)}; }
 FASTLANE_INLINE VecF max(VecF a, VecF b) { return {_mm256_max_ps(a.v, b.v)}; }
 FASTLANE_INLINE VecF abs(VecF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
@@ -40,8 +42,27 @@ FASTLANE_INLINE VecF scale_by_power(VecF x, VecF n) {
 }
 
 FASTLANE_INLINE VecD operator+(VecD a, VecD b) { return {_mm256_add_pd(a.v, b.v)}; }
+FASTLANE_INLINE VecD operator-(VecD a, VecD b) { return {_mm256_sub_pd(a.v, b.v)}; }
 FASTLANE_INLINE VecD operator*(VecD a, VecD b) { return {_mm256_mul_pd(a.v, b.v)}; }
+FASTLANE_INLINE VecD operator/(VecD a, VecD b) { return {_mm256_div_pd(a.v, b.v)}; }
 FASTLANE_INLINE VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+FASTLANE_INLINE VecD multiply_subtract(VecD a, VecD b, VecD c) { return {_mm256_fmsub_pd(a.v, b.v, c.v)}; }
+FASTLANE_INLINE VecD negated_multiply_add(VecD a, VecD b, VecD c) { return {_mm256_fnmadd_pd(a.v, b.v, c.v)}; }
+FASTLANE_INLINE VecD min(VecD a, VecD b) { return {_mm256_min_pd(a.v, b.v)}; }
+FASTLANE_INLINE VecD max(VecD a, VecD b) { return {_mm256_max_pd(a.v, b.v)}; }
+FASTLANE_INLINE VecD abs(VecD a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v)}; }
+FASTLANE_INLINE VecD round(VecD a) { return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+FASTLANE_INLINE VecD select_negative(VecD z, VecD a, VecD b) {
+  return {_mm256_blendv_pd(b.v, a.v, _mm256_cmp_pd(z.v, _mm256_setzero_pd(), _CMP_LT_OQ))};
+}
+FASTLANE_INLINE __m256d power_of_two(__m128i exponent) {
+  const __m256i biased = _mm256_cvtepi32_epi64(_mm_add_epi32(exponent, _mm_set1_epi32(1023)));
+  return _mm256_castsi256_pd(_mm256_slli_epi64(biased, 52));
+}
+FASTLANE_INLINE VecD scale_by_power(VecD x, VecD n) {
+  const __m128i whole = _mm256_cvtpd_epi32(n.v), half = _mm_srai_epi32(whole, 1);
+  return {_mm256_mul_pd(_mm256_mul_pd(x.v, power_of_two(half)), power_of_two(_mm_sub_epi32(whole, half)))};
+}
 
 FASTLANE_INLINE VecF load(const float* p) { return {_mm256_loadu_ps(p)}; }
 FASTLANE_INLINE VecD load(const double* p) { return {_mm256_loadu_pd(p)}; }

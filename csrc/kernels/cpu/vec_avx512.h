@@ -23,6 +23,8 @@ FASTLANE_INLINE VecF operator-(VecF a, VecF b) { return {_mm512_sub_ps(a.v, b.v)
 FASTLANE_INLINE VecF operator*(VecF a, VecF b) { return {_mm512_mul_ps(a.v, b.v)}; }
 FASTLANE_INLINE VecF operator/(VecF a, VecF b) { return {_mm512_div_ps(a.v, b.v)}; }
 FASTLANE_INLINE VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+FASTLANE_INLINE VecF multiply_subtract(VecF a, VecF b, VecF c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
+FASTLANE_INLINE VecF negated_multiply_add(VecF a, VecF b, VecF c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
 FASTLANE_INLINE VecF min(VecF a, VecF b) { return {_mm512_min_ps(a.v, b.v)}; }
 FASTLANE_INLINE VecF max(VecF a, VecF b) { return {_mm512_max_ps(a.v, b.v)}; }
 FASTLANE_INLINE VecF abs(VecF a) { return {_mm512_abs_ps(a.v)}; }
@@ -36,8 +38,22 @@ FASTLANE_INLINE VecF select_negative(VecF z, VecF a, VecF b) {
 FASTLANE_INLINE VecF scale_by_power(VecF x, VecF n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
 FASTLANE_INLINE VecD operator+(VecD a, VecD b) { return {_mm512_add_pd(a.v, b.v)}; }
+FASTLANE_INLINE VecD operator-(VecD a, VecD b) { return {_mm512_sub_pd(a.v, b.v)}; }
 FASTLANE_INLINE VecD operator*(VecD a, VecD b) { return {_mm512_mul_pd(a.v, b.v)}; }
+FASTLANE_INLINE VecD operator/(VecD a, VecD b) { return {_mm512_div_pd(a.v, b.v)}; }
 FASTLANE_INLINE VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+FASTLANE_INLINE VecD multiply_subtract(VecD a, VecD b, VecD c) { return {_mm512_fmsub_pd(a.v, b.v, c.v)}; }
+FASTLANE_INLINE VecD negated_multiply_add(VecD a, VecD b, VecD c) { return {_mm512_fnmadd_pd(a.v, b.v, c.v)}; }
+FASTLANE_INLINE VecD min(VecD a, VecD b) { return {_mm512_min_pd(a.v, b.v)}; }
+FASTLANE_INLINE VecD max(VecD a, VecD b) { return {_mm512_max_pd(a.v, b.v)}; }
+FASTLANE_INLINE VecD abs(VecD a) { return {_mm512_abs_pd(a.v)}; }
+FASTLANE_INLINE VecD round(VecD a) {
+  return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+FASTLANE_INLINE VecD select_negative(VecD z, VecD a, VecD b) {
+  return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(z.v, _mm512_setzero_pd(), _CMP_LT_OQ), b.v, a.v)};
+}
+FASTLANE_INLINE VecD scale_by_power(VecD x, VecD n) { return {_mm512_scalef_pd(x.v, n.v)}; }
 
 FASTLANE_INLINE VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
 FASTLANE_INLINE VecD load(const double* p) { return {_mm512_loadu_pd(p)}; }

@@ -34,6 +34,17 @@ template <class E>
 FASTLANE_INLINE ScalarVec<E> fma(ScalarVec<E> a, ScalarVec<E> b, ScalarVec<E> c) {
   return {a.v * b.v + c.v};
 }
+template <class E>
+FASTLANE_INLINE ScalarVec<E> negated_multiply_add(ScalarVec<E> a, ScalarVec<E> b, ScalarVec<E> c) {
+  return {c.v - a.v * b.v};
+}
+// ab − c without rounding the product, as the other sets have it, where a wider type holds it.
+FASTLANE_INLINE ScalarVec<float> multiply_subtract(ScalarVec<float> a, ScalarVec<float> b, ScalarVec<float> c) {
+  return {static_cast<float>(double{a.v} * double{b.v} - double{c.v})};
+}
+FASTLANE_INLINE ScalarVec<double> multiply_subtract(ScalarVec<double> a, ScalarVec<double> b, ScalarVec<double> c) {
+  return {a.v * b.v - c.v};
+}
 // min and max return the second operand where either is NaN, as the x86 instructions do.
 template <class E>
 FASTLANE_INLINE ScalarVec<E> min(ScalarVec<E> a, ScalarVec<E> b) {
@@ -56,7 +67,8 @@ FASTLANE_INLINE ScalarVec<E> select_negative(ScalarVec<E> z, ScalarVec<E> a, Sca
   return {z.v < E(0) ? a.v : b.v};
 }
 // x · 2ⁿ, denormal results included; n is a small whole number.
-FASTLANE_INLINE ScalarVec<float> scale_by_power(ScalarVec<float> x, ScalarVec<float> n) {
+template <class E>
+FASTLANE_INLINE ScalarVec<E> scale_by_power(ScalarVec<E> x, ScalarVec<E> n) {
   return {n.v == n.v ? std::ldexp(x.v, static_cast<int>(n.v)) : n.v};
 }
 
