@@ -61,4 +61,22 @@ struct PreActivationGradProblem {
   void* db = nullptr;  // summed before dz is rounded
 };
 
+// The whole backward of a layer: dz as above, then
+//   dx = dz W + shortcut_grad        dW = dzᵀ x        db = Σ_rows dz
+// Absent results have a null data pointer; what only they need is not read.
+struct LayerBackwardProblem {
+  int64_t rows = 0, in_features = 0, out_features = 0;
+  DType dtype = DType::f32;  // of every operand
+  Activation activation = Activation::none;
+  ConstRowMajor dy;
+  ConstRowMajor z;
+  ConstMatrix x;
+  ConstMatrix weight;  // out_features × in_features
+  ConstRowMajor shortcut_grad;
+  RowMajor dx;
+  RowMajor dweight;  // of the transpose where `dweight_transposed`
+  bool dweight_transposed = false;
+  void* db = nullptr;
+};
+
 }  // namespace fastlane

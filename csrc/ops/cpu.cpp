@@ -157,6 +157,29 @@ at::Tensor recomputed_z(const at::Tensor& x, const at::Tensor& weight, const Opt
   return z;
 }
 
+// Two products and an elementwise pass, with dz in memory between them.
+void run_backward_in_passes(const LayerBackwardProblem& b, const at::TensorOptions& options) {
+  const LayerShape shape{b.rows, b.in_features, b.out_features, b.dtype};
+  const bool needs_dz = b.dx.data || b.dweight.data;
+  ConstRowMajor dz = b.dy;
+  at::Tensor dz_memory;
+  if (b.db || b.activation != Activation::none) {
+    PreActivationGradProblem p;
+    p.rows = b.rows, p.cols = b.out_features, p.dtype = b.dtype, p.activation = b.activation;
+    p.dy = b.dy, p.z = b.z, p.db = b.db;
+    if (needs_dz && b.activation != Activation::none) {
+      dz_memory = at::empty({b.rows, b.out_features}, options);
+      p.dz = mutable_row_major(dz_memory);
+      dz = row_major(dz_memory);
+    }
+    kernels().preactivation_grad(p, torch_threads());
+  }
+  const ConstMatrix dz_matrix{dz.data, dz.row_stride, 1};
+  if (b.dx.data) kernels().gemm(dgrad_gemm(shape, dz_matrix, b.weight, b.shortcut_grad, b.dx), torch_threads());
+  if (b.dweight.data)
+    kernels().gemm(wgrad_gemm(shape, dz_matrix, b.x, b.dweight_transposed, b.dweight), torch_threads());
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
     const at::Tensor& grad_activated, const OptionalTensor& saved_z, const OptionalTensor& x,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& grad_shortcut,
@@ -167,47 +190,40 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
   policy::count_fused_backward();
   const auto options = grad_activated.options();
   const at::Tensor dy = with_unit_column_stride(flatten_leading(grad_activated));
-  const DType dtype = dtype_of(dy);
 
-  at::Tensor dz = dy, z;
+  LayerBackwardProblem b;
+  b.rows = dy.size(0), b.out_features = dy.size(1), b.dtype = dtype_of(dy), b.activation = activation;
+  b.dy = row_major(dy);
+  at::Tensor z, flat_x, shortcut, grad_x, grad_weight, grad_bias;
   if (activation != Activation::none) {
     z = saved_z ? with_unit_column_stride(flatten_leading(*saved_z)) : recomputed_z(*x, *weight, bias);
-    dz = need_x || need_weight ? at::empty(dy.sizes(), options) : at::Tensor();
+    b.z = row_major(z);
   }
-  at::Tensor grad_bias = need_bias ? at::empty({dy.size(1)}, options) : at::Tensor();
-  if (need_bias || activation != Activation::none) {
-    PreActivationGradProblem p;
-    p.rows = dy.size(0), p.cols = dy.size(1), p.dtype = dtype, p.activation = activation;
-    p.dy = row_major(dy);
-    if (z.defined()) p.z = row_major(z);
-    if (z.defined() && dz.defined()) p.dz = mutable_row_major(dz);
-    if (need_bias) p.db = grad_bias.mutable_data_ptr();
-    kernels().preactivation_grad(p, torch_threads());
-  }
-
-  at::Tensor grad_x;
   if (need_x) {
-    grad_x = empty_output(grad_activated, weight->size(1));
-    const LayerShape shape{dy.size(0), weight->size(1), dy.size(1), dtype};
-    const at::Tensor shortcut =
-        grad_shortcut ? with_unit_column_stride(flatten_leading(*grad_shortcut)) : at::Tensor();
-    kernels().gemm(dgrad_gemm(shape, matrix(dz), matrix(*weight),
-                              shortcut.defined() ? row_major(shortcut) : ConstRowMajor{},
-                              mutable_row_major(grad_x.view({shape.rows, shape.in_features}))),
-                   torch_threads());
+    b.in_features = weight->size(1);
+    b.weight = matrix(*weight);
+    grad_x = empty_output(grad_activated, b.in_features);
+    b.dx = mutable_row_major(grad_x.view({b.rows, b.in_features}));
+    if (grad_shortcut) {
+      shortcut = with_unit_column_stride(flatten_leading(*grad_shortcut));
+      b.shortcut_grad = row_major(shortcut);
+    }
   }
-
-  at::Tensor grad_weight;
   if (need_weight) {
-    const at::Tensor flat_x = flatten_leading(*x);
-    const LayerShape shape{dy.size(0), flat_x.size(1), dy.size(1), dtype};
-    grad_weight = weight_column_major ? at::empty({shape.in_features, shape.out_features}, options)
-                                      : at::empty({shape.out_features, shape.in_features}, options);
-    kernels().gemm(wgrad_gemm(shape, matrix(dz), matrix(flat_x), weight_column_major,
-                              mutable_row_major(grad_weight)),
-                   torch_threads());
-    if (weight_column_major) grad_weight = grad_weight.t();
+    flat_x = flatten_leading(*x);
+    b.in_features = flat_x.size(1);
+    b.x = matrix(flat_x);
+    b.dweight_transposed = weight_column_major;
+    grad_weight = weight_column_major ? at::empty({b.in_features, b.out_features}, options)
+                                      : at::empty({b.out_features, b.in_features}, options);
+    b.dweight = mutable_row_major(grad_weight);
   }
+  if (need_bias) {
+    grad_bias = at::empty({b.out_features}, options);
+    b.db = grad_bias.mutable_data_ptr();
+  }
+  if (!kernels().layer_backward(b, torch_threads())) run_backward_in_passes(b, options);
+  if (weight_column_major && need_weight) grad_weight = grad_weight.t();
   return {std::move(grad_x), std::move(grad_weight), std::move(grad_bias)};
 }
 

@@ -25,13 +25,16 @@ bool cpu_has_avx512() {
   return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool cpu_has_avx512_bf16() { return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #else
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
+bool cpu_has_avx512_bf16() { return false; }
 #endif
 
 // Best first.
 constexpr Candidate kCandidates[] = {
+    {"avx512_bf16", avx512_bf16_kernels, cpu_has_avx512_bf16},
     {"avx512", avx512_kernels, cpu_has_avx512},
     {"avx2", avx2_kernels, cpu_has_avx2},
     {"scalar", scalar_kernels, always},

@@ -14,12 +14,15 @@ struct KernelTable {
   const char* isa;
   void (*gemm)(const GemmProblem&, const Parallel&);
   void (*preactivation_grad)(const PreActivationGradProblem&, const Parallel&);
+  // In one pass over the rows, dz never in memory; false, and nothing done, where the layer is too wide for that.
+  bool (*layer_backward)(const LayerBackwardProblem&, const Parallel&);
 };
 
 // Null where the set was not compiled for this architecture.
 const KernelTable* scalar_kernels();
 const KernelTable* avx2_kernels();
 const KernelTable* avx512_kernels();
+const KernelTable* avx512_bf16_kernels();
 
 // Decided once, on first use. Throws std::runtime_error if FASTLANE_CPU_ISA names a set that is unknown, not
 // compiled, or not supported by this machine.

@@ -1,7 +1,9 @@
 // Everything that may use the wider registers lies between push and pop and in an anonymous namespace: no inline
 // function of this file can be picked by the linker for code that runs on an older CPU.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstdint>
 #include <type_traits>
 
@@ -28,6 +30,7 @@ namespace fastlane {
 namespace {
 #include "vec_avx512.h"
 #include "kernels.inc"
+#include "entry.inc"
 }  // namespace
 }  // namespace fastlane
 
@@ -40,7 +43,7 @@ namespace {
 namespace fastlane {
 
 const KernelTable* avx512_kernels() {
-  static constexpr KernelTable table{"avx512", gemm, preactivation_grad};
+  static constexpr KernelTable table{"avx512", gemm, preactivation_grad, layer_backward};
   return &table;
 }
 

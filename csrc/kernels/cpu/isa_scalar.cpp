@@ -1,5 +1,7 @@
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstdint>
 #include <type_traits>
 
@@ -12,10 +14,11 @@ namespace fastlane {
 namespace {
 #include "vec_scalar.h"
 #include "kernels.inc"
+#include "entry.inc"
 }  // namespace
 
 const KernelTable* scalar_kernels() {
-  static constexpr KernelTable table{"scalar", gemm, preactivation_grad};
+  static constexpr KernelTable table{"scalar", gemm, preactivation_grad, layer_backward};
   return &table;
 }
 

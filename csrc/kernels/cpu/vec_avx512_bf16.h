@@ -1,0 +1,56 @@
+// AVX512_BF16: what vec_avx512.h, included before, lacks. Included inside the ISA file's anonymous namespace and
+// target region.
+
+#define FASTLANE_BF16_PAIRS
+
+// Two neighbours along k.
+struct Bf16Pair {
+  BFloat16 first, second;
+};
+
+// vdpbf16ps adds the products of 16 pairs to 16 floats. It takes denormal operands for zero; every other path keeps
+// them, so they are looked for.
+struct Bf16PairProduct {
+  using C = float;
+  using V = VecF;
+  using Unit = Bf16Pair;
+  static constexpr int k_per_step = 2;
+  static constexpr bool reads_storage = true;
+  static constexpr bool loses_denormals = true;
+
+  static FASTLANE_INLINE bool loses_any(const BFloat16* p, int64_t count) {
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff), one = _mm512_set1_epi16(1), largest = _mm512_set1_epi16(0x7f);
+    __mmask32 found = 0;
+    for (; count > 0; count -= 32, p += 32) {
+      const __mmask32 present = count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+      const __m512i bits = _mm512_and_si512(_mm512_maskz_loadu_epi16(present, p), magnitude);
+      found |= _mm512_cmplt_epu16_mask(_mm512_sub_epi16(bits, one), largest);
+    }
+    return found != 0;
+  }
+
+  static FASTLANE_INLINE V lanes(const Unit* p) { return {_mm512_loadu_ps(p)}; }
+  static FASTLANE_INLINE V broadcast(const void* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return {_mm512_castsi512_ps(_mm512_set1_epi32(pair))};
+  }
+  static FASTLANE_INLINE V multiply_add(V a, V b, V sum) {
+    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+  }
+
+  static FASTLANE_INLINE void store_units(Unit* p, V a) { _mm512_storeu_ps(p, a.v); }
+  static FASTLANE_INLINE V units_along_k(const BFloat16* p) { return {_mm512_loadu_ps(p)}; }
+  static FASTLANE_INLINE V units_along_strip(const BFloat16* p, int64_t k_stride) {
+    const __m512i first = widen_bits(p), second = widen_bits(p + k_stride);
+    return {_mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)))};
+  }
+  static FASTLANE_INLINE Unit unit(const BFloat16* p, int64_t k_stride, int64_t k_left) {
+    return {*p, k_left > 1 ? p[k_stride] : BFloat16{0}};
+  }
+
+ private:
+  static FASTLANE_INLINE __m512i widen_bits(const BFloat16* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+};
