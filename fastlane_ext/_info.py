@@ -30,7 +30,7 @@ def build_info() -> dict[str, Any]:
 
 
 def cpu_isa() -> str:
-    """The kernel set this process runs: ``"avx512"``, ``"avx2"`` or ``"scalar"``.
+    """The kernel set this process runs: ``"avx512_bf16"``, ``"avx512"``, ``"avx2"`` or ``"scalar"``.
 
     Raises RuntimeError if FASTLANE_CPU_ISA names one that is unknown or that this machine does not support.
 

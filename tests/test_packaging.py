@@ -27,7 +27,7 @@ def test_kernels_include_no_torch_or_python_header():
 def test_intrinsics_live_in_the_vector_headers_only():
     intrinsic = re.compile(r"\b_mm(256|512)?_\w+\(")
     found = {path.name for path in KERNELS.rglob("*") if path.is_file() and intrinsic.search(path.read_text())}
-    assert found == {"vec_avx2.h", "vec_avx512.h"}
+    assert found == {"vec_avx2.h", "vec_avx512.h", "vec_avx512_bf16.h"}
 
 
 def test_there_is_one_operator_library():
@@ -42,7 +42,7 @@ def test_no_flag_ties_the_build_to_this_machine_or_changes_floating_point():
 
 
 @pytest.mark.parametrize(
-    "isa", [isa for isa in ("avx2", "avx512") if isa in fastlane_ext.build_info()["compiled_isas"]]
+    "isa", [isa for isa in ("avx2", "avx512", "avx512_bf16") if isa in fastlane_ext.build_info()["compiled_isas"]]
 )
 def test_an_isa_file_exports_one_symbol(isa, tmp_path):
     """A weak AVX symbol could be picked by the linker for code that runs on an older CPU."""

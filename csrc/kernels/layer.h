@@ -35,8 +35,8 @@ inline GemmProblem dgrad_gemm(const LayerShape& shape, ConstMatrix dz, ConstMatr
 }
 
 // wgrad: dW = dzᵀ x, or its transpose xᵀ dz where the weight itself is stored column-major.
-inline GemmProblem wgrad_gemm(const LayerShape& shape, ConstMatrix dz, ConstMatrix x,
-                              bool column_major, RowMajor dweight) {
+inline GemmProblem wgrad_gemm(const LayerShape& shape, ConstMatrix dz, ConstMatrix x, bool column_major,
+                              RowMajor dweight) {
   GemmProblem p;
   p.k = shape.rows;
   p.dtype = shape.dtype;

@@ -3,10 +3,14 @@
 #include <array>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace fastlane {
 namespace {
 
-constexpr std::align_val_t kAlignment{64};
+constexpr size_t kHugePage = size_t{2} << 20;
 // A larger buffer goes back to the system after its call: memory held by an idle thread stays bounded.
 constexpr size_t kKeepBytes = size_t{32} << 20;
 
@@ -14,8 +18,20 @@ struct Buffer {
   void* data = nullptr;
   size_t bytes = 0;
 
+  static std::align_val_t alignment(size_t bytes) { return std::align_val_t{bytes < kHugePage ? 64 : kHugePage}; }
+
+  void reserve(size_t wanted) {
+    release();
+    data = ::operator new(wanted, alignment(wanted));
+    bytes = wanted;
+#if defined(MADV_HUGEPAGE)
+    // Advice: a packed operand is walked once for each task, and misses in the TLB would cost more than its cache
+    // misses.
+    if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+  }
   void release() {
-    ::operator delete(data, kAlignment);
+    ::operator delete(data, alignment(bytes));
     data = nullptr;
     bytes = 0;
   }
@@ -31,11 +47,7 @@ Buffer& buffer(ScratchSlot slot) {
 
 Scratch::Scratch(ScratchSlot slot, size_t bytes) : slot_(slot) {
   Buffer& b = buffer(slot);
-  if (b.bytes < bytes) {
-    b.release();
-    b.data = ::operator new(bytes, kAlignment);
-    b.bytes = bytes;
-  }
+  if (b.bytes < bytes) b.reserve(bytes);
   data_ = b.data;
 }
 

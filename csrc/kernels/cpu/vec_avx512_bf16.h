@@ -19,7 +19,8 @@ struct Bf16PairProduct {
   static constexpr bool loses_denormals = true;
 
   static FASTLANE_INLINE bool loses_any(const BFloat16* p, int64_t count) {
-    const __m512i magnitude = _mm512_set1_epi16(0x7fff), one = _mm512_set1_epi16(1), largest = _mm512_set1_epi16(0x7f);
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff), one = _mm512_set1_epi16(1),
+                  largest = _mm512_set1_epi16(0x7f);
     __mmask32 found = 0;
     for (; count > 0; count -= 32, p += 32) {
       const __mmask32 present = count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
