@@ -7,6 +7,8 @@
 #include <array>
 
 #include "../kernels/cpu/dispatch.h"
+#include "../kernels/cpu/huge_pages.h"
+#include "../kernels/cpu/scratch.h"
 #include "../kernels/layer.h"
 #include "checks.h"
 #include "composition.h"
@@ -84,10 +86,16 @@ void run_forward(const Operands& o, Activation activation, const at::Tensor& z, 
                  torch_threads());
 }
 
+at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  at::Tensor t = at::empty(sizes, options);
+  prefer_huge_pages(t.mutable_data_ptr(), t.nbytes());
+  return t;
+}
+
 at::Tensor empty_output(const at::Tensor& x, int64_t features) {
   at::DimVector sizes(x.sizes().begin(), x.sizes().end() - 1);
   sizes.push_back(features);
-  return at::empty(sizes, x.options());
+  return empty(sizes, x.options());
 }
 
 using OutputAndZ = std::tuple<at::Tensor, at::Tensor>;
@@ -152,25 +160,27 @@ std::tuple<at::Tensor, at::Tensor> linear_gelu_forward(const at::Tensor& x, cons
 
 at::Tensor recomputed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   const Operands o = flatten_operands(x, weight, bias, std::nullopt);
-  at::Tensor z = at::empty({o.shape.rows, o.shape.out_features}, x.options());
+  at::Tensor z = empty({o.shape.rows, o.shape.out_features}, x.options());
   run_forward(o, Activation::none, {}, z);
   return z;
 }
 
-// Two products and an elementwise pass, with dz in memory between them.
-void run_backward_in_passes(const LayerBackwardProblem& b, const at::TensorOptions& options) {
+// Two products and an elementwise pass, with dz between them: in kept work memory, since the page faults of a fresh
+// tensor would cost as much as the pass itself.
+void run_backward_in_passes(const LayerBackwardProblem& b, int64_t element_size) {
   const LayerShape shape{b.rows, b.in_features, b.out_features, b.dtype};
   const bool needs_dz = b.dx.data || b.dweight.data;
+  const bool forms_dz = needs_dz && b.activation != Activation::none;
+  const Scratch dz_memory(ScratchSlot::dz,
+                          static_cast<size_t>(forms_dz ? b.rows * b.out_features * element_size : 0));
   ConstRowMajor dz = b.dy;
-  at::Tensor dz_memory;
   if (b.db || b.activation != Activation::none) {
     PreActivationGradProblem p;
     p.rows = b.rows, p.cols = b.out_features, p.dtype = b.dtype, p.activation = b.activation;
     p.dy = b.dy, p.z = b.z, p.db = b.db;
-    if (needs_dz && b.activation != Activation::none) {
-      dz_memory = at::empty({b.rows, b.out_features}, options);
-      p.dz = mutable_row_major(dz_memory);
-      dz = row_major(dz_memory);
+    if (forms_dz) {
+      p.dz = {dz_memory.as<void>(), b.out_features};
+      dz = {dz_memory.as<void>(), b.out_features};
     }
     kernels().preactivation_grad(p, torch_threads());
   }
@@ -214,15 +224,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
     b.in_features = flat_x.size(1);
     b.x = matrix(flat_x);
     b.dweight_transposed = weight_column_major;
-    grad_weight = weight_column_major ? at::empty({b.in_features, b.out_features}, options)
-                                      : at::empty({b.out_features, b.in_features}, options);
+    grad_weight = weight_column_major ? empty({b.in_features, b.out_features}, options)
+                                      : empty({b.out_features, b.in_features}, options);
     b.dweight = mutable_row_major(grad_weight);
   }
   if (need_bias) {
     grad_bias = at::empty({b.out_features}, options);
     b.db = grad_bias.mutable_data_ptr();
   }
-  if (!kernels().layer_backward(b, torch_threads())) run_backward_in_passes(b, options);
+  if (!kernels().layer_backward(b, torch_threads())) run_backward_in_passes(b, dy.element_size());
   if (weight_column_major && need_weight) grad_weight = grad_weight.t();
   return {std::move(grad_x), std::move(grad_weight), std::move(grad_bias)};
 }

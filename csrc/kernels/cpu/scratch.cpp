@@ -3,9 +3,7 @@
 #include <array>
 #include <new>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "huge_pages.h"
 
 namespace fastlane {
 namespace {
@@ -24,11 +22,7 @@ struct Buffer {
     release();
     data = ::operator new(wanted, alignment(wanted));
     bytes = wanted;
-#if defined(MADV_HUGEPAGE)
-    // Advice: a packed operand is walked once for each task, and misses in the TLB would cost more than its cache
-    // misses.
-    if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
-#endif
+    prefer_huge_pages(data, bytes);
   }
   void release() {
     ::operator delete(data, alignment(bytes));
