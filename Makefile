@@ -3,8 +3,9 @@ VENV ?= .venv
 OUTPUT ?= demo-output
 BIN = $(VENV)/bin
 BUILD_INPUTS = setup.py build_support.py pyproject.toml $(shell find csrc -type f)
+CXX_SOURCES = $(shell find csrc tests/kernels -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 
-.PHONY: demo test lint format bench report clean
+.PHONY: demo test lint format sanitize bench report clean
 
 # A fresh machine needs Python 3.10+, its headers and a C++ compiler; everything else is installed here.
 demo: $(VENV)/.built
@@ -20,12 +21,33 @@ test: $(VENV)/.built lint
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: $(VENV)/.requirements
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without torch: g++ is all it needs.
+SANITIZE = build/sanitize
+SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE_FLAGS = -std=c++17 -O1 -g -ffp-contract=off -pthread -Wall -Wno-psabi $(SANITIZERS)
+SANITIZE_OBJECTS = $(patsubst %.cpp,$(SANITIZE)/%.o,$(wildcard csrc/kernels/cpu/*.cpp tests/kernels/*.cpp))
+sanitize:
+	@mkdir -p $(SANITIZE)
+	@echo 'int main() {}' | $(CXX) $(SANITIZERS) -x c++ - -o $(SANITIZE)/probe || { echo "sanitize: $(CXX) cannot \
+	compile or link with $(SANITIZERS); install g++ with libasan and libubsan, or set CXX" >&2; exit 1; }
+	@$(MAKE) --no-print-directory -j2 $(SANITIZE)/sweep
+	$(SANITIZE)/sweep --isas | xargs -P 2 -I isa env FASTLANE_CPU_ISA=isa $(SANITIZE)/sweep
+
+$(SANITIZE)/sweep: $(SANITIZE_OBJECTS)
+	$(CXX) $(SANITIZE_FLAGS) $^ -o $@
+
+$(SANITIZE)/%.o: %.cpp Makefile
+	@mkdir -p $(dir $@)
+	$(CXX) $(SANITIZE_FLAGS) -MMD -MP -c $< -o $@
+
+-include $(SANITIZE_OBJECTS:.o=.d)
 
 # The README's table and plots: measured on this machine, now. Leave it alone meanwhile; it takes many minutes.
 RESULTS = benchmarks/results/bench.json

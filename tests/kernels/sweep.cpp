@@ -1,0 +1,242 @@
+// Every function of the kernel table over awkward sizes, layouts and formats, against reference.h; meant to run under
+// AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`). A case depends on its number alone:
+//
+//   sweep             all cases, on the instruction set that FASTLANE_CPU_ISA names or the best one
+//   sweep NUMBER      this case
+//   sweep --isas      the instruction sets of this machine
+#include <sanitizer/common_interface_defs.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <string>
+
+#include "../../csrc/kernels/cpu/dispatch.h"
+#include "case.h"
+#include "operands.h"
+#include "reference.h"
+
+// Fresh memory is NaN, so that work memory read before it is written shows.
+extern "C" const char* __asan_default_options() {
+  return "malloc_fill_byte=255:max_malloc_fill_size=2000000000:quarantine_size_mb=32";
+}
+
+namespace sweep {
+namespace {
+
+// Cases are numbered function by function. gemm and layer_backward meet every pair of layouts in every format with
+// every activation: 13 · 13 · 4 · 3.
+constexpr int64_t kGemmCases = 2028, kPreactivationGradCases = 804, kLayerBackwardCases = 2028;
+constexpr int64_t kFirstLayerBackward = kGemmCases + kPreactivationGradCases;
+constexpr int64_t kCases = kFirstLayerBackward + kLayerBackwardCases;
+
+constexpr int64_t kSizes[] = {0,  1,  2,  3,  5,  7,  8,  11,  12,  13,  15, 16,
+                              17, 24, 31, 33, 48, 63, 65, 100, 129, 193, 385};
+constexpr int64_t kLongSizes[] = {1100, 2101};
+constexpr double kMaxMultiplyAdds = 1.2e6;
+
+struct Shape {
+  int64_t m, n, k;
+};
+
+Shape draw_shape(Rng& rng) {
+  for (;;) {
+    int64_t sizes[3];
+    for (int64_t& size : sizes) size = rng.pick(kSizes);
+    // Most along k: its blocks' sums wait in work memory.
+    if (rng.one_in(4)) sizes[rng.one_in(3) ? rng.below(2) : 2] = rng.pick(kLongSizes);
+    if (static_cast<double>(sizes[0]) * static_cast<double>(sizes[1]) * static_cast<double>(sizes[2]) <=
+        kMaxMultiplyAdds)
+      return {sizes[0], sizes[1], sizes[2]};
+  }
+}
+
+// Empty ones; several blocks of columns; k in several slabs for formats of 4, 8 and 2 bytes.
+constexpr Shape kGemmShapes[] = {{0, 5, 3},  {5, 0, 3},     {0, 0, 0},       {5, 3, 0},      {17, 65, 0},
+                                 {1, 33, 0}, {13, 2100, 9}, {2100, 13, 9},   {48, 1100, 17}, {193, 100, 129},
+                                 {1, 1, 1},  {16, 17, 385}, {9, 260, 16500}, {7, 257, 8300}, {3, 257, 33001}};
+
+void gemm_case(int64_t number) {
+  Case c("gemm", number);
+  constexpr int64_t fixed = sizeof kGemmShapes / sizeof *kGemmShapes;
+  const bool is_fixed = number < 4 * fixed;
+  const auto [m, n, k] = is_fixed ? kGemmShapes[number / 4] : draw_shape(c.rng);
+  c.describe("m", m), c.describe("n", n), c.describe("k", k);
+  // All pairs of layouts in turn; a k so long that it is cut into slabs only if both operands are packed.
+  const bool steps = is_fixed && k > 8000;
+  const int64_t a_layout = steps ? 4 : number % kLayouts, b_layout = steps ? 5 : number / kLayouts % kLayouts;
+
+  const Real terms = std::sqrt(static_cast<Real>(std::max<int64_t>(1, k)));
+  Kind kinds[2] = {Kind::normal, Kind::normal};
+  Real scales[2] = {1, 2 / terms}, sum_scale = 1;
+  if (c.kind == Kind::denormals || c.kind == Kind::one_denormal) {
+    const int64_t small = c.rng.below(2);
+    sum_scale = std::ldexp(Real{1}, -3);
+    kinds[small] = c.kind == Kind::one_denormal ? c.kind : Kind::normal;
+    scales[small] = c.format.min_normal, scales[1 - small] = sum_scale / c.format.min_normal / terms;
+  }
+  const Operand a = c.input("a", m, k, layout(a_layout, m, k, c.rng), scales[0], kinds[0]);
+  const Operand b = c.input("b", k, n, layout(b_layout, k, n, c.rng), scales[1], kinds[1]);
+  const Operand bias = c.rng.one_in(2) ? c.input("bias", 1, n, {"rows", n, 1}, sum_scale) : c.absent("bias");
+  const Operand addend =
+      c.rng.one_in(2) ? c.input("addend", m, n, row_layout(m, n, c.rng), sum_scale) : c.absent("addend");
+  const Output z(c, "z", m, n, c.rng.one_in(2)), out(c, "out", m, n, true);
+
+  GemmProblem p;
+  p.m = m, p.n = n, p.k = k, p.dtype = c.dtype, p.activation = c.activation;
+  p.a = a.matrix(), p.b = b.matrix(), p.bias = bias.data, p.addend = addend.row_major();
+  run_twice(c, [&](size_t run, const Parallel& parallel) {
+    GemmProblem own = p;
+    own.z = z.of_run(run).mutable_row_major(), own.out = out.of_run(run).mutable_row_major();
+    kernels().gemm(own, parallel);
+  });
+
+  Approx expected = product(Approx(a), Approx(b).transposed(), c.roundoff);
+  add(expected, bias, c.roundoff);
+  z.check(expected);
+  expected = activated(expected, c.activation, c.roundoff);
+  add(expected, addend, c.roundoff);
+  out.check(expected);
+}
+
+void preactivation_grad_case(int64_t number) {
+  Case c("preactivation_grad", number);
+  const auto [rows, cols, unused] = draw_shape(c.rng);
+  c.describe("rows", rows), c.describe("cols", cols);
+  const Real scale = c.kind == Kind::denormals ? c.format.min_normal : 1;
+  const bool has_z = c.activation != Activation::none;
+  const Operand dy = c.input("dy", rows, cols, row_layout(rows, cols, c.rng), scale, c.kind);
+  const Operand z = has_z ? c.input("z", rows, cols, row_layout(rows, cols, c.rng), 2) : c.absent("z");
+  const Output dz(c, "dz", rows, cols, !c.rng.one_in(3)), db(c, "db", 1, cols, !c.rng.one_in(3));
+
+  PreActivationGradProblem p;
+  p.rows = rows, p.cols = cols, p.dtype = c.dtype, p.activation = c.activation;
+  p.dy = dy.row_major(), p.z = z.row_major();
+  run_twice(c, [&](size_t run, const Parallel& parallel) {
+    PreActivationGradProblem own = p;
+    own.dz = dz.of_run(run).mutable_row_major(), own.db = db.of_run(run).data;
+    kernels().preactivation_grad(own, parallel);
+  });
+
+  const Approx expected = preactivation_grad(dy, z, c.activation, c.roundoff);
+  dz.check(expected);
+  db.check(column_sums(expected, c.roundoff));
+}
+
+// rows × out_features × in_features: empty ones; more rows than the most chunks of the smallest size hold.
+constexpr Shape kBackwardShapes[] = {{0, 5, 3}, {5, 0, 3}, {5, 3, 0}, {0, 0, 0}, {25000, 3, 2}, {1100, 33, 17}};
+
+bool layer_backward_case(int64_t number) {
+  Case c("layer_backward", number);
+  constexpr int64_t fixed = sizeof kBackwardShapes / sizeof *kBackwardShapes;
+  const int64_t own = number - kFirstLayerBackward;
+  const auto [rows, out, in] = own < 4 * fixed ? kBackwardShapes[own / 4] : draw_shape(c.rng);
+  c.describe("rows", rows), c.describe("out_features", out), c.describe("in_features", in);
+  const bool has_z = c.activation != Activation::none, has_dx = !c.rng.one_in(4), has_dw = !c.rng.one_in(4);
+  const bool transposed = c.rng.one_in(2);
+  // So many terms of the same value would overflow f16.
+  const bool plain = rows > 10000;
+  const auto rows_layout = [&](int64_t cols) {
+    return plain ? layout(1, rows, cols, c.rng) : row_layout(rows, cols, c.rng);
+  };
+  c.describe("dweight_transposed", transposed);
+
+  Real dy_scale = 1, other_scale = 1, sum_scale = 1;
+  Kind dy_kind = Kind::normal, other_kind = Kind::normal;
+  if (c.kind == Kind::denormals || c.kind == Kind::one_denormal) {
+    const Kind kind = c.kind == Kind::one_denormal ? c.kind : Kind::normal;
+    sum_scale = std::ldexp(Real{1}, -11);
+    const bool small_dy = c.rng.one_in(2);
+    (small_dy ? dy_kind : other_kind) = kind;
+    dy_scale = small_dy ? c.format.min_normal : sum_scale / c.format.min_normal;
+    other_scale = small_dy ? sum_scale / c.format.min_normal : c.format.min_normal;
+  }
+  const Operand dy = c.input("dy", rows, out, rows_layout(out), dy_scale, dy_kind);
+  const Operand z = has_z ? c.input("z", rows, out, rows_layout(out), 2) : c.absent("z");
+  const Strides x_strides = layout(plain ? 1 : number % kLayouts, rows, in, c.rng),
+                weight_strides = layout(number / kLayouts % kLayouts, out, in, c.rng);
+  const Operand x = has_dw ? c.input("x", rows, in, x_strides, other_scale, other_kind) : c.absent("x");
+  const Operand weight =
+      has_dx ? c.input("weight", out, in, weight_strides, other_scale, other_kind) : c.absent("weight");
+  const Operand shortcut = has_dx && c.rng.one_in(2) ? c.input("shortcut_grad", rows, in, rows_layout(in), sum_scale)
+                                                     : c.absent("shortcut_grad");
+  const Output dx(c, "dx", rows, in, has_dx), db(c, "db", 1, out, !c.rng.one_in(3)),
+      dweight(c, "dweight", transposed ? in : out, transposed ? out : in, has_dw);
+
+  LayerBackwardProblem p;
+  p.rows = rows, p.out_features = out, p.in_features = has_dx || has_dw ? in : 0;
+  p.dtype = c.dtype, p.activation = c.activation;
+  p.dy = dy.row_major(), p.z = z.row_major(), p.x = x.matrix(), p.weight = weight.matrix();
+  p.shortcut_grad = shortcut.row_major(), p.dweight_transposed = transposed;
+  bool done[2];
+  run_twice(c, [&](size_t run, const Parallel& parallel) {
+    LayerBackwardProblem own = p;
+    own.dx = dx.of_run(run).mutable_row_major(), own.dweight = dweight.of_run(run).mutable_row_major();
+    own.db = db.of_run(run).data;
+    done[run] = kernels().layer_backward(own, parallel);
+  });
+  if (done[0] != done[1]) fail(c, "one number of threads was declined, the other was not");
+  if (!done[0]) {
+    for (const Output* output : {&dx, &db, &dweight}) output->check_untouched();
+    return false;
+  }
+
+  Approx dz = preactivation_grad(dy, z, c.activation, c.roundoff);
+  db.check(column_sums(dz, c.roundoff));
+  if (has_z) dz = rounded(dz, c.format);
+  if (has_dx) {
+    Approx expected = product(dz, Approx(weight).transposed(), c.roundoff);
+    add(expected, shortcut, c.roundoff);
+    dx.check(expected);
+  }
+  if (has_dw) {
+    const Approx expected = product(dz.transposed(), Approx(x).transposed(), c.roundoff);
+    dweight.check(transposed ? expected.transposed() : expected);
+  }
+  return true;
+}
+
+// False where the kernel declined.
+bool run_case(int64_t number) {
+  if (number >= kFirstLayerBackward) return layer_backward_case(number);
+  number < kGemmCases ? gemm_case(number) : preactivation_grad_case(number);
+  return true;
+}
+
+void print_running_case() {
+  if (running != nullptr) std::fprintf(stderr, "%s\n", running->line().c_str());
+}
+
+int run(int argc, char** argv) {
+  const std::string argument = argc > 1 ? argv[1] : "";
+  if (argument == "--isas") {
+    for (const std::string& isa : supported_isas()) std::puts(isa.c_str());
+    return 0;
+  }
+  const char* const isa = kernels().isa;
+  __sanitizer_set_death_callback(print_running_case);
+  const bool one = !argument.empty();
+  const int64_t begin = one ? std::stoll(argument) : 0, end = one ? begin + 1 : kCases;
+  int64_t declined = 0;
+  for (int64_t number = begin; number < end; ++number) declined += !run_case(number);
+  std::printf(
+      "%s: %lld cases, %lld of them declined; largest error beyond the last rounding: %.2Lf of its tolerance (%s)\n",
+      isa, static_cast<long long>(end - begin), static_cast<long long>(declined), largest.error,
+      largest.where.c_str());
+  return 0;
+}
+
+}  // namespace
+}  // namespace sweep
+
+extern "C" void __ubsan_on_report() { sweep::print_running_case(); }
+
+int main(int argc, char** argv) {
+  try {
+    return sweep::run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "sweep: %s\n", error.what());
+    return 2;
+  }
+}
