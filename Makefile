@@ -3,9 +3,9 @@ VENV ?= .venv
 OUTPUT ?= demo-output
 BIN = $(VENV)/bin
 BUILD_INPUTS = setup.py build_support.py pyproject.toml $(shell find csrc -type f)
-CXX_SOURCES = $(shell find csrc tests/kernels -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+CXX_SOURCES = $(shell find csrc tests/kernels benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 
-.PHONY: demo test lint format sanitize bench report clean
+.PHONY: demo test lint format sanitize bench bench-gelu report clean
 
 # A fresh machine needs Python 3.10+, its headers and a C++ compiler; everything else is installed here.
 demo: $(VENV)/.built
@@ -51,15 +51,24 @@ $(SANITIZE)/%.o: %.cpp Makefile
 
 # The README's table and plots: measured on this machine, now. Leave it alone meanwhile; it takes many minutes.
 RESULTS = benchmarks/results/bench.json
+GELU_RESULTS = benchmarks/results/gelu.json
 bench: $(VENV)/.built
 	mkdir -p $(dir $(RESULTS))
 	$(BIN)/fastlane bench --suite all --json $(RESULTS)
+	$(BIN)/python benchmarks/bench_gelu.py --json $(GELU_RESULTS)
 	$(MAKE) report
+
+# GELU alone, old formulas against new, and its error over every float32: some minutes.
+bench-gelu: $(VENV)/.built
+	mkdir -p $(dir $(GELU_RESULTS))
+	$(BIN)/python benchmarks/bench_gelu.py --json $(GELU_RESULTS)
+	$(BIN)/python benchmarks/report.py $(GELU_RESULTS) --readme benchmarks/RESULTS.md
 
 report: $(VENV)/.built
 	$(BIN)/python benchmarks/report.py $(RESULTS) --suite layer --threads $$(nproc) --readme README.md --plot docs/bench.png
 	$(BIN)/python benchmarks/report.py $(RESULTS) --suite networks --plot docs/bench-networks.png
 	$(BIN)/python benchmarks/report.py $(RESULTS) --readme benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/report.py $(GELU_RESULTS) --readme benchmarks/RESULTS.md
 
 clean:
 	rm -rf build dist *.egg-info $(OUTPUT) fastlane_ext/_C*.so fastlane_ext/_build_record.json

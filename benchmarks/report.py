@@ -6,7 +6,7 @@
 
 Reads what ``fastlane bench --json`` writes and what pytest-benchmark writes for the files beside this
 one; several files are put together. Losing rows stay in. ``--threads`` and ``--suite`` choose rows by
-what was run, never by result.
+what was run, never by result. The JSON of ``bench_gelu.py`` has a table and markers of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 START, END = "<!-- benchmark table start -->", "<!-- benchmark table end -->"
+GELU_START, GELU_END = "<!-- GELU table start -->", "<!-- GELU table end -->"
+GELU_KIND = "fastlane-bench-gelu"
 RIVALS = ("eager", "compile", "linear", "onednn")
 COLOURS = {"eager": "#0072b2", "compile": "#009e73", "linear": "#7b5ea7", "onednn": "#d55e00"}
 LABELS = {"eager": "eager", "compile": "torch.compile", "linear": "F.linear alone", "onednn": "oneDNN"}
@@ -32,6 +34,13 @@ class ReportError(Exception):
     """Input that cannot be reported; one line."""
 
 
+def _read(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path}: cannot be read as JSON: {error}") from error
+
+
 def load(paths: Sequence[str | Path]) -> Document:
     """Rows and machine facts of one or several result files; ReportError if they are not benchmark results.
 
@@ -39,10 +48,7 @@ def load(paths: Sequence[str | Path]) -> Document:
     """
     merged: Document = {"rows": []}
     for path in paths:
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ReportError(f"{path}: cannot be read as JSON: {error}") from error
+        found = _read(path)
         if isinstance(found, dict) and "benchmarks" in found:
             rows = [entry["extra_info"]["row"] for entry in found["benchmarks"] if "row" in entry["extra_info"]]
             facts = found["machine_info"].get("fastlane", {})
@@ -93,15 +99,16 @@ def _ratio(row: Document, name: str) -> str:
     return f"**{text}**" if value < 1 else text
 
 
+def _version(document: Document) -> str:
+    commit = f" at {document['commit']}" if document.get("commit") else ""
+    return f"fastlane_ext {document['fastlane_ext']}{commit}"
+
+
 def markdown(document: Document) -> str:
     """The table: for each case and mode how many times the fused time every rival takes, bold where it
     is less."""
-    facts = (
-        f"{document['cpu']}, {document['cores']} cores, {document['isa']}; torch {document['torch']}, "
-        f"fastlane_ext {document['fastlane_ext']}"
-    )
-    if document.get("commit"):
-        facts += f" at {document['commit']}"
+    facts = f"{document['cpu']}, {document['cores']} cores, {document['isa']}; torch {document['torch']}, "
+    facts += _version(document)
     quiet = document["quiet_cores"]
     noisy = [row["busy_cores"] for row in document["rows"] if (row["busy_cores"] or 0) > quiet]
     if noisy:
@@ -147,18 +154,107 @@ def _absences(rows: Sequence[Document]) -> list[str]:
     return ["", "Not measured (–):", "", *counted]
 
 
-def rewrite(readme: Path, table: str) -> None:
+GELU_COLUMNS = (
+    "dtype",
+    "activation",
+    "function",
+    "isa",
+    "before, elements/ns",
+    "now, elements/ns",
+    "now over before",
+    "now over libm",
+    "largest error before",
+    "largest error now",
+)
+GELU_LEFT = 4
+
+
+def gelu_rows(document: Document) -> list[list[str]]:
+    """The cells of GELU_COLUMNS, a row for each dtype, activation, function and instruction set."""
+
+    def key(row: Document) -> tuple[str, ...]:
+        return tuple(row[name] for name in ("dtype", "activation", "function", "formulas", "isa"))
+
+    speeds = {key(row): row["elements_per_ns"] for row in document["throughput"]["rows"]}
+    dtype = document["errors"]["dtype"]
+    errors = {key({"dtype": dtype, **row}): row for row in document["errors"]["rows"]}
+
+    def error(at: tuple[str, ...]) -> str:
+        row = errors.get(at)
+        if row is None:
+            return "–"
+        return "NaN" if row["largest_error"] is None else f"{row['largest_error']:.1e} at {row['at']:.3g}"
+
+    rows = []
+    for dtype, activation, function, formulas, isa in speeds:
+        if formulas != "now":
+            continue
+        before, now = ((dtype, activation, function, name, isa) for name in ("before", "now"))
+        libm = (dtype, activation, function, "libm", "baseline")
+        over = speeds[now] / speeds[before]
+        rows.append(
+            [
+                *(dtype, activation, "GELU" if function == "value" else "GELU′", isa),
+                f"{speeds[before]:.2f}",
+                f"{speeds[now]:.2f}",
+                f"{over:.2f}" if over >= 1 else f"**{over:.2f}**",
+                f"{speeds[now] / speeds[libm]:.3g}",
+                error(before),
+                error(now),
+            ]
+        )
+    return rows
+
+
+def gelu_facts(document: Document) -> list[str]:
+    """Where and how the GELU table was measured, in sentences."""
+    errors, throughput = document["errors"], document["throughput"]
+    low, high = errors["range"]
+    every = "every float32" if errors["exhaustive"] else f"one float32 in {errors['stride']:,}, NOT every one,"
+    busy = document["busy_cores"]
+    lines = [
+        f"{document['cpu']}; {document['compiler']}, {document['flags']}; {_version(document)}; "
+        f"{document['date'][:10]}.",
+        f"One thread, {throughput['elements']:,} random normals in cache, medians of {throughput['rounds']} "
+        f"interleaved rounds. libm: the textbook formula element by element.",
+        f"Errors: {every} of [{low:g}, {high:g}], {errors['checked']:,} values, against fp64, relative to |GELU| and, "
+        "for GELU′, to Φ(x) + |x|φ(x); the promise is 1e-5.",
+    ]
+    libm = [row["largest_error"] for row in errors["rows"] if row["formulas"] == "libm" and row["function"] == "value"]
+    lines.append(f"The largest error of libm's formula is {max(libm):.1g}: 1 + erf has no digits left in the tail.")
+    if busy is not None and busy > document["quiet_cores"]:
+        lines.append(f"NOT a quiet machine: something else kept {busy:.1f} cores busy.")
+    measured = {row["isa"] for row in throughput["rows"]}
+    absent = [isa for isa in ("avx2", "avx512") if isa not in measured]
+    if absent:
+        lines.append(f"Not measured: {', '.join(absent)}, which this CPU does not have.")
+    return lines
+
+
+def gelu_markdown(document: Document) -> str:
+    """The table of ``bench_gelu.py``: bold where the formulas of now are slower than those before."""
+    lines = [
+        " ".join(gelu_facts(document)),
+        "",
+        "| " + " | ".join(GELU_COLUMNS) + " |",
+        "|" + "---|" * GELU_LEFT + "---:|" * (len(GELU_COLUMNS) - GELU_LEFT),
+        *("| " + " | ".join(cells) + " |" for cells in gelu_rows(document)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def rewrite(readme: Path, table: str, start: str = START, end: str = END) -> None:
     """Put ``table`` between the markers of ``readme``; ReportError if they are not there once each, in
     order."""
     try:
         text = readme.read_text(encoding="utf-8")
     except OSError as error:
         raise ReportError(f"{readme}: {error.strerror}") from error
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ReportError(f"{readme}: expected the lines {START} and {END}, once each, in this order")
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{START}\n\n{table}\n{END}{after}", encoding="utf-8")
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise ReportError(f"{readme}: expected the lines {start} and {end}, once each, in this order")
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(end)
+    readme.write_text(f"{before}{start}\n\n{table}\n{end}{after}", encoding="utf-8")
 
 
 def plot(document: Document, path: Path) -> None:
@@ -220,22 +316,35 @@ def plot(document: Document, path: Path) -> None:
         raise ReportError(f"--plot: cannot write {path}: {error}") from error
 
 
+def _gelu_document(paths: Sequence[str]) -> Document | None:
+    found = _read(paths[0]) if len(paths) == 1 else None
+    return found if isinstance(found, dict) and found.get("kind") == GELU_KIND else None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 with one line on stderr."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("results", nargs="+", help="JSON from `fastlane bench --json` or from pytest-benchmark")
+    parser.add_argument(
+        "results", nargs="+", help="JSON from `fastlane bench --json`, pytest-benchmark or bench_gelu.py"
+    )
     parser.add_argument("--readme", type=Path, metavar="PATH", help="rewrite the table between the markers of PATH")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="save a picture of the ratios")
     parser.add_argument("--suite", choices=("layer", "networks"), help="only this suite")
     parser.add_argument("--threads", type=int, action="append", help="only this number of threads (repeatable)")
     args = parser.parse_args(argv)
     try:
-        document = choose(load(args.results), args.suite, args.threads)
-        table = markdown(document)
-        if args.plot:
-            plot(document, args.plot)
+        gelu = _gelu_document(args.results)
+        if gelu is not None:
+            if args.plot or args.suite or args.threads:
+                raise ReportError(f"{args.results[0]}: --plot, --suite and --threads do not apply to the GELU table")
+            table, markers = gelu_markdown(gelu), (GELU_START, GELU_END)
+        else:
+            document = choose(load(args.results), args.suite, args.threads)
+            table, markers = markdown(document), (START, END)
+            if args.plot:
+                plot(document, args.plot)
         if args.readme:
-            rewrite(args.readme, table)
+            rewrite(args.readme, table, *markers)
         else:
             print(table, end="")
     except ReportError as error:
