@@ -5,7 +5,8 @@
     python benchmarks/report.py bench.json --readme README.md       # rewrite the table between its markers
 
 Reads what ``fastlane bench --json`` writes and what pytest-benchmark writes for the files beside this
-one; several files are put together. Losing rows stay in. ``--threads`` and ``--suite`` choose rows by
+one; several files are put together, and a row that several of them measured becomes the median of its
+runs. Losing rows stay in. ``--threads`` and ``--suite`` choose rows by
 what was run, never by result. The JSON of ``bench_gelu.py`` has a table and markers of its own.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +28,8 @@ COLOURS = {"eager": "#0072b2", "compile": "#009e73", "linear": "#7b5ea7", "onedn
 LABELS = {"eager": "eager", "compile": "torch.compile", "linear": "F.linear alone", "onednn": "oneDNN"}
 TICKS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
 FACTS = ("cpu", "cores", "isa", "torch", "fastlane_ext", "commit", "date", "quiet_cores")
+
+ROW_KEYS = ("suite", "case", "dtype", "threads", "mode")
 
 Document = dict[str, Any]
 
@@ -41,12 +45,33 @@ def _read(path: str | Path) -> Any:
         raise ReportError(f"{path}: cannot be read as JSON: {error}") from error
 
 
+def _median_of_runs(rows: Sequence[Document]) -> Document:
+    """The same case measured by several runs: medians of what was measured; ratios within a run come first."""
+
+    def medians(tables: Sequence[Document]) -> Document:
+        return {key: statistics.median(t[key] for t in tables) for key in tables[0] if all(key in t for t in tables)}
+
+    results = {}
+    for name, first in rows[0]["results"].items():
+        runs = [row["results"].get(name, {}) for row in rows]
+        results[name] = medians(runs) if all("median_s" in run for run in runs) else first
+    return {
+        **rows[0],
+        "results": results,
+        "over_fused": medians([row["over_fused"] for row in rows]),
+        "part_of_limit": medians([row["part_of_limit"] for row in rows]),
+        "limit": {**rows[0]["limit"], "flops_per_s": statistics.median(r["limit"]["flops_per_s"] for r in rows)},
+        "busy_cores": max((row["busy_cores"] or 0 for row in rows), default=0),
+    }
+
+
 def load(paths: Sequence[str | Path]) -> Document:
     """Rows and machine facts of one or several result files; ReportError if they are not benchmark results.
 
     Files from different machines or versions do not mix in one table.
     """
     merged: Document = {"rows": []}
+    runs: dict[tuple[Any, ...], list[Document]] = {}
     for path in paths:
         found = _read(path)
         if isinstance(found, dict) and "benchmarks" in found:
@@ -61,9 +86,12 @@ def load(paths: Sequence[str | Path]) -> Document:
             if name in merged and name != "date" and merged[name] != new:
                 raise ReportError(f"{path}: {name} is {new}, but {merged[name]} in the files before it")
             merged[name] = new
-        merged["rows"] += rows
-    if not merged["rows"]:
+        for row in rows:
+            runs.setdefault(tuple(row[key] for key in ROW_KEYS), []).append(row)
+    if not runs:
         raise ReportError("no rows in " + ", ".join(map(str, paths)))
+    merged["rows"] = [rows[0] if len(rows) == 1 else _median_of_runs(rows) for rows in runs.values()]
+    merged["runs"] = max(map(len, runs.values()))
     return merged
 
 
@@ -99,6 +127,11 @@ def _ratio(row: Document, name: str) -> str:
     return f"**{text}**" if value < 1 else text
 
 
+def _part_of_peak(row: Document) -> str:
+    seconds = row["results"]["fused"].get("median_s")
+    return "–" if seconds is None else f"{row['limit']['flops'] / seconds / row['limit']['flops_per_s']:.0%}"
+
+
 def _version(document: Document) -> str:
     commit = f" at {document['commit']}" if document.get("commit") else ""
     return f"fastlane_ext {document['fastlane_ext']}{commit}"
@@ -114,14 +147,16 @@ def markdown(document: Document) -> str:
     if noisy:
         rows = f"{len(noisy)} of {len(document['rows'])} rows"
         facts += f"; NOT a quiet machine: in {rows} something else kept up to {max(noisy):.1f} cores busy"
+    runs = document.get("runs", 1)
     lines = [
         f"{facts}; {str(document['date'])[:10]}. Times of the fused op; for the others, how many times that "
-        "long they take (bold: less than once, the fused op loses). Medians of interleaved runs.",
+        "long they take (bold: less than once, the fused op loses). Medians of interleaved "
+        f"samples{f', and of {runs} runs' if runs > 1 else ''}.",
         "",
         "| case | dtype | threads | mode | fused | "
         + " | ".join(LABELS[name] for name in RIVALS)
-        + " | part of limit | peak memory, eager → fused |",
-        "|---|---|---|---|" + "---:|" * (len(RIVALS) + 3),
+        + " | FMA peak | part of limit | peak memory, eager → fused |",
+        "|---|---|---|---|" + "---:|" * (len(RIVALS) + 4),
     ]
     for row in document["rows"]:
         fused = row["results"]["fused"]
@@ -134,6 +169,7 @@ def markdown(document: Document) -> str:
             row["mode"],
             _seconds(fused["median_s"]) if "median_s" in fused else "–",
             *(_ratio(row, name) for name in RIVALS),
+            _part_of_peak(row),
             "–" if part is None else f"{part:.0%} of {row['limit']['bound_by']}",
             " → ".join("–" if peak is None else _bytes(peak) for peak in peaks),
         ]

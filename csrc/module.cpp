@@ -19,6 +19,10 @@ PYBIND11_MODULE(_C, m) {
     fused["backward"] = s.fused_backward;
     py::dict result;
     result["fused"] = fused;
+    py::dict by_library;
+    by_library["forward"] = s.library_forward;
+    by_library["backward"] = s.library_backward;
+    result["library"] = by_library;
     result["fallback"] = s.fallback;
     return result;
   });

@@ -8,6 +8,10 @@ import torch
 
 import fastlane_ext as fl
 
+# The fused kernels are what is tested, wherever the policy would rather call the library; test_layer_path.py
+# repeats the numeric tests on the other path.
+PATH = os.environ.setdefault("FASTLANE_PATH", "fused")
+
 # The same examples on every run, so that a failure in CI is a failure at home too.
 # HYPOTHESIS_PROFILE=explore looks further.
 hypothesis.settings.register_profile(
@@ -27,6 +31,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 def pytest_configure(config):
     for marker in (
         "expects_fallback(*reasons): the test leaves the fused path, for these reasons and no other",
+        "own_product: says something of our own products that the library's need not keep",
         "any_isa: says nothing about the kernels, so test_isa.py does not repeat it",
     ):
         config.addinivalue_line("markers", marker)
@@ -53,12 +58,12 @@ def no_silent_fallback(request):
 
 @pytest.fixture
 def assert_fused():
-    """Call it at the end: so many fused calls ran since the last `reset_stats` (None: at least one)."""
+    """Call it at the end: so many calls ran our kernels since the last `reset_stats` (None: at least one)."""
 
     def check(forward=None, backward=0):
-        fused = fl.stats()["fused"]
+        counts = fl.stats()[PATH]
         for direction, expected in (("forward", forward), ("backward", backward)):
-            count = fused[direction]
+            count = counts[direction]
             assert count > 0 if expected is None else count == expected, f"{direction}: {count}, not {expected}"
 
     return check

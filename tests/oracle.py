@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from torch import Tensor
 import fastlane_ext as fl
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PATH = os.environ.get("FASTLANE_PATH", "fused")
 ACTIVATIONS = ("gelu", "gelu_tanh", "none")
 dtype_name = lambda value: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None  # noqa: E731
 
@@ -175,7 +177,7 @@ def run_fused(case: Case) -> dict[str, Tensor]:
     result = _run(case, fused_layer, **({} if case.concat else {"recompute": case.recompute}))
     after = fl.stats()
     for direction in ("forward", "backward"):
-        assert after["fused"][direction] == before["fused"][direction] + 1, f"{direction} was not fused"
+        assert after[PATH][direction] == before[PATH][direction] + 1, f"{direction} was not fused"
     assert after["fallback"] == before["fallback"]
     return result
 
@@ -214,11 +216,11 @@ def activation_and_slope(z: np.ndarray, activation: str) -> tuple[np.ndarray, np
     return z * c, c + b
 
 
-def run_oracle(case: Case) -> dict[str, np.ndarray]:
+def run_oracle(case: Case, real=None) -> dict[str, np.ndarray]:
     """float64; for float64 itself the products are summed in long double."""
-    real = np.longdouble if case.x.dtype == torch.float64 else np.float64
+    real = real or (np.longdouble if case.x.dtype == torch.float64 else np.float64)
     k, n = case.weight.shape[1], case.weight.shape[0]
-    x, weight, dy = (_as_numpy(t).astype(real) for t in (case.x, case.weight, case.grad))
+    x, weight, dy = (_as_numpy(t).astype(real, copy=False) for t in (case.x, case.weight, case.grad))
     rows = math.prod(x.shape[:-1])
     x_rows, dy_rows = x.reshape(rows, k), dy.reshape(rows, dy.shape[-1])
     z = x_rows @ weight.T
@@ -274,3 +276,14 @@ def assert_as_exact_as_eager(cases: list[Case]):
         assert fused_error[name] <= limit, (
             f"{name}: error {fused_error[name]:.3g}, eager's {eager_error[name]:.3g}, scale {scale[name]:.3g}"
         )
+
+
+def assert_exact(case: Case, got: dict[str, Tensor] | None = None):
+    """Without an activation, sums of small integers, or of their products with one power of two, are exact in
+    every dtype's accumulator: the result is the exact one, rounded once.
+    """
+    got, exact = got or run_fused(case), run_oracle(case, np.float64)
+    assert got.keys() == exact.keys()
+    for name, value in exact.items():
+        assert got[name].dtype == case.x.dtype and got[name].shape == value.shape, name
+        assert torch.equal(got[name], torch.from_numpy(value).to(case.x.dtype)), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -224,7 +225,23 @@ def test_report_reads_both_kinds_of_json_alike(document: dict[str, Any], tmp_pat
     }
     theirs.write_text(json.dumps(wrapped))
     assert report.markdown(report.load([ours])) == report.markdown(report.load([theirs]))
-    assert len(report.load([ours, theirs])["rows"]) == 2 * len(document["rows"])
+
+
+def test_report_takes_the_median_of_runs(document: dict[str, Any], tmp_path: Path) -> None:
+    paths = []
+    for factor in (1.0, 4.0, 2.0):
+        run = copy.deepcopy(document)
+        for row in run["rows"]:
+            row["results"]["fused"]["median_s"] *= factor
+            row["over_fused"]["eager"] = factor
+        paths.append(tmp_path / f"{factor}.json")
+        paths[-1].write_text(json.dumps(run))
+    loaded = report.load(paths)
+    assert loaded["runs"] == 3 and len(loaded["rows"]) == len(document["rows"])
+    for row, first in zip(loaded["rows"], document["rows"], strict=True):
+        assert row["over_fused"]["eager"] == 2
+        assert row["results"]["fused"]["median_s"] == 2 * first["results"]["fused"]["median_s"]
+    assert "of 3 runs" in report.markdown(loaded)
 
 
 def test_report_keeps_losing_rows_and_says_who_was_absent(document: dict[str, Any]) -> None:

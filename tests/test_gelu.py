@@ -8,7 +8,7 @@ import math
 import mpmath
 import pytest
 import torch
-from oracle import DTYPES, dtype_name, gelu_parts
+from oracle import DTYPES, PATH, dtype_name, gelu_parts
 
 import fastlane_ext as fl
 
@@ -40,10 +40,10 @@ SPECIAL += [sign * v for v in (1e10, 1e20, 3e38) for sign in (1, -1)]
 def fused_gelu(values, activation, width=1):
     """(GELU, GELU′) of each value. A width of 1 keeps inf and NaN to themselves; others fill the vectors."""
     x = values.reshape(-1, width).clone().requires_grad_()
-    fused_before = fl.stats()["fused"]["backward"]
+    fused_before = fl.stats()[PATH]["backward"]
     y = fl.linear_gelu_residual(x, torch.eye(width, dtype=x.dtype), activation=activation)
     (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert fl.stats()["fused"]["backward"] == fused_before + 1
+    assert fl.stats()[PATH]["backward"] == fused_before + 1
     return y.detach().flatten(), slope.flatten()
 
 
@@ -138,6 +138,7 @@ def ordinal(t):
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 
 
+@pytest.mark.own_product
 @SIXTEEN_BITS
 @both_gelus
 def test_all_values_of_16_bits(dtype, activation):

@@ -1,5 +1,8 @@
 """The layer against an oracle: never less exact than eager, and exact where exactness is possible."""
 
+import math
+from dataclasses import replace
+
 import mpmath
 import pytest
 import torch
@@ -12,6 +15,7 @@ from oracle import (
     LAYOUTS,
     RESIDUALS,
     assert_as_exact_as_eager,
+    assert_exact,
     dtype_name,
     make_case,
     run_fused,
@@ -87,24 +91,96 @@ def test_layouts(dtype, operand, layout):
     assert_as_exact_as_eager([make_case((37,), 45, 51, dtype=dtype).with_layout(**{operand: layout})])
 
 
-def assert_exact(case):
-    """With no activation and small integers every sum is exact in every dtype: equality, not closeness."""
-    got, expected = run_fused(case), run_oracle(case)
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(got[name].double(), torch.from_numpy(value.astype("float64"))), name
-
-
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("concat", [False, True], ids=["residual", "concat"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_integers_are_exact(dtype, concat, size):
     rows, in_features, out_features = size
-    if dtype == torch.bfloat16:  # whose integers end at 256
-        rows, in_features, out_features = min(rows, 241), min(in_features, 241), min(out_features, 241)
     case = make_case((rows,), in_features, out_features, dtype=dtype, integers=True, concat=concat)
     case.activation = "none"
     assert_exact(case)
+
+
+# How x and the weight lie decides which operand runs along k, and with it whether rows are multiplied as inner
+# products or as tiles, which operand is packed, and whether the product or its transpose is computed.
+LYING = [
+    ("contiguous", "contiguous"),
+    ("padded", "padded"),
+    ("contiguous", "transposed"),
+    ("transposed", "contiguous"),
+    ("transposed", "transposed"),
+]
+each_lying = pytest.mark.parametrize("lying", LYING, ids="-".join)
+
+
+def paired(sizes, shift):
+    """Each of seven sizes once as in_features and once as out_features; with seven shifts, all pairs."""
+    return [(size, sizes[(2 * i + shift) % len(sizes)]) for i, size in enumerate(sizes)]
+
+
+def lying_cases(rows, in_features, out_features, lying, **options):
+    """The same layer for each number of rows."""
+    case = make_case((max(rows),), in_features, out_features, **options).with_layout(weight=lying[1])
+    for n in rows:
+        first = {name: getattr(case, name)[:n] for name in ("x", "residual_data", "grad")}
+        yield replace(case, **first).with_layout(x=lying[0])
+
+
+def integer_cases(*arguments, **options):
+    return lying_cases(*arguments, **options, integers=True, activation="none")
+
+
+@pytest.mark.own_product
+@each_lying
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_few_rows(dtype, lying):
+    """Inner products up to 16 rows, tiles from 17 on."""
+    real = []
+    for size in paired((1, 15, 17, 63, 65, 1000, 1025), LYING.index(lying)):
+        for case in integer_cases(range(1, 18), *size, lying, dtype=dtype):
+            assert_exact(case)
+        real += lying_cases((1, 2, 7, 16, 17) if max(size) < 1000 else (7,), *size, lying, dtype=dtype)
+    assert_as_exact_as_eager(real)
+
+
+@each_lying
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_beyond_a_block(dtype, lying):
+    """More than a block of k, of columns, or of both, and a remainder in each."""
+    for size in [(1025, 257), (2049, 65), (4097, 33), (65, 3000), (257, 1025)]:
+        rows = (5, 33, 300) if size in [(1025, 257), (2049, 65)] else (5, 33)
+        for case in integer_cases(rows, *size, lying, dtype=dtype):
+            assert_exact(case)
+    real = [case for size in [(4097, 33), (65, 1025)] for case in lying_cases([9], *size, lying, dtype=dtype)]
+    assert_as_exact_as_eager(real)
+
+
+# The backward of a narrow layer takes runs of 192 rows, in at most 64 chunks of at least two runs.
+NARROW_ROWS = [0, 1, 191, 192, 193, 384, 385]
+
+
+@pytest.mark.parametrize("rows", NARROW_ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_narrow_layers(dtype, rows):
+    real = []
+    for turn in (DTYPES.index(dtype) + NARROW_ROWS.index(rows), NARROW_ROWS.index(rows) + 3):
+        for i, size in enumerate(paired((1, 3, 16, 48, 64, 100, 257), turn)):
+            lying = LYING[(turn + i) % len(LYING)]
+            for case in integer_cases([rows], *size, lying, dtype=dtype):
+                assert_exact(case)
+            if rows * math.prod(size) < 1e6:
+                real += lying_cases([rows], *size, lying, dtype=dtype)
+    assert_as_exact_as_eager(real)
+
+
+@pytest.mark.parametrize("lying", [LYING[0], LYING[-1]], ids="-".join)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_narrow_layers_of_many_rows(dtype, lying):
+    for rows, *size in [(64 * 384, 1, 257), (64 * 384 + 1, 100, 3), (30000, 16, 48)]:
+        for case in integer_cases([rows], *size, lying, dtype=dtype):
+            assert_exact(case)
+    if dtype == torch.float32:
+        assert_as_exact_as_eager(list(lying_cases([rows], *size, lying, dtype=dtype)))
 
 
 @st.composite
@@ -137,6 +213,7 @@ def any_case(draw):
     return case.with_layout(**layouts)
 
 
+@pytest.mark.own_product
 @given(any_case())
 def test_any_shape_and_layout(case):
     """The layout changes nothing, to the bit; and without an activation the result is the exact one."""
@@ -200,6 +277,7 @@ def test_fifty_digits(size, dtype, activation):
                 assert worst <= 6 * limit * scale, (name, mpmath.nstr(worst / scale))
 
 
+@pytest.mark.own_product
 @pytest.mark.parametrize("size", [(5, 17000, 300), (17000, 300, 5)], ids=["long k", "many rows"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_sums_longer_than_what_is_packed_at_once(dtype, size, restore_threads):

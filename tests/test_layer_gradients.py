@@ -148,6 +148,40 @@ def test_subsets_of_needed_gradients(subset, recompute, activation, assert_fused
     assert_fused(forward=1 + any(subset), backward=2 * any(subset[:3]))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("options", [{}, {"residual": "x"}, {"activation": "none"}, {"concat": True}], ids=str)
+@pytest.mark.parametrize("rows", [5, 193, 389])
+def test_subsets_of_a_narrow_layer(rows, options, dtype, layout):
+    """Its backward is one pass for all gradients: what is left out changes no bit of the others."""
+    case = make_case((rows,), 35, 35, dtype=dtype, **options).with_layout(weight=layout)
+    expected = run_fused(case)
+    call, leaves = as_function(case)
+    leaves[1] = case.weight.detach()
+    for subset in itertools.product([False, True], repeat=3):
+        for leaf, needed in zip(leaves, subset, strict=False):
+            leaf.requires_grad_(needed)
+        names = [name for name, on in zip(("dx", "dweight", "dbias"), subset, strict=True) if on]
+        if names:
+            needed = [leaf for leaf, on in zip(leaves, subset, strict=False) if on]
+            for name, got in zip(names, torch.autograd.grad(call(*leaves), needed, case.grad), strict=True):
+                assert torch.equal(got, expected[name]), (subset, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("size", [(1000, 300, 301), (9, 1030, 1031), (1000, 3, 1100)], ids=str)
+def test_bias_alone(size, dtype):
+    """Of a layer too wide for the one pass: only dy and z are read."""
+    rows, in_features, out_features = size
+    case = make_case((rows,), in_features, out_features, dtype=dtype)
+    call, leaves = as_function(case)
+    for leaf in leaves:
+        leaf.requires_grad_(leaf is leaves[2])
+    (got,) = torch.autograd.grad(call(*leaves), leaves[2], case.grad)
+    # Both are sums in double, in another order.
+    torch.testing.assert_close(got, run_fused(case)["dbias"], rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
 @pytest.mark.parametrize("subset", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_subsets_of_concat(subset):
     case = make_case((5,), 4, 3, dtype=torch.float64, concat=True)
@@ -187,9 +221,10 @@ GRADS = {
 @pytest.mark.parametrize("grad", GRADS)
 @each_activation
 @pytest.mark.parametrize("options", [{"residual": "x"}, {"concat": True}, {"residual": "row"}], ids=str)
-def test_any_grad_output(options, activation, grad):
+@pytest.mark.parametrize(("shape", "features"), [((4, 5), 17), ((389,), 17), ((2, 17), 300)], ids=str)
+def test_any_grad_output(shape, features, options, activation, grad):
     """As with a contiguous one, to the bit: neither gradcheck nor opcheck ever tries another."""
-    case = make_case((4, 5), 17, 17, activation=activation, **options)
+    case = make_case(shape, features, features, activation=activation, **options)
     case.grad = GRADS[grad](case.grad)
     got = run_fused(case)
     case.grad = case.grad.contiguous()

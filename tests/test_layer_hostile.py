@@ -1,6 +1,7 @@
 """Inputs that broke packages of this kind: one layer survives them."""
 
 import math
+import mmap
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from oracle import (
     ACTIVATIONS,
     DTYPES,
     assert_as_exact_as_eager,
+    assert_exact,
     dtype_name,
     make_case,
     run_eager,
     run_fused,
+    run_oracle,
 )
 from subprocesses import run_python
 
@@ -115,36 +118,82 @@ def test_output_into_a_slice_off_by_one(dtype):
 
 @pytest.fixture(scope="module")
 def far_apart():
-    """rows × cols views whose last elements lie beyond 2^31 elements; only the touched pages take memory."""
-    step = 2**30 + 8
+    """Views whose last element lies beyond 2^31 elements from the first; only the touched pages take memory."""
+    slots, slot = 8, 8192
     try:
-        memory = torch.empty(2 * step + 8 * 8192, dtype=torch.bfloat16)
-    except RuntimeError as error:
-        pytest.skip(f"4 GiB of address space are needed: {error}")
+        memory = mmap.mmap(-1, 4 * (2**31 + slots * slot), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        pytest.skip(f"8 GiB of address space are needed: {error}")
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
 
-    def make(t, stride_of, slot):
-        strides = (step, 1) if stride_of == "rows" else (1, step)
-        view = memory.as_strided(t.shape, strides, slot * 8192)
+    def make(t, far, number):
+        dim = 0 if far == "rows" else 1
+        step = (2**31 - 1) // (t.shape[dim] - 1) + 1
+        elements = torch.frombuffer(memory, dtype=t.dtype)
+        view = elements.as_strided(t.shape, (step, 1) if dim == 0 else (1, step), number * slot)
         return view.copy_(t)
 
     return make
 
 
+FAR_SIZES = {
+    "inner products": (3, 67, 35),
+    "tiles": (33, 35, 67),
+    "two chunks of a narrow layer": (401, 21, 35),
+    "beyond a narrow layer": (33, 301, 299),
+    "beyond a block": (19, 1027, 259),
+}
+
+
 @pytest.mark.parametrize("far", ["rows", "columns"])
 @pytest.mark.parametrize("operand", ["x", "weight", "residual_data", "grad"])
-def test_strides_beyond_31_bits(operand, far, far_apart):
-    """A row number times a leading dimension needs 64 bits."""
-    rows, in_features, out_features = {
-        ("x", "rows"): (3, 65, 5),
-        ("x", "columns"): (65, 3, 5),
-        ("weight", "rows"): (5, 65, 3),
-        ("weight", "columns"): (5, 3, 65),
-    }.get((operand, far), (3, 7, 65) if far == "rows" else (65, 7, 3))
-    case = make_case((rows,), in_features, out_features, dtype=torch.bfloat16)
-    expected = run_fused(case)
-    setattr(case, operand, far_apart(getattr(case, operand), far, slot=1))
-    for name, got in run_fused(case).items():
-        assert torch.equal(got, expected[name]), name
+@pytest.mark.parametrize("size", FAR_SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_strides_beyond_31_bits(dtype, size, operand, far, far_apart):
+    """A row number times a leading dimension needs 64 bits, in elements as in bytes."""
+    rows, in_features, out_features = FAR_SIZES[size]
+    for activation in ("none", "gelu"):  # without one, the products read dy itself
+        case = make_case((rows,), in_features, out_features, dtype=dtype, integers=True, activation=activation)
+        expected = run_fused(case)
+        setattr(case, operand, far_apart(getattr(case, operand), far, number=1))
+        for name, got in run_fused(case).items():
+            assert torch.equal(got, expected[name]), (activation, name)
+
+
+@pytest.mark.parametrize("rows", [33, 401])
+def test_far_strides_of_all_operands(rows, far_apart):
+    """Also of dy as the shortcut's gradient, with dweight column-major, as a weight of far columns has none."""
+    case = make_case((rows,), 37, 37, integers=True, activation="none", residual="x")
+    for number, operand in enumerate(("x", "grad")):
+        setattr(case, operand, far_apart(getattr(case, operand), "rows", number))
+    case.weight = far_apart(case.weight, "columns", number=2)
+    assert_exact(case)
+    assert_exact(case.with_layout(weight="transposed"))
+
+
+# Memory of the results
+
+
+LARGE = {
+    "y and dx": (53, 53, {}),
+    "y of a concatenation": (26, 27, {"concat": True}),
+    "dweight": (2111, 1001, {}),
+    "dweight column-major": (2111, 1001, {}),
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("large", LARGE)
+def test_results_of_megabytes(large, dtype):
+    """Written for the first time, in pages asked for on purpose: right, and no larger than the tensor."""
+    in_features, out_features, options = LARGE[large]
+    rows = 3 if "dweight" in large else int(4.2e6) // (53 * dtype.itemsize) + 1
+    case = make_case((rows,), in_features, out_features, dtype=dtype, integers=True, activation="none", **options)
+    got = run_fused(case.with_layout(weight="transposed" if "column" in large else "contiguous"))
+    assert got["dweight" if "dweight" in large else "y"].nbytes > 4e6
+    assert_exact(case, got)
+    for name in ("y", "dx", "dweight", "dbias"):
+        assert got[name].untyped_storage().nbytes() == got[name].nbytes, name
 
 
 # Values
@@ -169,56 +218,96 @@ def limit_of_layer(z, residual, activation):
     return (z if activation == "none" else torch.where(z == -math.inf, torch.zeros_like(z), z)) + residual
 
 
+# (rows, in_features, out_features) and the bad element's row, in_feature and out_feature
+BAD_PLACES = {
+    "inner products": ((5, 21, 37), (4, 20, 36)),
+    "tiles": ((29, 21, 37), (7, 3, 11)),
+    "two chunks of a narrow layer": ((389, 21, 37), (388, 20, 36)),
+    "beyond a block": ((19, 1027, 259), (18, 1026, 258)),
+}
+each_place = pytest.mark.parametrize("place", BAD_PLACES)
+
+
+def case_with_a_place(place, **options):
+    (rows, in_features, out_features), bad_place = BAD_PLACES[place]
+    return make_case((rows,), in_features, out_features, **options), *bad_place
+
+
 @poisoned
 @bad_values
 @each_activation
+@each_place
 @every_dtype
-def test_a_bad_row_of_x_taints_its_row(dtype, activation, bad):
-    case = make_case((29,), 21, 37, dtype=dtype, activation=activation)
+def test_a_bad_row_of_x_taints_its_row(dtype, place, activation, bad):
+    case, row, column, _ = case_with_a_place(place, dtype=dtype, activation=activation)
     clean = run_fused(case)
-    case.x[7, 3] = bad
+    case.x[row, column] = bad
     got = run_fused(case)
     for name in ("y", "dx"):
-        assert torch.equal(spared(got[name], row=7), spared(clean[name], row=7)), name
-    expected = limit_of_layer(bad * case.weight[:, 3], case.residual_data[7], activation)
-    torch.testing.assert_close(got["y"][7], expected, equal_nan=True, rtol=0, atol=0)
+        assert torch.equal(spared(got[name], row=row), spared(clean[name], row=row)), name
+    expected = limit_of_layer(bad * case.weight[:, column], case.residual_data[row], activation)
+    torch.testing.assert_close(got["y"][row], expected, equal_nan=True, rtol=0, atol=0)
     assert torch.equal(got["dresidual"], clean["dresidual"])
     if activation == "none":  # dz is dy, whatever z is
         assert torch.equal(got["dx"], clean["dx"]) and torch.equal(got["dbias"], clean["dbias"])
-        assert torch.equal(spared(got["dweight"], column=3), spared(clean["dweight"], column=3))
+        assert torch.equal(spared(got["dweight"], column=column), spared(clean["dweight"], column=column))
     elif math.isinf(bad):  # GELU′ of ±inf is 0 or 1
         assert got["dx"].isfinite().all() and got["dbias"].isfinite().all()
-        assert spared(got["dweight"], column=3).isfinite().all()
-        passed = (bad * case.weight[:, 3] > 0).to(dtype) * case.grad[7]
-        torch.testing.assert_close(got["dx"][7], passed @ case.weight, rtol=2e-2, atol=2e-2)
+        assert spared(got["dweight"], column=column).isfinite().all()
+        passed = (bad * case.weight[:, column] > 0).to(dtype) * case.grad[row]
+        torch.testing.assert_close(got["dx"][row], passed @ case.weight, rtol=2e-2, atol=2e-2)
     else:
-        assert got["dx"][7].isnan().all() and got["dbias"].isnan().all() and got["dweight"].isnan().all()
+        assert got["dx"][row].isnan().all() and got["dbias"].isnan().all() and got["dweight"].isnan().all()
 
 
 @poisoned
 @bad_values
 @each_activation
+@each_place
 @every_dtype
-def test_a_bad_row_of_the_weight_taints_its_column(dtype, activation, bad):
-    case = make_case((29,), 21, 37, dtype=dtype, activation=activation)
+def test_a_bad_row_of_the_weight_taints_its_column(dtype, place, activation, bad):
+    case, _, column, out = case_with_a_place(place, dtype=dtype, activation=activation)
     clean = run_fused(case)
-    case.weight[11, 5] = bad
+    case.weight[out, column] = bad
     got = run_fused(case)
-    assert torch.equal(spared(got["y"], column=11), spared(clean["y"], column=11))
-    expected = limit_of_layer(bad * case.x[:, 5], case.residual_data[:, 11], activation)
-    torch.testing.assert_close(got["y"][:, 11], expected, equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(spared(got["y"], column=out), spared(clean["y"], column=out))
+    expected = limit_of_layer(bad * case.x[:, column], case.residual_data[:, out], activation)
+    torch.testing.assert_close(got["y"][:, out], expected, equal_nan=True, rtol=0, atol=0)
     assert torch.equal(got["dresidual"], clean["dresidual"])
-    assert torch.equal(spared(got["dweight"], row=11), spared(clean["dweight"], row=11))
-    others = torch.arange(37) != 11
+    assert torch.equal(spared(got["dweight"], row=out), spared(clean["dweight"], row=out))
+    others = torch.arange(case.bias.numel()) != out
     assert torch.equal(got["dbias"][others], clean["dbias"][others])
     if activation == "none":
-        assert torch.equal(spared(got["dx"], column=5), spared(clean["dx"], column=5))
+        assert torch.equal(spared(got["dx"], column=column), spared(clean["dx"], column=column))
         assert torch.equal(got["dweight"], clean["dweight"]) and torch.equal(got["dbias"], clean["dbias"])
     elif math.isinf(bad):
-        assert spared(got["dx"], column=5).isfinite().all()
+        assert spared(got["dx"], column=column).isfinite().all()
         assert got["dweight"].isfinite().all() and got["dbias"].isfinite().all()
     else:
-        assert got["dx"].isnan().all() and got["dweight"][11].isnan().all() and got["dbias"][11].isnan()
+        assert got["dx"].isnan().all() and got["dweight"][out].isnan().all() and got["dbias"][out].isnan()
+
+
+@poisoned
+@bad_values
+@each_activation
+@each_place
+@every_dtype
+def test_a_bad_element_of_dy_taints_its_row_and_column(dtype, place, activation, bad):
+    case, row, _, out = case_with_a_place(place, dtype=dtype, activation=activation)
+    clean = run_fused(case)
+    case.grad[row, out] = bad
+    got = run_fused(case)
+    assert torch.equal(got["y"], clean["y"])
+    torch.testing.assert_close(got["dresidual"], case.grad, equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(spared(got["dx"], row=row), spared(clean["dx"], row=row))
+    assert torch.equal(spared(got["dweight"], row=out), spared(clean["dweight"], row=out))
+    others = torch.arange(case.bias.numel()) != out
+    assert torch.equal(got["dbias"][others], clean["dbias"][others])
+    for tainted in (got["dx"][row], got["dweight"][out], got["dbias"][out]):
+        assert not tainted.isfinite().any()
+    if activation == "none":
+        for tainted, factor in ((got["dx"][row], case.weight[out]), (got["dweight"][out], case.x[row])):
+            torch.testing.assert_close(tainted, bad * factor, equal_nan=True, rtol=0, atol=0)
 
 
 @poisoned
@@ -254,6 +343,86 @@ def test_denormals_are_kept(dtype):
     y = fl.linear_gelu_residual(*leaves, activation="none")
     for grad in torch.autograd.grad(y, leaves, small):
         assert grad.item() == small.item()
+
+
+DENORMAL_SIZES = {place: size for place, (size, _) in BAD_PLACES.items()} | {"beyond a narrow layer": (33, 301, 299)}
+DENORMAL_LAYOUTS = [("contiguous", "contiguous"), ("transposed", "contiguous"), ("padded", "transposed")]
+
+
+@poisoned
+@pytest.mark.parametrize("layouts", DENORMAL_LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("size", DENORMAL_SIZES)
+@pytest.mark.parametrize("tiny", ["x", "weight", "grad"])
+@every_dtype
+def test_products_of_denormals(dtype, tiny, size, layouts):
+    """An operand of nothing but denormals, odd numbers of features: each product and each sum is exact."""
+    rows, in_features, out_features = DENORMAL_SIZES[size]
+    case = make_case((rows,), in_features, out_features, dtype=dtype, integers=True, activation="none")
+    scaled = (tiny,) if tiny == "grad" else (tiny, "bias", "residual_data")
+    for name in scaled:
+        setattr(case, name, getattr(case, name) * (torch.finfo(dtype).smallest_normal / 16))
+    assert_exact(case.with_layout(x=layouts[0], weight=layouts[1]))
+
+
+@poisoned
+@pytest.mark.parametrize("layouts", DENORMAL_LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("size", DENORMAL_SIZES)
+@pytest.mark.parametrize("tiny", ["x", "weight", "grad"])
+def test_a_single_denormal(tiny, size, layouts):
+    """bf16's own instruction takes it for zero: wherever it lies, it is found. Eager loses it, the oracle does not."""
+    rows, in_features, out_features = DENORMAL_SIZES[size]
+    case = make_case(
+        (rows,), in_features, out_features, dtype=torch.bfloat16, integers=True, activation="none", residual="none"
+    )
+    operand = getattr(case, tiny).zero_()
+    case.bias.zero_()
+    for i in (0, operand.shape[0] // 2, -1):
+        for j in (0, operand.shape[1] // 2, -1):
+            for value in (2.0**-133, -(2.0**-126 - 2.0**-133)):
+                operand[i, j] = value
+                assert_exact(case.with_layout(x=layouts[0], weight=layouts[1]))
+            operand[i, j] = 0
+
+
+@poisoned
+@pytest.mark.parametrize("rows", [5, 29, 389])
+@pytest.mark.parametrize(
+    ("activation", "dy"), [("gelu", 2.0**-106), ("gelu_tanh", 2.0**-100)], ids=["gelu", "gelu_tanh"]
+)
+def test_a_slope_makes_a_denormal(activation, dy, rows):
+    """dz = dy GELU′(z) is stored in bf16: rounded to one of few denormals, and not lost in the products."""
+    case = make_case((rows,), 3, 3, dtype=torch.bfloat16, integers=True, activation=activation, residual="none")
+    case.x.fill_(1)
+    case.weight.copy_(torch.eye(3))
+    case.bias.fill_(-7)  # z = -6
+    case.grad.zero_()
+    case.grad[-1] = dy
+    exact, got = run_oracle(case), run_fused(case)
+    for name in ("dx", "dweight", "dbias"):
+        assert 2.0**-131 < abs(exact[name]).max() < 2.0**-129, name
+        error = got[name].double() - torch.from_numpy(exact[name])
+        assert error.abs().max() <= 1.001 * 2.0**-134, name
+
+
+@poisoned
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+@each_place
+def test_bad_values_beside_denormals(place, bad):
+    """Where bf16 is computed once more because of a denormal, NaN and inf still arrive."""
+    case, row, column, out = case_with_a_place(place, dtype=torch.bfloat16, activation="none")
+    tiny = torch.finfo(torch.bfloat16).smallest_normal / 4
+    case.x[0], case.grad[0] = tiny, tiny
+    case.residual_data[0], case.bias[:] = 0, 0
+    clean = run_fused(case)
+    assert (clean["y"][0] != 0).any() and (clean["dx"][0] != 0).any()
+    case.x[row, column] = bad
+    case.grad[row, out] = bad
+    got = run_fused(case)
+    for name in ("y", "dx"):
+        assert not got[name][row].isfinite().any(), name
+        assert torch.equal(spared(got[name], row=row), spared(clean[name], row=row)), name
+    assert not got["dweight"][out].isfinite().any() and not got["dweight"][:, column].isfinite().any()
+    assert torch.equal(spared(got["dweight"], out, column), spared(clean["dweight"], out, column))
 
 
 @poisoned

@@ -32,7 +32,23 @@ PARALLEL_CASES = [
     ((1025,), 33, 31, {"concat": True}),
     ((3000,), 16, 16, {"residual": "row", "recompute": True}),
     ((300,), 16, 1100, {"residual": "column"}),
+    # inner products; column blocks of a thread's own; one chunk of a narrow layer and a run; its largest chunks
+    ((9,), 1025, 1031, {}),
+    ((33,), 1025, 1031, {"activation": "none"}),
+    ((385,), 100, 257, {}),
+    ((64 * 384 + 1,), 16, 48, {"residual": "none"}),
 ]
+
+
+def assert_same_bits(case, threads):
+    """As with one thread."""
+    torch.set_num_threads(1)
+    expected = run_fused(case)
+    for count in threads:
+        torch.set_num_threads(count)
+        got = run_fused(case)
+        for name, value in expected.items():
+            assert torch.equal(got[name], value), f"{name}, {count} threads"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -40,13 +56,38 @@ PARALLEL_CASES = [
 def test_same_bits_for_any_number_of_threads(case, dtype, restore_threads):
     shape, in_features, out_features, options = case
     case = make_case(shape, in_features, out_features, dtype=dtype, **options)
-    torch.set_num_threads(1)
-    expected = run_fused(case)
-    for threads in (2, 3, 4, 3, 1, 2, 2, 2):  # the last ones: from run to run, too
-        torch.set_num_threads(threads)
-        got = run_fused(case)
-        for name, value in expected.items():
-            assert torch.equal(got[name], value), f"{name}, {threads} threads"
+    assert_same_bits(case, (2, 3, 4, 3, 1, 2, 2, 2))  # the last ones: from run to run, too
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("rows", range(1, 18))
+def test_same_bits_of_few_rows(rows, layout, restore_threads):
+    """From 4 rows on the columns are cut among the threads; x in a layout of its own every third time."""
+    x = ("contiguous", "padded", "transposed")[rows % 3]
+    for dtype in DTYPES:
+        case = make_case((rows,), 131, 263, dtype=dtype)
+        assert_same_bits(case.with_layout(x=x, weight=layout), (2, 3, 4))
+
+
+@pytest.mark.parametrize("rows", [33, 385])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("activation", ["gelu", "none"])
+def test_same_bits_for_a_column_major_weight(activation, layout, rows, restore_threads):
+    """dweight is column-major, too, in one pass or in two; x along k or across it."""
+    for dtype in DTYPES:
+        for in_features, out_features in ((35, 129), (257, 300)):
+            case = make_case((rows,), in_features, out_features, dtype=dtype, activation=activation)
+            assert_same_bits(case.with_layout(x=layout, weight="transposed"), (2, 3, 4, 2))
+
+
+@pytest.mark.parametrize("size", [(9, 257, 300), (33, 257, 1100), (33, 1025, 600), (385, 35, 129)], ids=str)
+@pytest.mark.parametrize("operand", ["x", "weight", "grad"])
+def test_same_bits_with_a_denormal(operand, size, restore_threads):
+    """The thread that finds it in bf16 speaks for all: either every element is computed once more or none."""
+    rows, in_features, out_features = size
+    case = make_case((rows,), in_features, out_features, dtype=torch.bfloat16, activation="none")
+    getattr(case, operand)[-1, -1] = torch.finfo(torch.bfloat16).smallest_normal / 2
+    assert_same_bits(case, (2, 3, 4, 2))
 
 
 @pytest.mark.any_isa
@@ -195,7 +236,11 @@ print(json.dumps(fl.stats()))
 @pytest.mark.any_isa
 def test_disable():
     stats = run_python(DISABLED, FASTLANE_DISABLE="1")
-    assert stats == {"fused": {"forward": 0, "backward": 0}, "fallback": {"FASTLANE_DISABLE is set": 5}}
+    assert stats == {
+        "fused": {"forward": 0, "backward": 0},
+        "library": {"forward": 0, "backward": 0},
+        "fallback": {"FASTLANE_DISABLE is set": 5},
+    }
 
 
 @pytest.mark.any_isa

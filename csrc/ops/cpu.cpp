@@ -1,7 +1,10 @@
 // Tensors → plain structs → CPU kernels.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <array>
@@ -12,6 +15,7 @@
 #include "../kernels/layer.h"
 #include "checks.h"
 #include "composition.h"
+#include "path.h"
 #include "policy.h"
 
 namespace fastlane {
@@ -77,13 +81,31 @@ Operands flatten_operands(const at::Tensor& x, const at::Tensor& weight, const O
   return o;
 }
 
+// A product inside an operator is not the user's, to be cast by autocast.
+struct NoAutocast {
+  const c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
 // `activated` receives act(z) + residual: a whole tensor, or a slice of the concatenation's rows.
 void run_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated) {
   const void* bias = o.bias.defined() ? o.bias.const_data_ptr() : nullptr;
   const ConstRowMajor residual = o.residual.defined() ? row_major(o.residual) : ConstRowMajor{};
-  kernels().gemm(forward_gemm(o.shape, matrix(o.x), matrix(o.weight), bias, activation, residual,
-                              z.defined() ? mutable_row_major(z) : RowMajor{}, mutable_row_major(activated)),
-                 torch_threads());
+  const GemmProblem p = forward_gemm(o.shape, matrix(o.x), matrix(o.weight), bias, activation, residual,
+                                     z.defined() ? mutable_row_major(z) : RowMajor{}, mutable_row_major(activated));
+  if (forward_path(o.shape) == Path::fused) {
+    kernels().gemm(p, torch_threads());
+    return;
+  }
+  at::Tensor product = z.defined() ? z : activated;
+  {
+    const NoAutocast no_autocast;
+    at::mm_out(product, o.x, o.weight.t());
+  }
+  kernels().epilogue(p, row_major(product), torch_threads());
+}
+
+void count_forward(const LayerShape& shape) {
+  forward_path(shape) == Path::fused ? policy::count_fused_forward() : policy::count_library_forward();
 }
 
 at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
@@ -105,9 +127,9 @@ OutputAndZ forward_residual(const at::Tensor& x, const at::Tensor& weight, const
                             const OptionalTensor& residual, Activation activation, bool with_z) {
   check_linear("linear_gelu_residual", x, weight, bias);
   if (residual) check_residual("linear_gelu_residual", x, weight, *residual);
-  policy::count_fused_forward();
   at::Tensor y = empty_output(x, weight.size(0)), z = with_z ? empty_output(x, weight.size(0)) : at::Tensor();
   const Operands o = flatten_operands(x, weight, bias, residual);
+  count_forward(o.shape);
   const std::array<int64_t, 2> flat{o.shape.rows, o.shape.out_features};
   run_forward(o, activation, with_z ? z.view(flat) : z, y.view(flat));
   return {std::move(y), std::move(z)};
@@ -116,11 +138,11 @@ OutputAndZ forward_residual(const at::Tensor& x, const at::Tensor& weight, const
 OutputAndZ forward_concat(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                           Activation activation, bool with_z) {
   check_linear("linear_gelu_concat", x, weight, bias);
-  policy::count_fused_forward();
   const int64_t in_features = x.size(-1), out_features = weight.size(0);
   at::Tensor y = empty_output(x, in_features + out_features),
              z = with_z ? empty_output(x, out_features) : at::Tensor();
   const Operands o = flatten_operands(x, weight, bias, std::nullopt);
+  count_forward(o.shape);
   const at::Tensor rows = y.view({o.shape.rows, in_features + out_features});
   rows.narrow(1, 0, in_features).copy_(o.x);
   run_forward(o, activation, with_z ? z.view({o.shape.rows, out_features}) : z,
@@ -165,29 +187,67 @@ at::Tensor recomputed_z(const at::Tensor& x, const at::Tensor& weight, const Opt
   return z;
 }
 
-// Two products and an elementwise pass, with dz between them: in kept work memory, since the page faults of a fresh
-// tensor would cost as much as the pass itself.
+bool forms_dz(const LayerBackwardProblem& b) {
+  return b.activation != Activation::none && (b.dx.data || b.dweight.data);
+}
+
+// dz and db of a layer's backward, the elementwise pass; dz is written to `memory` if anybody needs it.
+ConstRowMajor run_preactivation_grad(const LayerBackwardProblem& b, void* memory) {
+  if (!b.db && b.activation == Activation::none) return b.dy;
+  PreActivationGradProblem p;
+  p.rows = b.rows, p.cols = b.out_features, p.dtype = b.dtype, p.activation = b.activation;
+  p.dy = b.dy, p.z = b.z, p.db = b.db;
+  if (forms_dz(b)) p.dz = {memory, b.out_features};
+  kernels().preactivation_grad(p, torch_threads());
+  return forms_dz(b) ? ConstRowMajor{memory, b.out_features} : b.dy;
+}
+
+// Two products after the elementwise pass, with dz in kept work memory: the page faults of a fresh tensor would cost
+// as much as the pass itself.
 void run_backward_in_passes(const LayerBackwardProblem& b, int64_t element_size) {
   const LayerShape shape{b.rows, b.in_features, b.out_features, b.dtype};
-  const bool needs_dz = b.dx.data || b.dweight.data;
-  const bool forms_dz = needs_dz && b.activation != Activation::none;
-  const Scratch dz_memory(ScratchSlot::dz,
-                          static_cast<size_t>(forms_dz ? b.rows * b.out_features * element_size : 0));
-  ConstRowMajor dz = b.dy;
-  if (b.db || b.activation != Activation::none) {
-    PreActivationGradProblem p;
-    p.rows = b.rows, p.cols = b.out_features, p.dtype = b.dtype, p.activation = b.activation;
-    p.dy = b.dy, p.z = b.z, p.db = b.db;
-    if (forms_dz) {
-      p.dz = {dz_memory.as<void>(), b.out_features};
-      dz = {dz_memory.as<void>(), b.out_features};
-    }
-    kernels().preactivation_grad(p, torch_threads());
-  }
+  const Scratch memory(ScratchSlot::dz,
+                       static_cast<size_t>(forms_dz(b) ? b.rows * b.out_features * element_size : 0));
+  const ConstRowMajor dz = run_preactivation_grad(b, memory.as<void>());
   const ConstMatrix dz_matrix{dz.data, dz.row_stride, 1};
   if (b.dx.data) kernels().gemm(dgrad_gemm(shape, dz_matrix, b.weight, b.shortcut_grad, b.dx), torch_threads());
   if (b.dweight.data)
     kernels().gemm(wgrad_gemm(shape, dz_matrix, b.x, b.dweight_transposed, b.dweight), torch_threads());
+}
+
+// The operands of a backward as 2-D tensors; undefined where not needed. dW has the weight's own layout.
+struct BackwardTensors {
+  at::Tensor dy, z, x, weight, grad_shortcut;
+  at::Tensor dx, dweight;
+};
+
+void run_backward_by_library(const LayerBackwardProblem& b, BackwardTensors& t) {
+  at::Tensor dz = forms_dz(b) ? empty({b.rows, b.out_features}, t.dy.options()) : t.dy;
+  run_preactivation_grad(b, forms_dz(b) ? dz.mutable_data_ptr() : nullptr);
+  const NoAutocast no_autocast;
+  if (t.dx.defined()) {
+    if (t.grad_shortcut.defined()) {
+      at::addmm_out(t.dx, t.grad_shortcut, dz, t.weight);
+    } else {
+      at::mm_out(t.dx, dz, t.weight);
+    }
+  }
+  if (!t.dweight.defined()) return;
+  if (b.dweight_transposed) {
+    at::mm_out(t.dweight, t.x.t(), dz);
+  } else {
+    at::mm_out(t.dweight, dz.t(), t.x);
+  }
+}
+
+void run_backward(const LayerBackwardProblem& b, BackwardTensors& t) {
+  if (backward_path({b.rows, b.in_features, b.out_features, b.dtype}) == Path::library) {
+    policy::count_library_backward();
+    run_backward_by_library(b, t);
+    return;
+  }
+  policy::count_fused_backward();
+  if (!kernels().layer_backward(b, torch_threads())) run_backward_in_passes(b, t.dy.element_size());
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
@@ -197,43 +257,45 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
   const auto [need_x, need_weight, need_bias] = output_mask;
   const Activation activation = parse_activation(activation_name);
   check_backward(grad_activated, saved_z, x, weight, bias, grad_shortcut, activation, output_mask);
-  policy::count_fused_backward();
   const auto options = grad_activated.options();
-  const at::Tensor dy = with_unit_column_stride(flatten_leading(grad_activated));
+  BackwardTensors t;
+  t.dy = with_unit_column_stride(flatten_leading(grad_activated));
 
   LayerBackwardProblem b;
-  b.rows = dy.size(0), b.out_features = dy.size(1), b.dtype = dtype_of(dy), b.activation = activation;
-  b.dy = row_major(dy);
-  at::Tensor z, flat_x, shortcut, grad_x, grad_weight, grad_bias;
+  b.rows = t.dy.size(0), b.out_features = t.dy.size(1), b.dtype = dtype_of(t.dy), b.activation = activation;
+  b.dy = row_major(t.dy);
+  at::Tensor grad_x, grad_bias;
   if (activation != Activation::none) {
-    z = saved_z ? with_unit_column_stride(flatten_leading(*saved_z)) : recomputed_z(*x, *weight, bias);
-    b.z = row_major(z);
+    t.z = saved_z ? with_unit_column_stride(flatten_leading(*saved_z)) : recomputed_z(*x, *weight, bias);
+    b.z = row_major(t.z);
   }
   if (need_x) {
     b.in_features = weight->size(1);
-    b.weight = matrix(*weight);
+    t.weight = *weight;
+    b.weight = matrix(t.weight);
     grad_x = empty_output(grad_activated, b.in_features);
-    b.dx = mutable_row_major(grad_x.view({b.rows, b.in_features}));
+    t.dx = grad_x.view({b.rows, b.in_features});
+    b.dx = mutable_row_major(t.dx);
     if (grad_shortcut) {
-      shortcut = with_unit_column_stride(flatten_leading(*grad_shortcut));
-      b.shortcut_grad = row_major(shortcut);
+      t.grad_shortcut = with_unit_column_stride(flatten_leading(*grad_shortcut));
+      b.shortcut_grad = row_major(t.grad_shortcut);
     }
   }
   if (need_weight) {
-    flat_x = flatten_leading(*x);
-    b.in_features = flat_x.size(1);
-    b.x = matrix(flat_x);
+    t.x = flatten_leading(*x);
+    b.in_features = t.x.size(1);
+    b.x = matrix(t.x);
     b.dweight_transposed = weight_column_major;
-    grad_weight = weight_column_major ? empty({b.in_features, b.out_features}, options)
-                                      : empty({b.out_features, b.in_features}, options);
-    b.dweight = mutable_row_major(grad_weight);
+    t.dweight = weight_column_major ? empty({b.in_features, b.out_features}, options)
+                                    : empty({b.out_features, b.in_features}, options);
+    b.dweight = mutable_row_major(t.dweight);
   }
   if (need_bias) {
     grad_bias = at::empty({b.out_features}, options);
     b.db = grad_bias.mutable_data_ptr();
   }
-  if (!kernels().layer_backward(b, torch_threads())) run_backward_in_passes(b, dy.element_size());
-  if (weight_column_major && need_weight) grad_weight = grad_weight.t();
+  run_backward(b, t);
+  at::Tensor grad_weight = weight_column_major && need_weight ? t.dweight.t() : t.dweight;
   return {std::move(grad_x), std::move(grad_weight), std::move(grad_bias)};
 }
 

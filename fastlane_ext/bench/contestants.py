@@ -232,7 +232,9 @@ def stats_since(before: dict[str, Any]) -> dict[str, Any]:
     after = fastlane_ext.stats()
     fallback = {reason: n - before["fallback"].get(reason, 0) for reason, n in after["fallback"].items()}
     return {
-        "fused": {key: n - before["fused"].get(key, 0) for key, n in after["fused"].items()},
+        **{
+            path: {key: n - before[path].get(key, 0) for key, n in after[path].items()} for path in ("fused", "library")
+        },
         "fallback": {reason: n for reason, n in fallback.items() if n},
     }
 

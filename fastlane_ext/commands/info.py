@@ -13,7 +13,7 @@ from fastlane_ext.bench.machine import cpu_model
 
 from . import console, table
 
-VARIABLES = ("FASTLANE_CPU_ISA", "FASTLANE_DISABLE", "FASTLANE_STRICT")
+VARIABLES = ("FASTLANE_CPU_ISA", "FASTLANE_PATH", "FASTLANE_DISABLE", "FASTLANE_STRICT")
 
 
 def compute() -> dict[str, Any]:

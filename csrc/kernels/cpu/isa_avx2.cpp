@@ -40,7 +40,7 @@ namespace {
 namespace fastlane {
 
 const KernelTable* avx2_kernels() {
-  static constexpr KernelTable table{"avx2", gemm, preactivation_grad, layer_backward};
+  static constexpr KernelTable table{"avx2", gemm, epilogue, preactivation_grad, layer_backward};
   return &table;
 }
 

@@ -43,7 +43,7 @@ namespace {
 namespace fastlane {
 
 const KernelTable* avx512_kernels() {
-  static constexpr KernelTable table{"avx512", gemm, preactivation_grad, layer_backward};
+  static constexpr KernelTable table{"avx512", gemm, epilogue, preactivation_grad, layer_backward};
   return &table;
 }
 

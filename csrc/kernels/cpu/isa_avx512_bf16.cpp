@@ -38,6 +38,10 @@ void gemm(const GemmProblem& p, const Parallel& parallel) {
   if (p.m != 0 && p.n != 0) run_gemm<BFloat16>(p, parallel);
 }
 
+void epilogue(const GemmProblem& p, const ConstRowMajor& product, const Parallel& parallel) {
+  avx512_kernels()->epilogue(p, product, parallel);
+}
+
 void preactivation_grad(const PreActivationGradProblem& p, const Parallel& parallel) {
   avx512_kernels()->preactivation_grad(p, parallel);
 }
@@ -58,7 +62,7 @@ bool layer_backward(const LayerBackwardProblem& p, const Parallel& parallel) {
 namespace fastlane {
 
 const KernelTable* avx512_bf16_kernels() {
-  static constexpr KernelTable table{"avx512_bf16", gemm, preactivation_grad, layer_backward};
+  static constexpr KernelTable table{"avx512_bf16", gemm, epilogue, preactivation_grad, layer_backward};
   return &table;
 }
 

@@ -18,7 +18,7 @@ namespace {
 }  // namespace
 
 const KernelTable* scalar_kernels() {
-  static constexpr KernelTable table{"scalar", gemm, preactivation_grad, layer_backward};
+  static constexpr KernelTable table{"scalar", gemm, epilogue, preactivation_grad, layer_backward};
   return &table;
 }
 

@@ -1,0 +1,118 @@
+"""Which path a call takes: our own product, or the library's GEMM with one fused pass over its result."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlane_ext as fl
+
+HERE = Path(__file__).parent
+FORCED = os.environ.get("FASTLANE_PATH")
+AMX = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "amx_fp16"))
+
+pytestmark = pytest.mark.any_isa
+
+COUNT = """
+import json, sys, torch
+import fastlane_ext as fl
+rows, inputs, outputs, dtype = json.loads(sys.argv[1])
+x = torch.ones(rows, inputs, dtype=getattr(torch, dtype), requires_grad=True)
+weight = torch.ones(outputs, inputs, dtype=x.dtype, requires_grad=True)
+fl.linear_gelu_residual(x, weight).sum().backward()
+print(json.dumps(fl.stats()))
+"""
+
+
+def run_python(code, *arguments, path):
+    environment = os.environ | {"FASTLANE_PATH": path}
+    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+
+
+def paths_of(*shape, path=""):
+    result = run_python(COUNT, json.dumps(shape), path=path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    stats = json.loads(result.stdout)
+    assert stats["fallback"] == {}
+    chosen = []
+    for direction in ("forward", "backward"):
+        (one,) = [name for name in ("fused", "library") if stats[name][direction]]
+        assert stats[one][direction] == 1
+        chosen.append(one)
+    return chosen
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(AMX, reason="with tile registers other rules apply")
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((64, 256, 256, "float32"), ["fused", "fused"]),
+        ((1, 128, 128, "float32"), ["fused", "library"]),
+        ((1, 128, 127, "float64"), ["fused", "fused"]),
+        ((2, 256, 256, "float32"), ["fused", "fused"]),
+        ((17, 4096, 4096, "bfloat16"), ["library", "library"]),
+        ((16, 4096, 4096, "bfloat16"), ["fused", "fused"]),
+        ((17, 4096, 4095, "bfloat16"), ["fused", "fused"]),
+        ((17, 4096, 4096, "float16"), ["fused", "fused"]),
+    ],
+    ids=str,
+)
+def test_choice(shape, expected):
+    assert paths_of(*shape) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["fused", "library"])
+@pytest.mark.parametrize("shape", [(1, 256, 256, "float32"), (8, 8, 8, "bfloat16")], ids=str)
+def test_forced(shape, path):
+    assert paths_of(*shape, path=path) == [path, path]
+
+
+@pytest.mark.slow
+def test_wrong_value():
+    result = run_python(COUNT, json.dumps((2, 2, 2, "float32")), path="eager")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == (
+        "ValueError: FASTLANE_PATH: got 'eager', expected fused or library; unset it to let fastlane_ext choose"
+    )
+
+
+AUTOCAST = """
+import torch
+import fastlane_ext as fl
+torch.manual_seed(0)
+x, weight, dy = torch.randn(40, 50, requires_grad=True), torch.randn(60, 50, requires_grad=True), torch.randn(40, 60)
+y = fl.linear_gelu_residual(x, weight)
+expected = torch.autograd.grad(y, (x, weight), dy, retain_graph=True)
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    got = torch.autograd.grad(y, (x, weight), dy)
+assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+assert fl.stats()["library"] == {"forward": 1, "backward": 2}
+"""
+
+
+@pytest.mark.slow
+def test_autocast_leaves_the_products_alone():
+    """A backward inside an autocast region multiplies what was saved, in its own precision."""
+    result = run_python(AUTOCAST, path="library")
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(FORCED == "library", reason="this process itself runs the other path")
+def test_numeric_tests_on_the_other_path():
+    files = [HERE / name for name in ("test_gelu.py", "test_layer_accuracy.py", "test_layer_gradients.py")]
+    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    result = run_python(
+        code, *map(str, files), "-m", "not any_isa and not own_product", "-p", "no:cacheprovider", path="library"
+    )
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+def test_counts_are_in_stats():
+    assert set(fl.stats()) == {"fused", "library", "fallback"}
