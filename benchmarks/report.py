@@ -61,7 +61,8 @@ def _median_of_runs(rows: Sequence[Document]) -> Document:
         "over_fused": medians([row["over_fused"] for row in rows]),
         "part_of_limit": medians([row["part_of_limit"] for row in rows]),
         "limit": {**rows[0]["limit"], "flops_per_s": statistics.median(r["limit"]["flops_per_s"] for r in rows)},
-        "busy_cores": max((row["busy_cores"] or 0 for row in rows), default=0),
+        "busy_cores": max(row["busy_cores"] or 0 for row in rows),
+        "runs": len(rows),
     }
 
 
@@ -91,7 +92,6 @@ def load(paths: Sequence[str | Path]) -> Document:
     if not runs:
         raise ReportError("no rows in " + ", ".join(map(str, paths)))
     merged["rows"] = [rows[0] if len(rows) == 1 else _median_of_runs(rows) for rows in runs.values()]
-    merged["runs"] = max(map(len, runs.values()))
     return merged
 
 
@@ -147,11 +147,13 @@ def markdown(document: Document) -> str:
     if noisy:
         rows = f"{len(noisy)} of {len(document['rows'])} rows"
         facts += f"; NOT a quiet machine: in {rows} something else kept up to {max(noisy):.1f} cores busy"
-    runs = document.get("runs", 1)
+    counts = [row.get("runs", 1) for row in document["rows"]]
+    fewest, most = min(counts), max(counts)
+    runs = f", and of {most if fewest == most else f'{fewest} to {most}'} runs" if most > 1 else ""
     lines = [
         f"{facts}; {str(document['date'])[:10]}. Times of the fused op; for the others, how many times that "
         "long they take (bold: less than once, the fused op loses). Medians of interleaved "
-        f"samples{f', and of {runs} runs' if runs > 1 else ''}.",
+        f"samples{runs}.",
         "",
         "| case | dtype | threads | mode | fused | "
         + " | ".join(LABELS[name] for name in RIVALS)

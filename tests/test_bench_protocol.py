@@ -237,7 +237,7 @@ def test_report_takes_the_median_of_runs(document: dict[str, Any], tmp_path: Pat
         paths.append(tmp_path / f"{factor}.json")
         paths[-1].write_text(json.dumps(run))
     loaded = report.load(paths)
-    assert loaded["runs"] == 3 and len(loaded["rows"]) == len(document["rows"])
+    assert len(loaded["rows"]) == len(document["rows"])
     for row, first in zip(loaded["rows"], document["rows"], strict=True):
         assert row["over_fused"]["eager"] == 2
         assert row["results"]["fused"]["median_s"] == 2 * first["results"]["fused"]["median_s"]

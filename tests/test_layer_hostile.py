@@ -118,30 +118,37 @@ def test_output_into_a_slice_off_by_one(dtype):
 
 @pytest.fixture(scope="module")
 def far_apart():
-    """Views whose last element lies beyond 2^31 elements from the first; only the touched pages take memory."""
-    slots, slot = 8, 8192
+    """Views whose last element lies beyond 2^31 elements from the first, and beyond 2^31 bytes from its neighbour
+    where that leaves room for all of a tile's rows; only the touched pages take memory.
+    """
+    most, slot = 13, 8192
+    reserve_nothing = 0x4000  # MAP_NORESERVE, which Python's mmap does not name
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | reserve_nothing
     try:
-        memory = mmap.mmap(-1, 4 * (2**31 + slots * slot), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, most * (2**31 + 8 * slot), flags=flags)
     except OSError as error:
-        pytest.skip(f"8 GiB of address space are needed: {error}")
+        pytest.skip(f"26 GiB of address space are needed: {error}")
     memory.madvise(mmap.MADV_NOHUGEPAGE)
 
     def make(t, far, number):
-        dim = 0 if far == "rows" else 1
-        step = (2**31 - 1) // (t.shape[dim] - 1) + 1
+        count = t.shape[far == "columns"]
+        step = 2**31 // (count - 1 if count > most else t.element_size()) + 8
         elements = torch.frombuffer(memory, dtype=t.dtype)
-        view = elements.as_strided(t.shape, (step, 1) if dim == 0 else (1, step), number * slot)
+        view = elements.as_strided(
+            t.shape, (step, 1) if far == "rows" else (1, step), number * slot // t.element_size()
+        )
         return view.copy_(t)
 
     return make
 
 
 FAR_SIZES = {
-    "inner products": (3, 67, 35),
-    "tiles": (33, 35, 67),
+    "inner products": (13, 67, 35),
+    "tiles": (35, 13, 67),
+    "the transposed product": (35, 67, 13),
     "two chunks of a narrow layer": (401, 21, 35),
     "beyond a narrow layer": (33, 301, 299),
-    "beyond a block": (19, 1027, 259),
+    "beyond a block": (19, 2051, 67),
 }
 
 
@@ -152,17 +159,19 @@ FAR_SIZES = {
 def test_strides_beyond_31_bits(dtype, size, operand, far, far_apart):
     """A row number times a leading dimension needs 64 bits, in elements as in bytes."""
     rows, in_features, out_features = FAR_SIZES[size]
-    for activation in ("none", "gelu"):  # without one, the products read dy itself
+    # Without an activation the products read dy itself; a transposed weight makes tiles of inner products.
+    for activation, weight in [("none", "contiguous"), ("none", "transposed"), ("gelu", "contiguous")]:
         case = make_case((rows,), in_features, out_features, dtype=dtype, integers=True, activation=activation)
+        case = case.with_layout(weight=weight)
         expected = run_fused(case)
         setattr(case, operand, far_apart(getattr(case, operand), far, number=1))
         for name, got in run_fused(case).items():
-            assert torch.equal(got, expected[name]), (activation, name)
+            assert torch.equal(got, expected[name]), (activation, weight, name)
 
 
 @pytest.mark.parametrize("rows", [33, 401])
 def test_far_strides_of_all_operands(rows, far_apart):
-    """Also of dy as the shortcut's gradient, with dweight column-major, as a weight of far columns has none."""
+    """Of x, dy and the weight at once, dy also as the shortcut's gradient; then with dweight column-major."""
     case = make_case((rows,), 37, 37, integers=True, activation="none", residual="x")
     for number, operand in enumerate(("x", "grad")):
         setattr(case, operand, far_apart(getattr(case, operand), "rows", number))
@@ -223,7 +232,7 @@ BAD_PLACES = {
     "inner products": ((5, 21, 37), (4, 20, 36)),
     "tiles": ((29, 21, 37), (7, 3, 11)),
     "two chunks of a narrow layer": ((389, 21, 37), (388, 20, 36)),
-    "beyond a block": ((19, 1027, 259), (18, 1026, 258)),
+    "beyond a block": ((19, 2051, 67), (18, 2050, 66)),
 }
 each_place = pytest.mark.parametrize("place", BAD_PLACES)
 
@@ -376,12 +385,16 @@ def test_a_single_denormal(tiny, size, layouts):
     )
     operand = getattr(case, tiny).zero_()
     case.bias.zero_()
-    for i in (0, operand.shape[0] // 2, -1):
-        for j in (0, operand.shape[1] // 2, -1):
-            for value in (2.0**-133, -(2.0**-126 - 2.0**-133)):
-                operand[i, j] = value
-                assert_exact(case.with_layout(x=layouts[0], weight=layouts[1]))
-            operand[i, j] = 0
+    middle = (operand.shape[0] // 2, operand.shape[1] // 2)
+    for i, j, value in [
+        (0, 0, 2.0**-133),
+        (-1, -1, 2.0**-133),
+        (0, -1, -(2.0**-126 - 2.0**-133)),
+        (*middle, 2.0**-133),
+    ]:
+        operand[i, j] = value
+        assert_exact(case.with_layout(x=layouts[0], weight=layouts[1]))
+        operand[i, j] = 0
 
 
 @poisoned
