@@ -55,12 +55,24 @@ def _median_of_runs(rows: Sequence[Document]) -> Document:
     for name, first in rows[0]["results"].items():
         runs = [row["results"].get(name, {}) for row in rows]
         results[name] = medians(runs) if all("median_s" in run for run in runs) else first
+    # A limit is the best that any run saw.
+    limit = dict(rows[0]["limit"])
+    for key in ("flops_per_s", "bytes_per_s"):
+        limit[key] = max(row["limit"][key] for row in rows)
+    bounds = {
+        "multiply-adds": limit["flops"] / limit["flops_per_s"],
+        "copy bandwidth": limit["bytes"] / limit["bytes_per_s"],
+    }
+    limit["bound_by"] = max(bounds, key=lambda name: bounds[name])
+    limit["seconds"] = bounds[limit["bound_by"]]
     return {
         **rows[0],
         "results": results,
         "over_fused": medians([row["over_fused"] for row in rows]),
-        "part_of_limit": medians([row["part_of_limit"] for row in rows]),
-        "limit": {**rows[0]["limit"], "flops_per_s": statistics.median(r["limit"]["flops_per_s"] for r in rows)},
+        "limit": limit,
+        "part_of_limit": {
+            name: limit["seconds"] / result["median_s"] for name, result in results.items() if "median_s" in result
+        },
         "busy_cores": max(row["busy_cores"] or 0 for row in rows),
         "runs": len(rows),
     }
