@@ -44,7 +44,7 @@ def stats() -> dict[str, dict[str, int]]:
     """Calls since the start of the process or the last `reset_stats`, in all threads.
 
     ``{"fused": {"forward": n, "backward": n}, "library": {"forward": n, "backward": n}, "fallback": {reason:
-    n}}``: a layer's call counts once: as fused, as library where the machine's own GEMM is known to win and
+    n}}``: a layer's call counts once: as fused, as library where the machine's own GEMM is expected to win and
     one fused pass follows it, or under the reason for which eager operations ran instead.
 
     >>> reset_stats()

@@ -103,6 +103,49 @@ def test_autocast_leaves_the_products_alone():
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+CANCELLED = """
+import torch
+import torch.nn.functional as F
+import fastlane_ext as fl
+torch.manual_seed(0)
+for dtype in (torch.bfloat16, torch.float16):
+    x, weight = torch.ones(20, 300, dtype=dtype), torch.rand(40, 300).to(dtype)
+    if dtype == torch.float16:
+        weight *= 350
+    bias = -F.linear(x, weight)[0]
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    error = lambda y: (y.double() - exact).abs().max().item()
+    got = fl.linear_gelu_residual(x, weight, bias, activation="none")
+    assert error(got) <= 2 * error(F.linear(x, weight, bias)) + 1e-3, (dtype, error(got))
+    assert error(F.linear(x, weight) + bias) > 10 * error(got) + 1e-3
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["fused", "library"])
+def test_a_bias_that_cancels(path):
+    """The product is not rounded to 16 bits before the bias is added."""
+    result = run_python(CANCELLED, path=path)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+INFERENCE = """
+import torch
+import fastlane_ext as fl
+with torch.inference_mode():
+    x, weight = torch.randn(4, 8).requires_grad_(), torch.randn(8, 8)
+y, z = fl.linear_gelu_concat(x, weight), fl.linear_gelu_residual(x, weight)
+assert y.grad_fn is None and z.grad_fn is None
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["fused", "library"])
+def test_inference_tensors_outside_inference_mode(path):
+    result = run_python(INFERENCE, path=path)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(FORCED == "library", reason="this process itself runs the other path")
 def test_numeric_tests_on_the_other_path():

@@ -81,25 +81,32 @@ Operands flatten_operands(const at::Tensor& x, const at::Tensor& weight, const O
   return o;
 }
 
-// A product inside an operator is not the user's, to be cast by autocast.
-struct NoAutocast {
-  const c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+// An ATen call inside an operator is not the user's, to be cast or differentiated.
+struct OwnCalls {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
 // `activated` receives act(z) + residual: a whole tensor, or a slice of the concatenation's rows.
 void run_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated) {
   const void* bias = o.bias.defined() ? o.bias.const_data_ptr() : nullptr;
   const ConstRowMajor residual = o.residual.defined() ? row_major(o.residual) : ConstRowMajor{};
-  const GemmProblem p = forward_gemm(o.shape, matrix(o.x), matrix(o.weight), bias, activation, residual,
-                                     z.defined() ? mutable_row_major(z) : RowMajor{}, mutable_row_major(activated));
+  GemmProblem p = forward_gemm(o.shape, matrix(o.x), matrix(o.weight), bias, activation, residual,
+                               z.defined() ? mutable_row_major(z) : RowMajor{}, mutable_row_major(activated));
   if (forward_path(o.shape) == Path::fused) {
     kernels().gemm(p, torch_threads());
     return;
   }
   at::Tensor product = z.defined() ? z : activated;
   {
-    const NoAutocast no_autocast;
-    at::mm_out(product, o.x, o.weight.t());
+    const OwnCalls own_calls;
+    if (o.bias.defined()) {
+      // A 16-bit product is rounded when it is stored, so the bias comes before.
+      at::addmm_out(product, o.bias, o.x, o.weight.t());
+      p.bias = nullptr;
+    } else {
+      at::mm_out(product, o.x, o.weight.t());
+    }
   }
   kernels().epilogue(p, row_major(product), torch_threads());
 }
@@ -144,7 +151,10 @@ OutputAndZ forward_concat(const at::Tensor& x, const at::Tensor& weight, const O
   const Operands o = flatten_operands(x, weight, bias, std::nullopt);
   count_forward(o.shape);
   const at::Tensor rows = y.view({o.shape.rows, in_features + out_features});
-  rows.narrow(1, 0, in_features).copy_(o.x);
+  {
+    const OwnCalls own_calls;
+    rows.narrow(1, 0, in_features).copy_(o.x);
+  }
   run_forward(o, activation, with_z ? z.view({o.shape.rows, out_features}) : z,
               rows.narrow(1, in_features, out_features));
   return {std::move(y), std::move(z)};
@@ -224,7 +234,7 @@ struct BackwardTensors {
 void run_backward_by_library(const LayerBackwardProblem& b, BackwardTensors& t) {
   at::Tensor dz = forms_dz(b) ? empty({b.rows, b.out_features}, t.dy.options()) : t.dy;
   run_preactivation_grad(b, forms_dz(b) ? dz.mutable_data_ptr() : nullptr);
-  const NoAutocast no_autocast;
+  const OwnCalls own_calls;
   if (t.dx.defined()) {
     if (t.grad_shortcut.defined()) {
       at::addmm_out(t.dx, t.grad_shortcut, dz, t.weight);

@@ -356,9 +356,9 @@ def groups(fused: Counter) -> list[tuple[str, Callable[[], list[Row]]]]:
 
 
 def path(calls: int) -> Row:
-    """Whether ``stats()`` counted ``calls`` fused forwards and backwards, and no fallback."""
+    """Whether ``stats()`` counted ``calls`` forwards and backwards on one of our paths, and no fallback."""
     counted = fastlane_ext.stats()
-    fewest = min(counted["fused"]["forward"], counted["fused"]["backward"])
+    fewest = min(counted["fused"][name] + counted["library"][name] for name in ("forward", "backward"))
     fallbacks = sum(counted["fallback"].values())
     reasons = "; ".join(f"{reason} ({n})" for reason, n in counted["fallback"].items())
     missing = max(0, calls - fewest) + fallbacks
