@@ -16,7 +16,7 @@ struct KernelTable {
   // The epilogue of `gemm` alone, in one pass over a product, m × n, that is there already; it may lie in z or out.
   void (*epilogue)(const GemmProblem&, const ConstRowMajor& product, const Parallel&);
   void (*preactivation_grad)(const PreActivationGradProblem&, const Parallel&);
-  // In one pass over the rows, dz never in memory; false, and nothing done, where the layer is too wide for that.
+  // In one pass over the rows, dz staying in L2; false, and nothing done, where the layer is too wide for that.
   bool (*layer_backward)(const LayerBackwardProblem&, const Parallel&);
 };
 

@@ -9,7 +9,7 @@ struct Bf16Pair {
 };
 
 // vdpbf16ps adds the products of 16 pairs to 16 floats. It takes denormal operands for zero; every other path keeps
-// them, so they are looked for.
+// them, so they are looked for. Products and sums below 2⁻¹²⁶ it takes for zero too, and those are lost.
 struct Bf16PairProduct {
   using C = float;
   using V = VecF;
