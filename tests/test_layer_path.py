@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastlane_ext as fl
-
 HERE = Path(__file__).parent
 FORCED = os.environ.get("FASTLANE_PATH")
 AMX = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "amx_fp16"))
@@ -155,7 +153,3 @@ def test_numeric_tests_on_the_other_path():
         code, *map(str, files), "-m", "not any_isa and not own_product", "-p", "no:cacheprovider", path="library"
     )
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-6000:] + result.stderr[-2000:]
-
-
-def test_counts_are_in_stats():
-    assert set(fl.stats()) == {"fused", "library", "fallback"}
