@@ -26,8 +26,9 @@ bool cpu_has(const char* capability) {
   return found != capabilities.end() && found->second.isBool() && found->second.toBool();
 }
 
-// One tdpbf16ps does 8192 multiply-adds (a tile of 16 × 16, 32 along k), one vdpbf16ps 32, and the library uses tiles.
-// That this outweighs another pass over the result from 128 products an element on is an estimate, not measured.
+// One tdpbf16ps does 8192 multiply-adds (a tile of 16 × 16, 32 along k), one vdpbf16ps 32, and the library uses
+// tiles. That this outweighs another pass over the result from 128 products an element on is an estimate, not
+// measured.
 bool library_has_tiles(const LayerShape& shape) {
   static const bool bf16 = cpu_has("amx_bf16"), f16 = cpu_has("amx_fp16");
   return ((shape.dtype == DType::bf16 && bf16) || (shape.dtype == DType::f16 && f16)) && shape.in_features >= 128 &&
