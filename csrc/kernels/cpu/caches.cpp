@@ -17,19 +17,16 @@ int64_t size_of(const char* level) {
   size_t length = sizeof bytes;
   return sysctlbyname(level, &bytes, &length, nullptr, 0) == 0 ? bytes : 0;
 }
-Caches ask() { return {size_of("hw.l1dcachesize"), size_of("hw.l2cachesize"), size_of("hw.l3cachesize")}; }
-#elif defined(_SC_LEVEL1_DCACHE_SIZE)
-Caches ask() {
-  return {sysconf(_SC_LEVEL1_DCACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE)};
-}
+Caches ask() { return {size_of("hw.l2cachesize"), size_of("hw.l3cachesize")}; }
+#elif defined(_SC_LEVEL2_CACHE_SIZE)
+Caches ask() { return {sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE)}; }
 #else
-Caches ask() { return {0, 0, 0}; }
+Caches ask() { return {0, 0}; }
 #endif
 
 Caches ask_with_defaults() {
   const Caches told = ask();
   Caches sizes;
-  if (told.l1 > 0) sizes.l1 = told.l1;
   if (told.l2 > 0) sizes.l2 = told.l2;
   sizes.last = std::max(told.last > 0 ? told.last : sizes.last, sizes.l2);
   return sizes;

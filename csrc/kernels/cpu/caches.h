@@ -6,8 +6,7 @@
 namespace fastlane {
 
 struct Caches {
-  int64_t l1 = 32 << 10;  // bytes of data cache; L1 and L2 of one core
-  int64_t l2 = 256 << 10;
+  int64_t l2 = 256 << 10;  // bytes, of one core
   int64_t last = 8 << 20;  // shared by all cores
 };
 

@@ -8,7 +8,6 @@
 namespace fastlane {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
 // A larger buffer goes back to the system after its call: memory held by an idle thread stays bounded.
 constexpr size_t kKeepBytes = size_t{32} << 20;
 
