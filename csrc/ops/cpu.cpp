@@ -88,12 +88,13 @@ struct OwnCalls {
 };
 
 // `activated` receives act(z) + residual: a whole tensor, or a slice of the concatenation's rows.
-void run_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated) {
+void run_forward(Path path, const Operands& o, Activation activation, const at::Tensor& z,
+                 const at::Tensor& activated) {
   const void* bias = o.bias.defined() ? o.bias.const_data_ptr() : nullptr;
   const ConstRowMajor residual = o.residual.defined() ? row_major(o.residual) : ConstRowMajor{};
   GemmProblem p = forward_gemm(o.shape, matrix(o.x), matrix(o.weight), bias, activation, residual,
                                z.defined() ? mutable_row_major(z) : RowMajor{}, mutable_row_major(activated));
-  if (forward_path(o.shape) == Path::fused) {
+  if (path == Path::fused) {
     kernels().gemm(p, torch_threads());
     return;
   }
@@ -111,8 +112,10 @@ void run_forward(const Operands& o, Activation activation, const at::Tensor& z, 
   kernels().epilogue(p, row_major(product), torch_threads());
 }
 
-void count_forward(const LayerShape& shape) {
-  forward_path(shape) == Path::fused ? policy::count_fused_forward() : policy::count_library_forward();
+Path counted_forward_path(const LayerShape& shape) {
+  const Path path = forward_path(shape);
+  path == Path::fused ? policy::count_fused_forward() : policy::count_library_forward();
+  return path;
 }
 
 at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
@@ -136,9 +139,8 @@ OutputAndZ forward_residual(const at::Tensor& x, const at::Tensor& weight, const
   if (residual) check_residual("linear_gelu_residual", x, weight, *residual);
   at::Tensor y = empty_output(x, weight.size(0)), z = with_z ? empty_output(x, weight.size(0)) : at::Tensor();
   const Operands o = flatten_operands(x, weight, bias, residual);
-  count_forward(o.shape);
   const std::array<int64_t, 2> flat{o.shape.rows, o.shape.out_features};
-  run_forward(o, activation, with_z ? z.view(flat) : z, y.view(flat));
+  run_forward(counted_forward_path(o.shape), o, activation, with_z ? z.view(flat) : z, y.view(flat));
   return {std::move(y), std::move(z)};
 }
 
@@ -149,13 +151,12 @@ OutputAndZ forward_concat(const at::Tensor& x, const at::Tensor& weight, const O
   at::Tensor y = empty_output(x, in_features + out_features),
              z = with_z ? empty_output(x, out_features) : at::Tensor();
   const Operands o = flatten_operands(x, weight, bias, std::nullopt);
-  count_forward(o.shape);
   const at::Tensor rows = y.view({o.shape.rows, in_features + out_features});
   {
     const OwnCalls own_calls;
     rows.narrow(1, 0, in_features).copy_(o.x);
   }
-  run_forward(o, activation, with_z ? z.view({o.shape.rows, out_features}) : z,
+  run_forward(counted_forward_path(o.shape), o, activation, with_z ? z.view({o.shape.rows, out_features}) : z,
               rows.narrow(1, in_features, out_features));
   return {std::move(y), std::move(z)};
 }
@@ -193,7 +194,7 @@ std::tuple<at::Tensor, at::Tensor> linear_gelu_forward(const at::Tensor& x, cons
 at::Tensor recomputed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   const Operands o = flatten_operands(x, weight, bias, std::nullopt);
   at::Tensor z = empty({o.shape.rows, o.shape.out_features}, x.options());
-  run_forward(o, Activation::none, {}, z);
+  run_forward(forward_path(o.shape), o, Activation::none, {}, z);
   return z;
 }
 
@@ -225,11 +226,28 @@ void run_backward_in_passes(const LayerBackwardProblem& b, int64_t element_size)
     kernels().gemm(wgrad_gemm(shape, dz_matrix, b.x, b.dweight_transposed, b.dweight), torch_threads());
 }
 
-// The operands of a backward as 2-D tensors; undefined where not needed. dW has the weight's own layout.
+// The operands and results of a backward as 2-D tensors; undefined where not needed.
 struct BackwardTensors {
   at::Tensor dy, z, x, weight, grad_shortcut;
-  at::Tensor dx, dweight;
+  at::Tensor dx, dweight, db;
+  bool dweight_transposed = false;
 };
+
+LayerBackwardProblem problem_of(const BackwardTensors& t, Activation activation) {
+  const auto rows_of = [](const at::Tensor& m) { return m.defined() ? row_major(m) : ConstRowMajor{}; };
+  const auto mutable_rows_of = [](const at::Tensor& m) { return m.defined() ? mutable_row_major(m) : RowMajor{}; };
+  const auto matrix_of = [](const at::Tensor& m) { return m.defined() ? matrix(m) : ConstMatrix{}; };
+  LayerBackwardProblem b;
+  b.rows = t.dy.size(0), b.out_features = t.dy.size(1);
+  if (t.weight.defined()) b.in_features = t.weight.size(1);
+  if (t.x.defined()) b.in_features = t.x.size(1);
+  b.dtype = dtype_of(t.dy), b.activation = activation;
+  b.dy = rows_of(t.dy), b.z = rows_of(t.z), b.shortcut_grad = rows_of(t.grad_shortcut);
+  b.x = matrix_of(t.x), b.weight = matrix_of(t.weight);
+  b.dx = mutable_rows_of(t.dx), b.dweight = mutable_rows_of(t.dweight), b.dweight_transposed = t.dweight_transposed;
+  if (t.db.defined()) b.db = t.db.mutable_data_ptr();
+  return b;
+}
 
 void run_backward_by_library(const LayerBackwardProblem& b, BackwardTensors& t) {
   at::Tensor dz = forms_dz(b) ? empty({b.rows, b.out_features}, t.dy.options()) : t.dy;
@@ -270,43 +288,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
   const auto options = grad_activated.options();
   BackwardTensors t;
   t.dy = with_unit_column_stride(flatten_leading(grad_activated));
-
-  LayerBackwardProblem b;
-  b.rows = t.dy.size(0), b.out_features = t.dy.size(1), b.dtype = dtype_of(t.dy), b.activation = activation;
-  b.dy = row_major(t.dy);
-  at::Tensor grad_x, grad_bias;
-  if (activation != Activation::none) {
+  if (activation != Activation::none)
     t.z = saved_z ? with_unit_column_stride(flatten_leading(*saved_z)) : recomputed_z(*x, *weight, bias);
-    b.z = row_major(t.z);
-  }
+  at::Tensor grad_x, grad_weight;
   if (need_x) {
-    b.in_features = weight->size(1);
     t.weight = *weight;
-    b.weight = matrix(t.weight);
-    grad_x = empty_output(grad_activated, b.in_features);
-    t.dx = grad_x.view({b.rows, b.in_features});
-    b.dx = mutable_row_major(t.dx);
-    if (grad_shortcut) {
-      t.grad_shortcut = with_unit_column_stride(flatten_leading(*grad_shortcut));
-      b.shortcut_grad = row_major(t.grad_shortcut);
-    }
+    grad_x = empty_output(grad_activated, weight->size(1));
+    t.dx = grad_x.view({t.dy.size(0), weight->size(1)});
+    if (grad_shortcut) t.grad_shortcut = with_unit_column_stride(flatten_leading(*grad_shortcut));
   }
   if (need_weight) {
     t.x = flatten_leading(*x);
-    b.in_features = t.x.size(1);
-    b.x = matrix(t.x);
-    b.dweight_transposed = weight_column_major;
-    t.dweight = weight_column_major ? empty({b.in_features, b.out_features}, options)
-                                    : empty({b.out_features, b.in_features}, options);
-    b.dweight = mutable_row_major(t.dweight);
+    t.dweight_transposed = weight_column_major;
+    const int64_t in_features = t.x.size(1), out_features = t.dy.size(1);
+    t.dweight = weight_column_major ? empty({in_features, out_features}, options)
+                                    : empty({out_features, in_features}, options);
+    grad_weight = weight_column_major ? t.dweight.t() : t.dweight;
   }
-  if (need_bias) {
-    grad_bias = at::empty({b.out_features}, options);
-    b.db = grad_bias.mutable_data_ptr();
-  }
-  run_backward(b, t);
-  at::Tensor grad_weight = weight_column_major && need_weight ? t.dweight.t() : t.dweight;
-  return {std::move(grad_x), std::move(grad_weight), std::move(grad_bias)};
+  if (need_bias) t.db = at::empty({t.dy.size(1)}, options);
+  run_backward(problem_of(t, activation), t);
+  return {std::move(grad_x), std::move(grad_weight), std::move(t.db)};
 }
 
 }  // namespace
