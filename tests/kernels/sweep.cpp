@@ -27,9 +27,10 @@ namespace {
 
 // Cases are numbered function by function. gemm and layer_backward meet every pair of layouts in every format with
 // every activation: 13 · 13 · 4 · 3.
-constexpr int64_t kGemmCases = 2028, kPreactivationGradCases = 804, kLayerBackwardCases = 2028;
+constexpr int64_t kGemmCases = 2028, kPreactivationGradCases = 804, kLayerBackwardCases = 2028, kEpilogueCases = 804;
 constexpr int64_t kFirstLayerBackward = kGemmCases + kPreactivationGradCases;
-constexpr int64_t kCases = kFirstLayerBackward + kLayerBackwardCases;
+constexpr int64_t kFirstEpilogue = kFirstLayerBackward + kLayerBackwardCases;
+constexpr int64_t kCases = kFirstEpilogue + kEpilogueCases;
 
 constexpr int64_t kSizes[] = {0,  1,  2,  3,  5,  7,  8,  11,  12,  13,  15, 16,
                               17, 24, 31, 33, 48, 63, 65, 100, 129, 193, 385};
@@ -197,8 +198,47 @@ bool layer_backward_case(int64_t number) {
   return true;
 }
 
+// The product lies in memory of its own, or where z or the result goes.
+void epilogue_case(int64_t number) {
+  Case c("epilogue", number);
+  const auto [m, n, unused] = draw_shape(c.rng);
+  c.describe("m", m), c.describe("n", n);
+  const Real scale = c.kind == Kind::denormals ? c.format.min_normal : 2;
+  const Operand product = c.input("product", m, n, row_layout(m, n, c.rng), scale, c.kind);
+  const Operand bias = c.rng.one_in(2) ? c.input("bias", 1, n, {"rows", n, 1}, scale) : c.absent("bias");
+  const Operand addend =
+      c.rng.one_in(2) ? c.input("addend", m, n, row_layout(m, n, c.rng), scale) : c.absent("addend");
+  const Output z(c, "z", m, n, c.rng.one_in(2)), out(c, "out", m, n, true);
+  const bool in_place = c.rng.one_in(2);
+  c.describe("in_place", in_place);
+
+  GemmProblem p;
+  p.m = m, p.n = n, p.dtype = c.dtype, p.activation = c.activation;
+  p.bias = bias.data, p.addend = addend.row_major();
+  run_twice(c, [&](size_t run, const Parallel& parallel) {
+    GemmProblem own = p;
+    own.z = z.of_run(run).mutable_row_major(), own.out = out.of_run(run).mutable_row_major();
+    const Operand& shared = z.present() ? z.of_run(run) : out.of_run(run);
+    if (in_place)
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t j = 0; j < n; ++j) write(shared.at(i, j), c.dtype, product.read(i, j));
+    kernels().epilogue(own, in_place ? shared.row_major() : product.row_major(), parallel);
+  });
+
+  Approx expected{product};
+  add(expected, bias, c.roundoff);
+  z.check(expected);
+  expected = activated(expected, c.activation, c.roundoff);
+  add(expected, addend, c.roundoff);
+  out.check(expected);
+}
+
 // False where the kernel declined.
 bool run_case(int64_t number) {
+  if (number >= kFirstEpilogue) {
+    epilogue_case(number);
+    return true;
+  }
   if (number >= kFirstLayerBackward) return layer_backward_case(number);
   number < kGemmCases ? gemm_case(number) : preactivation_grad_case(number);
   return true;
