@@ -96,10 +96,10 @@ inline Real activation_slope(Activation activation, Real z) {
 }
 
 // act(z); the steepest slope is below 1.2.
-inline Approx activated(Approx z, Activation activation, Real roundoff) {
+inline Approx activated(Approx z, Activation activation, const Format& format) {
   if (activation == Activation::none) return z;
   for (size_t i = 0; i < z.value.size(); ++i) {
-    z.error[i] = Real{1.2} * z.error[i] + 8 * roundoff * std::fabs(z.value[i]);
+    z.error[i] = Real{1.2} * z.error[i] + format.gelu_error * std::fabs(z.value[i]);
     z.value[i] = activate(activation, z.value[i]);
   }
   return z;

@@ -96,7 +96,7 @@ void gemm_case(int64_t number) {
   Approx expected = product(Approx(a), Approx(b).transposed(), c.roundoff);
   add(expected, bias, c.roundoff);
   z.check(expected);
-  expected = activated(expected, c.activation, c.roundoff);
+  expected = activated(expected, c.activation, c.format);
   add(expected, addend, c.roundoff);
   out.check(expected);
 }
@@ -228,7 +228,7 @@ void epilogue_case(int64_t number) {
   Approx expected{product};
   add(expected, bias, c.roundoff);
   z.check(expected);
-  expected = activated(expected, c.activation, c.roundoff);
+  expected = activated(expected, c.activation, c.format);
   add(expected, addend, c.roundoff);
   out.check(expected);
 }
