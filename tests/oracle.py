@@ -159,6 +159,27 @@ def fused_layer(x, weight, bias=None, residual=None, *, activation="gelu", conca
     return fl.linear_gelu_residual(x, weight, bias, residual, activation=activation, recompute=recompute)
 
 
+def as_function(case, layer=fused_layer):
+    """A function of its leaves, and the leaves, for gradcheck."""
+    leaves = [case.x, case.weight]
+    with_bias = case.bias is not None
+    with_residual = case.residual_of is not None and case.residual not in IN_X
+    leaves += [case.bias] * with_bias + [case.residual_data] * with_residual
+    extra = {"recompute": case.recompute} if layer is fused_layer else {}
+
+    def call(x, weight, *rest):
+        rest = list(rest)
+        bias = rest.pop(0) if with_bias else None
+        residual = case.residual_of(x, *rest or [None]) if case.residual_of else None
+        return layer(x, weight, bias, residual, activation=case.activation, concat=case.concat, **extra)
+
+    return call, [leaf.detach().clone().requires_grad_() for leaf in leaves]
+
+
+def small_case(dtype=torch.float64, shape=(2, 2), features=3, **options):
+    return make_case(shape, features, features, dtype=dtype, **options)
+
+
 def _run(case: Case, layer, **options) -> dict[str, Tensor]:
     leaves = {"x": case.x, "weight": case.weight, "bias": case.bias}
     if case.residual_of and case.residual not in IN_X:

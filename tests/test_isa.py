@@ -15,6 +15,7 @@ FILES = [
     "test_gelu.py",
     "test_layer_accuracy.py",
     "test_layer_gradients.py",
+    "test_layer_saved.py",
     "test_layer_hostile.py",
     "test_layer_process.py",
 ]
