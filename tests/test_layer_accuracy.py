@@ -308,5 +308,22 @@ def test_long_sums_in_16_bits(dtype, assert_fused):
     assert_fused(forward=2, backward=1)
 
 
+@pytest.mark.own_product
+@pytest.mark.parametrize("in_features", [3, 700], ids=["one pass", "own pass"])
+def test_what_a_large_row_hides_in_a_bias_gradient(in_features, assert_fused):
+    """The small terms, each below half a unit in the last place of the sum before them, are not lost; nor is inf."""
+    rows, columns = 3000, 300
+    dy = torch.zeros(rows, columns, dtype=torch.float64)
+    dy[16:-16:16] = 1
+    dy[0], dy[-1] = 2.0**60, -(2.0**60)
+    expected = dy[1:-1].sum(0)
+    dy[1, 7] = expected[7] = math.inf
+    x, weight = (torch.zeros(n, in_features, dtype=torch.float64) for n in (rows, columns))
+    bias = torch.zeros(columns, dtype=torch.float64, requires_grad=True)
+    fused_none(x, weight, bias).backward(dy)
+    assert torch.equal(bias.grad, expected)
+    assert_fused(forward=1, backward=1)
+
+
 def fused_none(*args):
     return torch.ops.fastlane.linear_gelu_residual(*args, activation="none")

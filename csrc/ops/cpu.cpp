@@ -10,7 +10,6 @@
 #include <array>
 
 #include "../kernels/cpu/dispatch.h"
-#include "../kernels/cpu/huge_pages.h"
 #include "../kernels/cpu/scratch.h"
 #include "../kernels/layer.h"
 #include "checks.h"
@@ -118,16 +117,10 @@ Path counted_forward_path(const LayerShape& shape) {
   return path;
 }
 
-at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor t = at::empty(sizes, options);
-  prefer_huge_pages(t.mutable_data_ptr(), t.nbytes());
-  return t;
-}
-
 at::Tensor empty_output(const at::Tensor& x, int64_t features) {
   at::DimVector sizes(x.sizes().begin(), x.sizes().end() - 1);
   sizes.push_back(features);
-  return empty(sizes, x.options());
+  return at::empty(sizes, x.options());
 }
 
 using OutputAndZ = std::tuple<at::Tensor, at::Tensor>;
@@ -193,7 +186,7 @@ std::tuple<at::Tensor, at::Tensor> linear_gelu_forward(const at::Tensor& x, cons
 
 at::Tensor recomputed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   const Operands o = flatten_operands(x, weight, bias, std::nullopt);
-  at::Tensor z = empty({o.shape.rows, o.shape.out_features}, x.options());
+  at::Tensor z = at::empty({o.shape.rows, o.shape.out_features}, x.options());
   run_forward(forward_path(o.shape), o, Activation::none, {}, z);
   return z;
 }
@@ -250,7 +243,7 @@ LayerBackwardProblem problem_of(const BackwardTensors& t, Activation activation)
 }
 
 void run_backward_by_library(const LayerBackwardProblem& b, BackwardTensors& t) {
-  at::Tensor dz = forms_dz(b) ? empty({b.rows, b.out_features}, t.dy.options()) : t.dy;
+  at::Tensor dz = forms_dz(b) ? at::empty({b.rows, b.out_features}, t.dy.options()) : t.dy;
   run_preactivation_grad(b, forms_dz(b) ? dz.mutable_data_ptr() : nullptr);
   const OwnCalls own_calls;
   if (t.dx.defined()) {
@@ -301,8 +294,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
     t.x = flatten_leading(*x);
     t.dweight_transposed = weight_column_major;
     const int64_t in_features = t.x.size(1), out_features = t.dy.size(1);
-    t.dweight = weight_column_major ? empty({in_features, out_features}, options)
-                                    : empty({out_features, in_features}, options);
+    t.dweight = weight_column_major ? at::empty({in_features, out_features}, options)
+                                    : at::empty({out_features, in_features}, options);
     grad_weight = weight_column_major ? t.dweight.t() : t.dweight;
   }
   if (need_bias) t.db = at::empty({t.dy.size(1)}, options);

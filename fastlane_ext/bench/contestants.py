@@ -43,9 +43,9 @@ def _contestant(
     name: str, run: Callable[[], Tensor], leaves: Sequence[Tensor], backward: Callable[[Tensor], None]
 ) -> Contestant:
     def step() -> None:
+        backward(run())
         for leaf in leaves:
             leaf.grad = None
-        backward(run())
 
     return Contestant(name, run, step, leaves, same_formula=name != "linear")
 

@@ -212,9 +212,6 @@ class Prepared:
             call = contestant.forward if mode == FORWARD else contestant.step
             if isinstance(call, protocol.Skipped):
                 continue
-            # Old gradients would be freed inside the profile, without their allocation having been seen.
-            for leaf in contestant.leaves:
-                leaf.grad = None
             with torch.set_grad_enabled(mode == STEP):
                 peaks[contestant.name] = protocol.peak_memory(call)
         return peaks

@@ -3,13 +3,23 @@
 #include <array>
 #include <new>
 
-#include "huge_pages.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace fastlane {
 namespace {
 
+constexpr size_t kHugePage = size_t{2} << 20;
 // A larger buffer goes back to the system after its call: memory held by an idle thread stays bounded.
 constexpr size_t kKeepBytes = size_t{32} << 20;
+
+// Work memory is kept and read again and again: huge pages save faults once, and entries of the TLB always.
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  if (bytes >= kHugePage) madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+}
 
 struct Buffer {
   void* data = nullptr;
