@@ -125,6 +125,7 @@ LAYERS: tuple[Layer, ...] = (
     Layer(1, 64, 64, quick=True),
     Layer(1024, 1024, 1024, torch.bfloat16),
     Layer(16384, 64, 64, torch.bfloat16),
+    Layer(512, 4096, 4096, torch.bfloat16),
     Layer(512, 512, 512, torch.float64),
 )
 NETWORKS: tuple[Network, ...] = (
