@@ -145,6 +145,7 @@ def test_few_rows(dtype, lying):
 
 @each_lying
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.own_product
 def test_beyond_a_block(dtype, lying):
     """More than a block of k, of columns, or of both, and a remainder in each."""
     for size in [(1025, 257), (2049, 65), (4097, 33), (65, 3000), (257, 1025)]:

@@ -17,7 +17,7 @@ constexpr size_t kKeepBytes = size_t{32} << 20;
 // Work memory is kept and read again and again: huge pages save faults once, and entries of the TLB always.
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(MADV_HUGEPAGE)
-  if (bytes >= kHugePage) madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+  if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
 #endif
 }
 
@@ -29,6 +29,7 @@ struct Buffer {
 
   void reserve(size_t wanted) {
     release();
+    if (wanted >= kHugePage / 4) wanted = (wanted + kHugePage - 1) / kHugePage * kHugePage;
     data = ::operator new(wanted, alignment(wanted));
     bytes = wanted;
     prefer_huge_pages(data, bytes);
