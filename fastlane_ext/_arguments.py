@@ -69,6 +69,17 @@ def check_tensor(argument: str, value: object, *, optional: bool = False) -> Non
         raise bad(argument, f"a {type(value).__name__}", expected, "convert it with torch.as_tensor", TypeError)
 
 
+def check_list(argument: str, values: object) -> None:
+    """A list with a tensor or None a layer, or None; its length is the operator's to check."""
+    if values is None:
+        return
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        expected = "a list with a tensor or None a layer"
+        raise bad(argument, f"a {type(values).__name__}", expected, "pass a list, or None", TypeError)
+    for index, value in enumerate(values):
+        check_tensor(f"{argument}[{index}]", value, optional=True)
+
+
 def check_stack(x: object, weights: object, shortcut: str, activation: str, *, has_projections: bool) -> None:
     """What the lists of a stack are before their tensors meet the layers' own checks."""
     check_tensor("x", x)

@@ -81,5 +81,42 @@ def _vmap_concat(info, in_dims, x, weight, bias=None, *, activation="gelu"):
     return torch.cat([x, activated], -1), 0
 
 
+def _is_square(weight: Tensor, dim: int | None) -> bool:
+    rows, columns = _batch_first(weight, dim).shape[-2:]
+    return rows == columns
+
+
+def _vmap_stack(
+    info, in_dims, x, weights, biases, projections, projection_biases, *, shortcut="identity", activation="gelu", **rest
+):
+    x_dim, *parameter_dims = in_dims
+    lists = (weights, biases, projections, projection_biases)
+    if all(dim is None for dims in parameter_dims for dim in (dims or ())):
+        _logical_rank(x, x_dim)
+        options = {"shortcut": shortcut, "activation": activation, **rest}
+        return torch.ops.fastlane.residual_stack(_batch_first(x, x_dim), *lists, **options), 0
+    # Layer by layer, so that the rules above decide for each.
+    none = [None] * len(weights)
+    tensors = zip(*(values or none for values in lists), strict=True)
+    dims = zip(*(dims or none for dims in parameter_dims), strict=True)
+    for (weight, bias, projection, projection_bias), (w_dim, b_dim, p_dim, pb_dim) in zip(tensors, dims, strict=True):
+        if shortcut == "concat":
+            x, x_dim = _vmap_concat(info, (x_dim, w_dim, b_dim), x, weight, bias, activation=activation)
+            continue
+        residual, residual_dim = None, None
+        if projection is not None:
+            dims_of_projection = (x_dim, p_dim, pb_dim, None)
+            residual, residual_dim = _vmap_residual(
+                info, dims_of_projection, x, projection, projection_bias, activation="none"
+            )
+        elif shortcut != "none" and _is_square(weight, w_dim):
+            residual, residual_dim = x, x_dim
+        x, x_dim = _vmap_residual(
+            info, (x_dim, w_dim, b_dim, residual_dim), x, weight, bias, residual, activation=activation
+        )
+    return x, x_dim
+
+
 torch.library.register_vmap("fastlane::linear_gelu_residual", _vmap_residual)
+torch.library.register_vmap("fastlane::residual_stack", _vmap_stack)
 torch.library.register_vmap("fastlane::linear_gelu_concat", _vmap_concat)

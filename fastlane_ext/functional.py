@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _register  # noqa: F401  (registers the batching rules)
-from ._arguments import ACTIVATIONS, check_choice, check_stack, check_tensor, missing_projection, per_layer
+from ._arguments import ACTIVATIONS, check_choice, check_list, check_stack, check_tensor
 from ._load import library
 
 
@@ -83,8 +83,13 @@ def residual_stack(
     projections: Sequence[Tensor | None] | None = None,
     projection_biases: Sequence[Tensor | None] | None = None,
     activation: str = "gelu",
+    recompute: bool = False,
 ) -> Tensor:
-    """A network of residual layers, each ``act(h Wᵀ + b)`` joined with its shortcut of h.
+    """A network of residual layers, each ``act(h Wᵀ + b)`` joined with its shortcut of h, as one operation.
+
+    Forward and backward are one autograd node. Where the layers are narrow enough for their weights to stay in
+    cache, a block of rows goes through all of them there; wider layers run one after the other. For backward it
+    keeps x and every layer's pre-activation, half of what eager keeps.
 
     Args:
         x: ``(..., in_features)``.
@@ -98,12 +103,14 @@ def residual_stack(
             ``in != out``.
         projection_biases: one ``(out,)`` tensor or None a layer.
         activation: as in `linear_gelu_residual`.
+        recompute: keep x alone for backward and run the forward a second time there.
 
     Returns:
         ``(..., out_features of the last layer)``; with ``"concat"``, the sum of all widths.
 
     Raises:
-        ValueError: unknown shortcut, lists of different length, a missing or unused projection.
+        ValueError: unknown shortcut or activation, lists of different length, a missing or unused projection.
+        TypeError: an argument is no tensor, or no list of tensors.
         RuntimeError: a dtype, device or shape does not fit.
 
     >>> weights = [torch.randn(64, 64) / 8 for _ in range(4)]
@@ -112,22 +119,18 @@ def residual_stack(
     """
     has_projections = projections is not None or projection_biases is not None
     check_stack(x, weights, shortcut, activation, has_projections=has_projections)
-    biases = per_layer("biases", biases, len(weights))
-    projections = per_layer("projections", projections, len(weights))
-    projection_biases = per_layer("projection_biases", projection_biases, len(weights))
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        if shortcut == "concat":
-            x = linear_gelu_concat(x, weight, bias, activation=activation)
-            continue
-        residual = None
-        if projections[i] is not None:
-            residual = linear_gelu_residual(x, projections[i], projection_biases[i], activation="none")
-        elif shortcut != "none" and weight.shape[0] == weight.shape[1]:
-            residual = x
-        elif shortcut == "projection":
-            raise missing_projection(i, weight.shape)
-        x = linear_gelu_residual(x, weight, bias, residual, activation=activation)
-    return x
+    for name, tensors in (("biases", biases), ("projections", projections), ("projection_biases", projection_biases)):
+        check_list(name, tensors)
+    return torch.ops.fastlane.residual_stack.default(
+        x,
+        weights,
+        biases or [],
+        projections or [],
+        projection_biases or [],
+        shortcut=shortcut,
+        activation=activation,
+        recompute=recompute,
+    )
 
 
 def mlp_residual(

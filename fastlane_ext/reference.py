@@ -108,6 +108,7 @@ def residual_stack(
     projections: Sequence[Tensor | None] | None = None,
     projection_biases: Sequence[Tensor | None] | None = None,
     activation: str = "gelu",
+    recompute: bool = False,
 ) -> Tensor:
     """A network of layers, each ``act(x @ weight.T + bias)`` plus its shortcut, one after the other.
 
@@ -116,6 +117,8 @@ def residual_stack(
 
     ``shortcut="identity"`` adds x where ``in == out``; ``"projection"`` adds a linear map of x where there is
     one, else x; ``"concat"`` puts x in front of each layer's output; ``"none"`` does nothing.
+
+    ``recompute`` is accepted for the signature's sake: it changes what is saved, never a value.
 
     Raises ValueError for an unknown ``shortcut`` or ``activation``, a list of the wrong length, a missing or
     an unused projection.

@@ -11,7 +11,7 @@ from fastlane_ext import _arguments, _info, functional, reference
 FUNCTIONS = {
     "linear_gelu_residual": "x, weight, bias, residual, activation, recompute",
     "linear_gelu_concat": "x, weight, bias, activation",
-    "residual_stack": "x, weights, biases, shortcut, projections, projection_biases, activation",
+    "residual_stack": "x, weights, biases, shortcut, projections, projection_biases, activation, recompute",
     "mlp_residual": "x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation",
 }
 CLASSES = {

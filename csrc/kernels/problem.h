@@ -79,4 +79,34 @@ struct LayerBackwardProblem {
   void* db = nullptr;
 };
 
+// A layer of a stack, with what its backward gives. Absent operands have a null data pointer.
+struct StackLayer {
+  int64_t in_features = 0, out_features = 0;
+  ConstMatrix weight;  // out_features × in_features
+  const void* bias = nullptr;
+  // The shortcut: the layer's input itself, or its projection, or none. Of a concatenating stack neither is set.
+  bool adds_input = false;
+  ConstMatrix projection;  // out_features × in_features
+  const void* projection_bias = nullptr;
+  RowMajor z;  // rows × out_features; written by forward where present, read by backward
+
+  RowMajor dweight, dprojection;  // of the transposes where `…_transposed`
+  bool dweight_transposed = false, dprojection_transposed = false;
+  void *db = nullptr, *dprojection_bias = nullptr;
+};
+
+// h₀ = x, hᵢ₊₁ = act(zᵢ) + shortcut(hᵢ) with zᵢ = hᵢ Wᵢᵀ + bᵢ, or [hᵢ, act(zᵢ)] where `concat`; y is the last h.
+struct StackProblem {
+  int64_t rows = 0;
+  DType dtype = DType::f32;  // of every operand
+  Activation activation = Activation::none;
+  bool concat = false;
+  const StackLayer* layers = nullptr;
+  int64_t count = 0;
+  ConstRowMajor x;
+  RowMajor y;
+  ConstRowMajor dy;
+  RowMajor dx;
+};
+
 }  // namespace fastlane

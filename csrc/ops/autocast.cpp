@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "operators.h"
+#include "stack.h"
 
 namespace fastlane {
 namespace {
@@ -42,15 +43,56 @@ at::Tensor linear_gelu_concat(const at::Tensor& x, const at::Tensor& weight, con
   return at::cat({x, activated}, -1);
 }
 
+// As eager's residual stream is wider than the products, the stack goes layer by layer, each with its own casts,
+// unless there is nothing wider than the low precision to keep.
+template <c10::DeviceType device>
+at::Tensor residual_stack(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                          const OptionalTensors& projections, const OptionalTensors& projection_biases,
+                          std::string_view shortcut_name, std::string_view activation, bool recompute) {
+  const StackShortcut shortcut = parse_shortcut(shortcut_name);
+  const StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
+  const auto optional = [](const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+  if (shortcut == StackShortcut::none || x.scalar_type() == at::autocast::get_autocast_dtype(device)) {
+    const Autocast<device> autocast;
+    const auto cast = [&](const std::vector<at::Tensor>& tensors) {
+      OptionalTensors list;
+      for (const at::Tensor& t : tensors) list.push_back(autocast.cast(optional(t)));
+      return list;
+    };
+    std::vector<at::Tensor> low_weights;
+    for (const at::Tensor& weight : p.weights) low_weights.push_back(autocast.cast(weight));
+    return call_residual_stack(autocast.cast(x), low_weights, cast(p.biases), cast(p.projections),
+                               cast(p.projection_biases), shortcut_name, activation, recompute);
+  }
+  at::Tensor h = x;
+  for (size_t i = 0; i < p.layers(); ++i) {
+    const OptionalTensor bias = optional(p.biases[i]);
+    if (shortcut == StackShortcut::concat) {
+      h = call_linear_gelu_concat(h, p.weights[i], bias, activation);
+      continue;
+    }
+    OptionalTensor residual;
+    if (p.projections[i].defined()) {
+      residual = call_linear_gelu_residual(h, p.projections[i], optional(p.projection_biases[i]), {}, "none", false);
+    } else if (adds_input(p, i, shortcut)) {
+      residual = h;
+    }
+    h = call_linear_gelu_residual(h, p.weights[i], bias, residual, activation, recompute);
+  }
+  return h;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastlane, AutocastCPU, m) {
   m.impl("linear_gelu_residual", linear_gelu_residual<at::kCPU>);
   m.impl("linear_gelu_concat", linear_gelu_concat<at::kCPU>);
+  m.impl("residual_stack", residual_stack<at::kCPU>);
 }
 TORCH_LIBRARY_IMPL(fastlane, AutocastCUDA, m) {
   m.impl("linear_gelu_residual", linear_gelu_residual<at::kCUDA>);
   m.impl("linear_gelu_concat", linear_gelu_concat<at::kCUDA>);
+  m.impl("residual_stack", residual_stack<at::kCUDA>);
 }
 
 }  // namespace fastlane

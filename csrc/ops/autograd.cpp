@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "composition.h"
+#include "differentiation.h"
 #include "operators.h"
 #include "policy.h"
 
@@ -22,15 +23,6 @@ using torch::autograd::variable_list;
 
 // Where the layer's addend comes from. `identity` (the residual is x itself) lets dgrad add dy in its epilogue.
 enum class Shortcut : int64_t { tensor_or_none, identity, concat };
-
-std::string_view name_of(Activation activation) {
-  switch (activation) {
-    case Activation::none: return "none";
-    case Activation::gelu: return "gelu";
-    case Activation::gelu_tanh: return "gelu_tanh";
-  }
-  return {};
-}
 
 Tensor flatten_leading(const Tensor& t) { return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); }
 
@@ -46,11 +38,6 @@ Tensor sum_to_one(const Tensor& t) {
 Tensor residual_grad(const Tensor& dy, c10::SymIntArrayRef sizes) {
   const bool one_element = std::all_of(sizes.begin(), sizes.end(), [](const c10::SymInt& s) { return s == 1; });
   return one_element && dy.sym_numel() != 1 ? sum_to_one(dy).view_symint(sizes) : at::sum_to(dy, sizes);
-}
-
-bool is_column_major(const Tensor& weight) {
-  const auto strides = weight.sym_strides(), sizes = weight.sym_sizes();
-  return strides[0] == 1 && strides[1] == sizes[0] && sizes[0] != 1 && sizes[1] != 1;
 }
 
 struct Gradients {
@@ -167,41 +154,18 @@ class LinearGelu : public torch::autograd::Function<LinearGelu> {
   }
 };
 
-// Why a call may not reach the fused kernels, or null.
-const char* reason_to_compose(std::initializer_list<const Tensor*> tensors) {
-  if (policy::disabled()) return policy::kDisabled;
-  // What at::functorch::maybeCurrentDynamicLayer() tells; its header needs one that torch does not ship.
-  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode))
-    return "a torch.func transform is active";
-  for (const Tensor* t : tensors)
-    if (t->defined() && t->_fw_grad(/*level=*/0).defined()) return "forward-mode AD";
-  return nullptr;
-}
-
-// What the dispatcher would answer with a page of its own, below this key.
-void check_backend(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias,
-                   const Tensor& residual) {
-  const std::pair<const char*, const Tensor*> arguments[] = {
-      {"x", &x}, {"weight", &weight}, {"bias", &bias}, {"residual", &residual}};
-  for (const auto& [name, t] : arguments)
-    if (t->defined()) check_dense(op, name, *t);
-  const auto device = x.device();
-  TORCH_CHECK(device.is_cpu() || device.is_cuda() || device.is_meta(), op, ": x is on ", device,
-              ", expected cpu or cuda; move x and the parameters there");
-}
-
 Tensor linear_gelu_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& residual, std::string_view activation_name, bool recompute) {
   const Activation activation = parse_activation(activation_name);
   const Tensor no_tensor;
   const Tensor &b = bias ? *bias : no_tensor, &r = residual ? *residual : no_tensor;
-  if (const char* reason = reason_to_compose({&x, &weight, &b, &r})) {
+  if (const char* reason = reason_to_compose({x, weight, b, r})) {
     check_linear("linear_gelu_residual", x, weight, bias);
     if (residual) check_residual("linear_gelu_residual", x, weight, *residual);
     policy::leave_fused_path(reason);
     return composition::linear_gelu_residual(x, weight, bias, residual, activation);
   }
-  check_backend("linear_gelu_residual", x, weight, b, r);
+  check_backend("linear_gelu_residual", {{"x", x}, {"weight", weight}, {"bias", b}, {"residual", r}});
   if (!torch::autograd::compute_requires_grad(x, weight, b, r)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_linear_gelu_residual(x, weight, bias, residual, activation_name, recompute);
@@ -216,12 +180,12 @@ Tensor linear_gelu_concat(const Tensor& x, const Tensor& weight, const OptionalT
   const Activation activation = parse_activation(activation_name);
   const Tensor no_tensor;
   const Tensor& b = bias ? *bias : no_tensor;
-  if (const char* reason = reason_to_compose({&x, &weight, &b})) {
+  if (const char* reason = reason_to_compose({x, weight, b})) {
     check_linear("linear_gelu_concat", x, weight, bias);
     policy::leave_fused_path(reason);
     return composition::linear_gelu_concat(x, weight, bias, activation);
   }
-  check_backend("linear_gelu_concat", x, weight, b, no_tensor);
+  check_backend("linear_gelu_concat", {{"x", x}, {"weight", weight}, {"bias", b}});
   if (!torch::autograd::compute_requires_grad(x, weight, b)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_linear_gelu_concat(x, weight, bias, activation_name);

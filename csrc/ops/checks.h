@@ -26,17 +26,26 @@ inline bool has_kernel_dtype(const at::Tensor& t) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
-inline void check_dense(const char* op, const char* name, const at::Tensor& t) {
+// A name is text, or whatever prints as a name.
+template <class Name>
+void check_dense(const char* op, const Name& name, const at::Tensor& t) {
   TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " has layout ", t.layout(),
               ", expected a dense tensor; convert it with ", name, ".to_dense()");
 }
 
-inline void check_like(const char* op, const char* name, const at::Tensor& t, const char* like, const at::Tensor& x) {
+template <class Name>
+void check_like(const char* op, const Name& name, const at::Tensor& t, const char* like, const at::Tensor& x) {
   check_dense(op, name, t);
   TORCH_CHECK(t.device() == x.device(), op, ": ", name, " is on ", t.device(), ", expected ", x.device(), " like ",
               like, "; move one of them");
   TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " has dtype ", t.scalar_type(), ", expected ",
               x.scalar_type(), " like ", like, "; convert one of them, or run under torch.autocast");
+}
+
+// A weight's gradient then lies the same way.
+inline bool is_column_major(const at::Tensor& weight) {
+  const auto strides = weight.sym_strides(), sizes = weight.sym_sizes();
+  return strides[0] == 1 && strides[1] == sizes[0] && sizes[0] != 1 && sizes[1] != 1;
 }
 
 // The leading sizes of x, then `features`.
@@ -47,11 +56,15 @@ inline c10::SymDimVector output_sizes(const at::Tensor& x, const c10::SymInt& fe
   return result;
 }
 
-inline void check_linear(const char* op, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+inline void check_input(const char* op, const at::Tensor& x) {
   TORCH_CHECK(has_kernel_dtype(x), op, ": x has dtype ", x.scalar_type(),
               ", expected float32, float64, bfloat16 or float16; convert it with x.to(torch.float32)");
-  check_like(op, "x", x, "x", x);
+  check_dense(op, "x", x);
   TORCH_CHECK(x.dim() >= 1, op, ": x is 0-D, expected (..., in_features); add a dimension with x.reshape(1)");
+}
+
+inline void check_linear(const char* op, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  check_input(op, x);
   check_like(op, "weight", weight, "x", x);
   TORCH_CHECK(weight.dim() == 2, op, ": weight has shape ", weight.sym_sizes(),
               ", expected (out_features, in_features) like nn.Linear's");

@@ -9,6 +9,7 @@
 #include <ATen/ops/linear.h>
 
 #include "checks.h"
+#include "stack.h"
 
 namespace fastlane::composition {
 
@@ -36,6 +37,26 @@ inline at::Tensor linear_gelu_concat(const at::Tensor& x, const at::Tensor& weig
 inline at::Tensor preactivation_grad(const at::Tensor& grad_activated, const at::Tensor& z, Activation activation) {
   return activation == Activation::none ? grad_activated
                                         : at::gelu_backward(grad_activated, z, approximate(activation));
+}
+
+inline at::Tensor residual_stack(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut,
+                                 Activation activation) {
+  const auto optional = [](const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+  at::Tensor h = x;
+  for (size_t i = 0; i < p.layers(); ++i) {
+    if (shortcut == StackShortcut::concat) {
+      h = linear_gelu_concat(h, p.weights[i], optional(p.biases[i]), activation);
+      continue;
+    }
+    OptionalTensor residual;
+    if (p.projections[i].defined()) {
+      residual = at::linear(h, p.projections[i], optional(p.projection_biases[i]));
+    } else if (adds_input(p, i, shortcut)) {
+      residual = h;
+    }
+    h = linear_gelu_residual(h, p.weights[i], optional(p.biases[i]), residual, activation);
+  }
+  return h;
 }
 
 }  // namespace fastlane::composition

@@ -15,7 +15,8 @@ void raise_no_cuda(const c10::OperatorHandle& op, c10::Stack*) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastlane, CUDA, m) {
-  for (const char* op : {"linear_gelu_residual", "linear_gelu_concat", "linear_gelu_forward", "linear_gelu_backward"})
+  for (const char* op : {"linear_gelu_residual", "linear_gelu_concat", "linear_gelu_forward", "linear_gelu_backward",
+                         "residual_stack", "residual_stack_forward", "residual_stack_backward"})
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&raise_no_cuda>());
 }
 

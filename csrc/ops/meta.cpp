@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "stack.h"
 
 namespace fastlane {
 namespace {
@@ -53,6 +54,41 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
   return {std::move(grad_x), std::move(grad_weight), std::move(grad_bias)};
 }
 
+at::Tensor residual_stack(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                          const OptionalTensors& projections, const OptionalTensors& projection_biases,
+                          std::string_view shortcut, std::string_view activation, bool) {
+  parse_activation(activation);
+  const StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
+  return empty(output_sizes(x, check_stack(x, p, parse_shortcut(shortcut))), x);
+}
+
+std::tuple<at::Tensor, at::Tensor> residual_stack_forward(const at::Tensor& x, at::TensorList weights,
+                                                          const OptionalTensors& biases,
+                                                          const OptionalTensors& projections,
+                                                          const OptionalTensors& projection_biases,
+                                                          std::string_view shortcut, std::string_view activation) {
+  at::Tensor y = residual_stack(x, weights, biases, projections, projection_biases, shortcut, activation, false);
+  const StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
+  return {std::move(y), empty({stack_z_size(x, p)}, x)};
+}
+
+std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList weights,
+                                                const OptionalTensors& biases, const OptionalTensors& projections,
+                                                const OptionalTensors& projection_biases, const at::Tensor& z,
+                                                std::string_view shortcut, std::string_view activation,
+                                                at::IntArrayRef needed) {
+  parse_activation(activation);
+  const StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
+  check_stack_backward(grad, x, p, z, parse_shortcut(shortcut), needed);
+  std::vector<at::Tensor> result;
+  for (const int64_t position : needed) {
+    const at::Tensor& t = stack_tensor(x, p, position);
+    const bool column_major = position > 0 && t.dim() == 2 && is_column_major(t);
+    result.push_back(column_major ? empty({t.sym_size(1), t.sym_size(0)}, x).t() : empty(t.sym_sizes(), x));
+  }
+  return result;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastlane, Meta, m) {
@@ -60,6 +96,9 @@ TORCH_LIBRARY_IMPL(fastlane, Meta, m) {
   m.impl("linear_gelu_concat", linear_gelu_concat);
   m.impl("linear_gelu_forward", linear_gelu_forward);
   m.impl("linear_gelu_backward", linear_gelu_backward);
+  m.impl("residual_stack", residual_stack);
+  m.impl("residual_stack_forward", residual_stack_forward);
+  m.impl("residual_stack_backward", residual_stack_backward);
 }
 
 }  // namespace fastlane

@@ -1,6 +1,7 @@
 // Typed handles to the operators of schema.cpp: a call goes through the dispatcher from the current key on.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <array>
@@ -11,6 +12,7 @@
 namespace fastlane {
 
 using OptionalTensor = std::optional<at::Tensor>;
+using OptionalTensors = c10::List<OptionalTensor>;
 
 inline at::Tensor call_linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                             const OptionalTensor& residual, std::string_view activation,
@@ -54,6 +56,43 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> call_linear_gelu_backward(
               const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
               const OptionalTensor&, const OptionalTensor&, std::string_view, bool, std::array<bool, 3>)>();
   return op.call(grad_activated, z, x, weight, bias, grad_shortcut, activation, weight_column_major, output_mask);
+}
+
+inline at::Tensor call_residual_stack(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                                      const OptionalTensors& projections, const OptionalTensors& projection_biases,
+                                      std::string_view shortcut, std::string_view activation, bool recompute) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fastlane::residual_stack", "")
+          .typed<at::Tensor(const at::Tensor&, at::TensorList, const OptionalTensors&, const OptionalTensors&,
+                            const OptionalTensors&, std::string_view, std::string_view, bool)>();
+  return op.call(x, weights, biases, projections, projection_biases, shortcut, activation, recompute);
+}
+
+inline std::tuple<at::Tensor, at::Tensor> call_residual_stack_forward(
+    const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, const OptionalTensors& projections,
+    const OptionalTensors& projection_biases, std::string_view shortcut, std::string_view activation) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastlane::residual_stack_forward", "")
+                             .typed<std::tuple<at::Tensor, at::Tensor>(
+                                 const at::Tensor&, at::TensorList, const OptionalTensors&, const OptionalTensors&,
+                                 const OptionalTensors&, std::string_view, std::string_view)>();
+  return op.call(x, weights, biases, projections, projection_biases, shortcut, activation);
+}
+
+inline std::vector<at::Tensor> call_residual_stack_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                            at::TensorList weights, const OptionalTensors& biases,
+                                                            const OptionalTensors& projections,
+                                                            const OptionalTensors& projection_biases,
+                                                            const at::Tensor& z, std::string_view shortcut,
+                                                            std::string_view activation, at::IntArrayRef needed) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fastlane::residual_stack_backward", "")
+          .typed<std::vector<at::Tensor>(const at::Tensor&, const at::Tensor&, at::TensorList, const OptionalTensors&,
+                                         const OptionalTensors&, const OptionalTensors&, const at::Tensor&,
+                                         std::string_view, std::string_view, at::IntArrayRef)>();
+  return op.call(grad, x, weights, biases, projections, projection_biases, z, shortcut, activation, needed);
 }
 
 }  // namespace fastlane

@@ -1,7 +1,7 @@
 #include <torch/library.h>
 
-// The first two are the public operators. The last two are what they become once autograd has decided what to
-// save: they appear in compiled graphs and have no derivative of their own.
+// Of the layer and of the stack the public operators come first. The _forward and _backward ones are what they become
+// once autograd has decided what to save: they appear in compiled graphs and have no derivative of their own.
 TORCH_LIBRARY(fastlane, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
@@ -17,5 +17,20 @@ TORCH_LIBRARY(fastlane, m) {
       "linear_gelu_backward(Tensor grad_activated, Tensor? z, Tensor? x, Tensor? weight, Tensor? bias, "
       "Tensor? grad_shortcut, *, str activation, bool weight_column_major, bool[3] output_mask) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+      tags);
+  m.def(
+      "residual_stack(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] projections, "
+      "Tensor?[] projection_biases, *, str shortcut='identity', str activation='gelu', "
+      "bool recompute=False) -> Tensor",
+      tags);
+  // z holds every layer's, one after the other. `needed` lists positions (stack.h), and the result the gradients
+  // there.
+  m.def(
+      "residual_stack_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] projections, "
+      "Tensor?[] projection_biases, *, str shortcut, str activation) -> (Tensor y, Tensor z)",
+      tags);
+  m.def(
+      "residual_stack_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] projections, "
+      "Tensor?[] projection_biases, Tensor z, *, str shortcut, str activation, int[] needed) -> Tensor[]",
       tags);
 }

@@ -40,7 +40,8 @@ namespace {
 namespace fastlane {
 
 const KernelTable* avx2_kernels() {
-  static constexpr KernelTable table{"avx2", gemm, epilogue, preactivation_grad, layer_backward};
+  static constexpr KernelTable table{"avx2",         gemm,          epilogue,      preactivation_grad,
+                                     layer_backward, stack_forward, stack_backward};
   return &table;
 }
 

@@ -43,7 +43,8 @@ namespace {
 namespace fastlane {
 
 const KernelTable* avx512_kernels() {
-  static constexpr KernelTable table{"avx512", gemm, epilogue, preactivation_grad, layer_backward};
+  static constexpr KernelTable table{"avx512",       gemm,          epilogue,      preactivation_grad,
+                                     layer_backward, stack_forward, stack_backward};
   return &table;
 }
 

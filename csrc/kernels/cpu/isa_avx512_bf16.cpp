@@ -50,6 +50,16 @@ bool layer_backward(const LayerBackwardProblem& p, const Parallel& parallel) {
   return p.dtype == DType::bf16 ? run_layer_backward<BFloat16>(p, parallel)
                                 : avx512_kernels()->layer_backward(p, parallel);
 }
+
+void stack_forward(const StackProblem& p, const Parallel& parallel) {
+  if (p.dtype != DType::bf16) return avx512_kernels()->stack_forward(p, parallel);
+  run_stack_forward<BFloat16>(p, parallel);
+}
+
+void stack_backward(const StackProblem& p, const Parallel& parallel) {
+  if (p.dtype != DType::bf16) return avx512_kernels()->stack_backward(p, parallel);
+  run_stack_backward<BFloat16>(p, parallel);
+}
 }  // namespace
 }  // namespace fastlane
 
@@ -62,7 +72,8 @@ bool layer_backward(const LayerBackwardProblem& p, const Parallel& parallel) {
 namespace fastlane {
 
 const KernelTable* avx512_bf16_kernels() {
-  static constexpr KernelTable table{"avx512_bf16", gemm, epilogue, preactivation_grad, layer_backward};
+  static constexpr KernelTable table{"avx512_bf16",  gemm,          epilogue,      preactivation_grad,
+                                     layer_backward, stack_forward, stack_backward};
   return &table;
 }
 

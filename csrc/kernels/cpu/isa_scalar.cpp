@@ -18,7 +18,8 @@ namespace {
 }  // namespace
 
 const KernelTable* scalar_kernels() {
-  static constexpr KernelTable table{"scalar", gemm, epilogue, preactivation_grad, layer_backward};
+  static constexpr KernelTable table{"scalar",       gemm,          epilogue,      preactivation_grad,
+                                     layer_backward, stack_forward, stack_backward};
   return &table;
 }
 

@@ -6,7 +6,18 @@
 namespace fastlane {
 
 // A slot is borrowed by one owner of a thread at a time.
-enum class ScratchSlot { packed_a, packed_b, task_sums, slab_sums, column_sums, dz, packed_x, count };
+enum class ScratchSlot {
+  packed_a,
+  packed_b,
+  task_sums,
+  slab_sums,
+  column_sums,
+  dz,
+  packed_x,
+  stack_layout,
+  stack_rows,
+  count
+};
 
 class Scratch {
  public:

@@ -1,0 +1,66 @@
+// One layer on 2-D tensors: what the operators of the CPU key are made of.
+#pragma once
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+
+#include "../kernels/cpu/parallel.h"
+#include "../kernels/layer.h"
+#include "checks.h"
+#include "path.h"
+
+namespace fastlane {
+
+DType dtype_of(const at::Tensor& t);
+
+// torch's thread pool and this machine's caches, lent to a kernel.
+Parallel torch_threads();
+
+// (..., cols) → (rows, cols): a view where the strides allow it, otherwise a copy.
+at::Tensor flatten_leading(const at::Tensor& t);
+
+// The epilogue and the elementwise pass read rows of unit stride.
+at::Tensor with_unit_column_stride(const at::Tensor& t);
+
+inline ConstMatrix matrix(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+inline ConstRowMajor row_major(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
+inline RowMajor mutable_row_major(const at::Tensor& t) { return {t.mutable_data_ptr(), t.stride(0)}; }
+
+// The leading sizes of x, then `features`; contiguous.
+at::Tensor empty_output(const at::Tensor& x, int64_t features);
+
+// The gradient of a weight, in the weight's own layout, and the storage of it that a kernel writes by rows.
+struct WeightGradient {
+  at::Tensor gradient, storage;
+  bool transposed = false;
+
+  WeightGradient() = default;
+  WeightGradient(int64_t out_features, int64_t in_features, bool column_major, const at::TensorOptions& options);
+};
+
+struct Operands {
+  at::Tensor x, weight, bias, residual;  // 2-D, 2-D, contiguous 1-D, 2-D with unit column stride
+  LayerShape shape;
+};
+
+// An ATen call inside an operator is not the user's, to be cast or differentiated.
+struct OwnCalls {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
+// `activated` receives act(z) + residual: a whole tensor, or a slice of the concatenation's rows.
+void run_forward(Path path, const Operands& o, Activation activation, const at::Tensor& z,
+                 const at::Tensor& activated);
+
+// The operands and results of a backward as 2-D tensors; undefined where not needed.
+struct BackwardTensors {
+  at::Tensor dy, z, x, weight, grad_shortcut;
+  at::Tensor dx, dweight, db;
+  bool dweight_transposed = false;
+};
+
+void run_backward(Path path, const BackwardTensors& t, Activation activation);
+
+}  // namespace fastlane

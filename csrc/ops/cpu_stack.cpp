@@ -1,0 +1,295 @@
+// A stack's operators on CPU tensors: a narrow one is one kernel, a wide one goes layer by layer.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "../kernels/cpu/dispatch.h"
+#include "../kernels/stack.h"
+#include "composition.h"
+#include "cpu_layer.h"
+#include "policy.h"
+#include "stack.h"
+
+namespace fastlane {
+namespace {
+
+// A stack on 2-D tensors, and what keeps its operands alive.
+struct Stack {
+  StackParameters parameters;
+  StackShortcut shortcut;
+  Activation activation;
+  at::Tensor x;  // unit column stride
+  int64_t rows;
+  std::vector<StackLayer> layers;
+  StackProblem problem;
+
+  Stack(const at::Tensor& input, StackParameters p, StackShortcut stack_shortcut, Activation stack_activation)
+      : parameters(std::move(p)),
+        shortcut(stack_shortcut),
+        activation(stack_activation),
+        x(with_unit_column_stride(flatten_leading(input))),
+        rows(x.size(0)),
+        layers(parameters.layers()) {
+    int64_t features = x.size(1);
+    for (size_t i = 0; i < layers.size(); ++i) {
+      StackLayer& layer = layers[i];
+      const at::Tensor &weight = parameters.weights[i], &projection = parameters.projections[i];
+      layer.in_features = features, layer.out_features = weight.size(0);
+      layer.weight = matrix(weight);
+      layer.bias = contiguous_data(parameters.biases[i]);
+      layer.adds_input = adds_input(parameters, i, shortcut);
+      if (projection.defined()) layer.projection = matrix(projection);
+      layer.projection_bias = contiguous_data(parameters.projection_biases[i]);
+      features = shortcut == StackShortcut::concat ? features + layer.out_features : layer.out_features;
+    }
+    problem.rows = rows, problem.dtype = dtype_of(x), problem.activation = activation;
+    problem.concat = shortcut == StackShortcut::concat;
+    problem.layers = layers.data(), problem.count = static_cast<int64_t>(layers.size());
+    problem.x = row_major(x);
+  }
+
+  bool concat() const { return problem.concat; }
+  int64_t out_features() const { return layers.back().out_features + (concat() ? layers.back().in_features : 0); }
+
+  // z of layer i, within the tensor that holds all.
+  at::Tensor z_of(const at::Tensor& z, size_t i) const {
+    int64_t before = 0;
+    for (size_t j = 0; j < i; ++j) before += layers[j].out_features;
+    return z.narrow(0, rows * before, rows * layers[i].out_features).view({rows, layers[i].out_features});
+  }
+  void set_z(const at::Tensor& z) {
+    char* data = static_cast<char*>(const_cast<void*>(z.const_data_ptr()));
+    for (StackLayer& layer : layers) {
+      layer.z = {data, layer.out_features};
+      data += rows * layer.out_features * z.element_size();
+    }
+  }
+  bool is_one_kernel() const {
+    for (const StackLayer& l : layers)
+      if (forward_path({rows, l.in_features, l.out_features, problem.dtype}) == Path::library) return false;
+    return is_narrow(problem, caches());
+  }
+
+ private:
+  const void* contiguous_data(at::Tensor& bias) {
+    if (!bias.defined()) return nullptr;
+    bias = bias.contiguous();
+    return bias.const_data_ptr();
+  }
+};
+
+// Operands of layer i's linear map, or of its projection.
+Operands operands_of(const Stack& s, size_t i, const at::Tensor& h, bool projection) {
+  Operands o;
+  o.x = h;
+  o.weight = projection ? s.parameters.projections[i] : s.parameters.weights[i];
+  o.bias = projection ? s.parameters.projection_biases[i] : s.parameters.biases[i];
+  o.shape = {s.rows, h.size(1), o.weight.size(0), s.problem.dtype};
+  return o;
+}
+
+at::Tensor projected(const Stack& s, size_t i, const at::Tensor& h) {
+  const Operands o = operands_of(s, i, h, /*projection=*/true);
+  at::Tensor result = at::empty({s.rows, o.shape.out_features}, h.options());
+  run_forward(forward_path(o.shape), o, Activation::none, {}, result);
+  return result;
+}
+
+// What layer i adds to its activation; undefined where nothing.
+at::Tensor shortcut_of(const Stack& s, size_t i, const at::Tensor& h) {
+  if (s.parameters.projections[i].defined()) return projected(s, i, h);
+  return s.layers[i].adds_input ? h : at::Tensor();
+}
+
+// y is 2-D; z holds every layer's, or is undefined.
+void run_by_layer(const Stack& s, const at::Tensor& y, const at::Tensor& z) {
+  at::Tensor h = s.x;
+  if (s.concat()) {
+    const OwnCalls own_calls;
+    y.narrow(1, 0, h.size(1)).copy_(h);
+    h = y.narrow(1, 0, h.size(1));
+  }
+  for (size_t i = 0; i < s.layers.size(); ++i) {
+    const StackLayer& l = s.layers[i];
+    Operands o = operands_of(s, i, h, /*projection=*/false);
+    o.residual = shortcut_of(s, i, h);
+    const bool last = i + 1 == s.layers.size();
+    const at::Tensor out = s.concat() ? y.narrow(1, l.in_features, l.out_features)
+                           : last     ? y
+                                      : at::empty({s.rows, l.out_features}, y.options());
+    run_forward(forward_path(o.shape), o, s.activation, z.defined() ? s.z_of(z, i) : at::Tensor(), out);
+    h = s.concat() ? y.narrow(1, 0, l.in_features + l.out_features) : out;
+  }
+}
+
+at::Tensor run_stack(Stack& s, const at::Tensor& x, const at::Tensor& z) {
+  at::Tensor y = empty_output(x, s.out_features());
+  const at::Tensor rows = y.view({s.rows, s.out_features()});
+  policy::count_fused_forward();
+  if (!s.is_one_kernel()) {
+    run_by_layer(s, rows, z);
+    return y;
+  }
+  if (z.defined()) s.set_z(z);
+  s.problem.y = mutable_row_major(rows);
+  kernels().stack_forward(s.problem, torch_threads());
+  return y;
+}
+
+at::Tensor residual_stack(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
+                          const OptionalTensors& projections, const OptionalTensors& projection_biases,
+                          std::string_view shortcut_name, std::string_view activation_name, bool) {
+  const Activation activation = parse_activation(activation_name);
+  const StackShortcut shortcut = parse_shortcut(shortcut_name);
+  StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
+  check_stack(x, p, shortcut);
+  // Inference tensors come here without passing the autograd key.
+  if (policy::disabled()) {
+    policy::leave_fused_path(policy::kDisabled);
+    return composition::residual_stack(x, p, shortcut, activation);
+  }
+  Stack s(x, std::move(p), shortcut, activation);
+  return run_stack(s, x, {});
+}
+
+std::tuple<at::Tensor, at::Tensor> residual_stack_forward(
+    const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, const OptionalTensors& projections,
+    const OptionalTensors& projection_biases, std::string_view shortcut_name, std::string_view activation_name) {
+  StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
+  const StackShortcut shortcut = parse_shortcut(shortcut_name);
+  check_stack(x, p, shortcut);
+  at::Tensor z = at::empty({stack_z_size(x, p).expect_int()}, x.options());
+  Stack s(x, std::move(p), shortcut, parse_activation(activation_name));
+  at::Tensor y = run_stack(s, x, z);
+  return {std::move(y), std::move(z)};
+}
+
+// The gradients that are needed, and where a kernel writes them.
+struct StackGradients {
+  at::Tensor x;
+  std::vector<WeightGradient> weights, projections;
+  std::vector<at::Tensor> biases, projection_biases;
+  std::vector<at::Tensor> in_order;
+
+  StackGradients(const at::Tensor& input, const Stack& s, at::IntArrayRef needed)
+      : weights(s.layers.size()),
+        projections(s.layers.size()),
+        biases(s.layers.size()),
+        projection_biases(s.layers.size()) {
+    const size_t layers = s.layers.size();
+    const at::TensorOptions options = input.options();
+    for (const int64_t position : needed) {
+      if (position == 0) {
+        in_order.push_back(empty_output(input, input.size(-1)));
+        x = in_order.back().view({s.rows, input.size(-1)});
+        continue;
+      }
+      const at::Tensor& t = stack_tensor(input, s.parameters, position);
+      const size_t list = (position - 1) / layers, i = (position - 1) % layers;
+      if (list % 2 == 0) {
+        WeightGradient& gradient = (list == 0 ? weights : projections)[i];
+        gradient = WeightGradient(t.size(0), t.size(1), is_column_major(t), options);
+        in_order.push_back(gradient.gradient);
+      } else {
+        in_order.push_back((list == 1 ? biases : projection_biases)[i] = at::empty({t.size(0)}, options));
+      }
+    }
+  }
+};
+
+void run_as_one(Stack& s, const at::Tensor& grad, const at::Tensor& z, const StackGradients& g) {
+  const auto data = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
+  s.set_z(z);
+  for (size_t i = 0; i < s.layers.size(); ++i) {
+    StackLayer& l = s.layers[i];
+    if (g.weights[i].storage.defined()) l.dweight = mutable_row_major(g.weights[i].storage);
+    if (g.projections[i].storage.defined()) l.dprojection = mutable_row_major(g.projections[i].storage);
+    l.dweight_transposed = g.weights[i].transposed, l.dprojection_transposed = g.projections[i].transposed;
+    l.db = data(g.biases[i]), l.dprojection_bias = data(g.projection_biases[i]);
+  }
+  s.problem.dy = row_major(grad);
+  if (g.x.defined()) s.problem.dx = mutable_row_major(g.x);
+  kernels().stack_backward(s.problem, torch_threads());
+}
+
+// Every layer's input, from the zs.
+std::vector<at::Tensor> restored_inputs(const Stack& s, const at::Tensor& z) {
+  std::vector<at::Tensor> inputs{s.x};
+  at::Tensor all;
+  if (s.concat()) {
+    const OwnCalls own_calls;
+    all = at::empty({s.rows, s.layers.back().in_features}, s.x.options());
+    all.narrow(1, 0, s.x.size(1)).copy_(s.x);
+  }
+  for (size_t i = 0; i + 1 < s.layers.size(); ++i) {
+    const StackLayer& l = s.layers[i];
+    const at::Tensor addend = shortcut_of(s, i, inputs.back());
+    const at::Tensor out = s.concat() ? all.narrow(1, l.in_features, l.out_features)
+                                      : at::empty({s.rows, l.out_features}, s.x.options());
+    GemmProblem p;
+    p.m = s.rows, p.n = l.out_features, p.dtype = s.problem.dtype, p.activation = s.activation;
+    if (addend.defined()) p.addend = row_major(addend);
+    p.out = mutable_row_major(out);
+    kernels().epilogue(p, row_major(s.z_of(z, i)), torch_threads());
+    inputs.push_back(s.concat() ? all.narrow(1, 0, l.in_features + l.out_features) : out);
+  }
+  return inputs;
+}
+
+void run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, const StackGradients& g) {
+  const std::vector<at::Tensor> inputs = restored_inputs(s, z);
+  const auto empty_dx = [&](size_t i) { return at::empty({s.rows, s.layers[i].in_features}, grad.options()); };
+  for (size_t i = s.layers.size(); i-- > 0;) {
+    const StackLayer& l = s.layers[i];
+    const at::Tensor dx = i > 0 ? empty_dx(i) : g.x;
+    BackwardTensors t;
+    if (s.parameters.projections[i].defined()) {
+      t.dy = grad, t.x = inputs[i], t.weight = s.parameters.projections[i];
+      if (dx.defined()) t.dx = empty_dx(i);
+      t.dweight = g.projections[i].storage, t.dweight_transposed = g.projections[i].transposed;
+      t.db = g.projection_biases[i];
+      run_backward(backward_path({s.rows, l.in_features, l.out_features, s.problem.dtype}), t, Activation::none);
+      const at::Tensor through_projection = t.dx;
+      t = {};
+      t.grad_shortcut = through_projection;
+    } else if (l.adds_input) {
+      t.grad_shortcut = grad;
+    } else if (s.concat()) {
+      t.grad_shortcut = grad.narrow(1, 0, l.in_features);
+    }
+    t.dy = s.concat() ? grad.narrow(1, l.in_features, l.out_features) : grad;
+    t.z = s.z_of(z, i), t.x = inputs[i], t.weight = s.parameters.weights[i];
+    t.dx = dx, t.dweight = g.weights[i].storage, t.dweight_transposed = g.weights[i].transposed, t.db = g.biases[i];
+    run_backward(backward_path({s.rows, l.in_features, l.out_features, s.problem.dtype}), t, s.activation);
+    grad = dx;
+  }
+}
+
+std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList weights,
+                                                const OptionalTensors& biases, const OptionalTensors& projections,
+                                                const OptionalTensors& projection_biases, const at::Tensor& z,
+                                                std::string_view shortcut_name, std::string_view activation_name,
+                                                at::IntArrayRef needed) {
+  const StackShortcut shortcut = parse_shortcut(shortcut_name);
+  StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
+  check_stack_backward(grad, x, p, z, shortcut, needed);
+  Stack s(x, std::move(p), shortcut, parse_activation(activation_name));
+  StackGradients gradients(x, s, needed);
+  const at::Tensor rows = with_unit_column_stride(flatten_leading(grad));
+  policy::count_fused_backward();
+  if (s.is_one_kernel()) {
+    run_as_one(s, rows, z, gradients);
+  } else {
+    run_by_layer(s, rows, z, gradients);
+  }
+  return std::move(gradients.in_order);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastlane, CPU, m) {
+  m.impl("residual_stack", residual_stack);
+  m.impl("residual_stack_forward", residual_stack_forward);
+  m.impl("residual_stack_backward", residual_stack_backward);
+}
+
+}  // namespace fastlane

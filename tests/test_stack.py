@@ -1,0 +1,347 @@
+"""The whole network as one operation: one node forward, one backward, whatever the shortcut."""
+
+import itertools
+
+import pytest
+import torch
+from oracle import ACTIVATIONS, dtype_name
+
+import fastlane_ext as fl
+from fastlane_ext import reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+SHORTCUTS = ("identity", "projection", "concat", "none")
+# Equal and mixed widths, one layer, and layers too wide for a block of rows to carry through.
+SIZES = {
+    "equal": (64, 64, 64, 64),
+    "mixed": (5, 17, 17, 33, 7),
+    "tiny": (3, 3, 3, 1),
+    "one layer": (20, 20),
+    "wide": (300, 700, 700, 40),
+}
+CREATE_GRAPH = "backward with create_graph=True"
+
+each_shortcut = pytest.mark.parametrize("shortcut", SHORTCUTS)
+
+
+class Network:
+    """A stack's parameters as leaves, and the call that runs it."""
+
+    def __init__(self, sizes, shortcut, *, dtype=torch.float64, bias=True, activation="gelu", seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape, scale=1.0):
+            return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype).requires_grad_()
+
+        self.shortcut, self.activation, self.random = shortcut, activation, random
+        self.weights, self.biases, self.projections, self.projection_biases = [], [], [], []
+        fan_in = sizes[0]
+        for width in sizes[1:]:
+            projected = shortcut == "projection" and fan_in != width
+            self.weights.append(random(width, fan_in, scale=fan_in**-0.5))
+            self.biases.append(random(width) if bias else None)
+            self.projections.append(random(width, fan_in, scale=fan_in**-0.5) if projected else None)
+            self.projection_biases.append(random(width) if projected and bias else None)
+            fan_in = fan_in + width if shortcut == "concat" else width
+        self.out_features = fan_in
+
+    @property
+    def lists(self):
+        return [self.weights, self.biases, self.projections, self.projection_biases]
+
+    @property
+    def parameters(self):
+        return [t for tensors in self.lists for t in tensors if t is not None]
+
+    def run(self, x, kind=fl, lists=None, **options):
+        weights, biases, projections, projection_biases = lists or self.lists
+        if self.shortcut == "projection":
+            options |= {"projections": projections, "projection_biases": projection_biases}
+        return kind.residual_stack(x, weights, biases, shortcut=self.shortcut, activation=self.activation, **options)
+
+    def results(self, x, dy, kind=fl, double=False, **options):
+        """The output and every gradient; with ``double`` in float64."""
+        move = (lambda t: t.detach().double().requires_grad_()) if double else (lambda t: t)
+        lists = [[t if t is None else move(t) for t in tensors] for tensors in self.lists]
+        x = move(x)
+        y = self.run(x, kind, lists, **options)
+        leaves = [x, *(t for tensors in lists for t in tensors if t is not None)]
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.double() if double else dy)]
+
+
+def draw(network, shape, sizes):
+    return network.random(*shape, sizes[0]), network.random(*shape, network.out_features).detach()
+
+
+@each_shortcut
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_values_and_gradients(sizes, activation, bias, shortcut, assert_fused):
+    network = Network(sizes, shortcut, bias=bias, activation=activation)
+    for shape in [(1,), (2, 3, 5), (130,), (0,), ()]:
+        x, dy = draw(network, shape, sizes)
+        for got, expected in zip(network.results(x, dy), network.results(x, dy, reference), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+    assert_fused(forward=5, backward=5)
+
+
+@each_shortcut
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_name)
+@pytest.mark.parametrize("sizes", [SIZES["equal"], SIZES["mixed"]], ids=["equal", "mixed"])
+def test_never_less_exact_than_eager(sizes, dtype, shortcut):
+    """The largest error of the output, and of each gradient, over all draws: the rule of oracle.py."""
+    fused, eager, scale = {}, {}, {}
+    for seed, rows in enumerate((1, 7, 48, 100, 500)):
+        network = Network(sizes, shortcut, dtype=dtype, seed=seed)
+        x, dy = draw(network, (rows,), sizes)
+        exact = network.results(x, dy, reference, double=True)
+        for errors, kind in ((fused, fl), (eager, reference)):
+            for i, (got, want) in enumerate(zip(network.results(x, dy, kind), exact, strict=True)):
+                assert got.dtype == dtype and got.isfinite().all()
+                errors[i] = max(errors.get(i, 0.0), (got.double() - want).abs().max().item())
+                scale[i] = max(scale.get(i, 0.0), want.abs().max().item())
+    for i, error in fused.items():
+        assert error <= 2 * eager[i] + 2 * torch.finfo(dtype).eps * scale[i], (i, error, eager[i], scale[i])
+
+
+def pooled_error(results, exact):
+    """Root mean square over the output and all gradients of the largest error, in units of the last place."""
+    eps = torch.finfo(results[0].dtype).eps
+    errors = [(a.double() - b).abs().max() / b.abs().max() for a, b in zip(results, exact, strict=True)]
+    return torch.stack(errors).square().mean().sqrt().item() / eps
+
+
+@each_shortcut
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_hundred_layers(bias, shortcut):
+    """Inputs restored from the zs lose nothing on the way: not above eager's error, in units of either dtype."""
+    width = 4 if shortcut == "concat" else 32
+    sizes = (width,) * 101
+    gain = 1.5 if shortcut == "none" else 0.2  # so that neither values nor gradients vanish or explode
+    errors = {}
+    for dtype in (torch.float32, torch.float64):
+        network = Network(sizes, shortcut, dtype=dtype, bias=bias)
+        for weight in network.weights:
+            weight.data.mul_(gain)
+        x, dy = draw(network, (70,), sizes)
+        exact = network.results(x, dy, reference, double=True)
+        errors[dtype] = pooled_error(network.results(x, dy), exact)
+        if dtype == torch.float32:
+            eager = pooled_error(network.results(x, dy, reference), exact)
+    assert errors[torch.float32] <= 1.5 * eager + 1
+    # "exact" is eager's float64, with an error of its own.
+    assert errors[torch.float64] <= 2.5 * eager + 1
+
+
+@each_shortcut
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("rows", [3, 50, 1000])
+def test_same_bits_for_any_number_of_threads(rows, dtype, shortcut, restore_threads):
+    sizes = SIZES["mixed"]
+    network = Network(sizes, shortcut, dtype=dtype)
+    x, dy = draw(network, (rows,), sizes)
+    torch.set_num_threads(1)
+    expected = network.results(x, dy)
+    for threads in (2, 3, 4, 2):
+        torch.set_num_threads(threads)
+        for got, want in zip(network.results(x, dy), expected, strict=True):
+            assert torch.equal(got, want), threads
+
+
+def test_rows_have_the_same_bits_in_any_batch():
+    """Up to 16 rows and above them: in between lies the change from inner products to tiles."""
+    sizes = SIZES["mixed"]
+    network = Network(sizes, "identity", dtype=torch.float32)
+    x, _ = draw(network, (1000,), sizes)
+    with torch.no_grad():
+        assert torch.equal(network.run(x[100:117]), network.run(x)[100:117])
+        assert torch.equal(network.run(x[100:101]), network.run(x[90:106])[10:11])
+
+
+SUBSETS = list(itertools.product([False, True], repeat=5))
+
+
+@each_shortcut
+@pytest.mark.parametrize("sizes", [(6, 6, 4, 4), (300, 700, 40)], ids=["narrow", "wide"])
+def test_subsets_of_needed_gradients(sizes, shortcut, assert_fused):
+    network = Network(sizes, shortcut)
+    x, dy = draw(network, (5,), sizes)
+    expected = dict(zip(["x", *map(id, network.parameters)], network.results(x, dy)[1:], strict=True))
+    calls = 1
+    for subset in SUBSETS:
+        lists = [
+            [None if t is None else t.detach().requires_grad_(on and i > 0) for i, t in enumerate(tensors)]
+            for tensors, on in zip(network.lists, subset[1:], strict=True)
+        ]
+        leaf = x.detach().requires_grad_(subset[0])
+        y = network.run(leaf, lists=lists)
+        needed = [("x", leaf)] * subset[0] + [
+            (id(t), own)
+            for tensors, owns in zip(network.lists, lists, strict=True)
+            for t, own in zip(tensors, owns, strict=True)
+            if own is not None and own.requires_grad
+        ]
+        assert y.requires_grad == bool(needed)
+        if needed:
+            calls += 1
+            for (name, _), got in zip(needed, torch.autograd.grad(y, [t for _, t in needed], dy), strict=True):
+                torch.testing.assert_close(got, expected[name], rtol=1e-11, atol=1e-12)
+    assert_fused(forward=None, backward=calls)
+
+
+@each_shortcut
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(bias, activation, shortcut):
+    network = Network((3, 3, 2, 2), shortcut, bias=bias, activation=activation)
+    x, _ = draw(network, (2,), (3,))
+    assert torch.autograd.gradcheck(lambda x, *_: network.run(x), [x, *network.parameters])
+
+
+@pytest.mark.expects_fallback(CREATE_GRAPH)
+@each_shortcut
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradgradcheck(bias, activation, shortcut):
+    network = Network((2, 2, 3), shortcut, bias=bias, activation=activation)
+    x, _ = draw(network, (2,), (2,))
+    assert torch.autograd.gradgradcheck(lambda x, *_: network.run(x), [x, *network.parameters])
+
+
+@each_shortcut
+def test_recompute_gives_equal_bits_and_keeps_less(shortcut):
+    sizes = SIZES["mixed"]
+    network = Network(sizes, shortcut, dtype=torch.float32)
+    x, dy = draw(network, (20,), sizes)
+    for again, saved in zip(network.results(x, dy, recompute=True), network.results(x, dy), strict=True):
+        assert torch.equal(again, saved)
+    with_z, without = (held_bytes(lambda r=r: network.run(x, recompute=r)) for r in (False, True))
+    assert with_z - without == 20 * sum(sizes[1:]) * 4
+
+
+def held_bytes(call):
+    """Bytes that autograd saves during ``call``, each storage once."""
+    held = {}
+
+    def pack(t):
+        held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call()
+    return sum(held.values())
+
+
+def test_half_of_eagers_bytes():
+    network = Network((64,) * 17, "identity", dtype=torch.float32)
+    x, _ = draw(network, (4096,), (64,))
+    parameters = sum(t.nbytes for t in network.weights)
+    fused, eager = (held_bytes(lambda kind=kind: network.run(x, kind)) - parameters for kind in (fl, reference))
+    assert fused <= 0.55 * eager
+
+
+def test_layouts_of_operands(assert_fused):
+    """Column-major weights, strided biases, x and dy in any layout; gradients lie as their tensors do."""
+    network = Network((16, 16, 24), "projection", dtype=torch.float32)
+    x, dy = draw(network, (3, 7), (16,))
+    expected = network.results(x, dy)
+    network.weights = [w.detach().t().contiguous().t().requires_grad_() for w in network.weights]
+    network.biases = [torch.stack([b.detach()] * 2, 1)[:, 0].requires_grad_() for b in network.biases]
+    x = x.detach().permute(1, 0, 2).contiguous().permute(1, 0, 2).mT.contiguous().mT.requires_grad_()
+    got = network.results(x, dy.mT.contiguous().mT)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(g.stride() == w.stride() for g, w in zip(got[2:4], network.weights, strict=True))
+    assert_fused(forward=2, backward=2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@each_shortcut
+@pytest.mark.slow
+def test_compile(shortcut, dynamic):
+    torch._dynamo.reset()
+    network = Network((8, 8, 6), shortcut, dtype=torch.float32)
+    compiled = torch.compile(network.run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (4, 9):
+        x, dy = draw(network, (rows,), (8,))
+        y, expected = compiled(x), network.run(x)
+        torch.testing.assert_close(y, expected)
+        leaves = [x, *network.parameters]
+        for got, want in zip(
+            torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True
+        ):
+            torch.testing.assert_close(got, want)
+    torch._dynamo.reset()
+
+
+@each_shortcut
+def test_opcheck(shortcut):
+    network = Network((4, 4, 3), shortcut, dtype=torch.float32)
+    x, _ = draw(network, (5,), (4,))
+    options = {"shortcut": shortcut, "activation": "gelu"}
+    torch.library.opcheck(torch.ops.fastlane.residual_stack.default, (x, *network.lists), options)
+    with torch.no_grad():
+        torch.library.opcheck(torch.ops.fastlane.residual_stack_forward.default, (x, *network.lists), options)
+
+
+@each_shortcut
+def test_transforms(shortcut):
+    network = Network((4, 4, 3), shortcut)
+    x, _ = draw(network, (6, 5), (4,))
+    assert torch.equal(torch.vmap(network.run)(x.detach()), network.run(x).detach())
+
+
+@pytest.mark.expects_fallback("vmap over weight or bias")
+def test_vmap_over_weights():
+    network = Network((4, 4, 4), "identity")
+    x, _ = draw(network, (5,), (4,))
+    weights = [torch.stack([w.detach(), 2 * w.detach()]) for w in network.weights]
+    biases = [b.detach() for b in network.biases]
+    got = torch.vmap(lambda w: fl.residual_stack(x.detach(), w, biases))(weights)
+    for i in range(2):
+        expected = reference.residual_stack(x.detach(), [w[i] for w in weights], biases)
+        torch.testing.assert_close(got[i], expected)
+
+
+@pytest.mark.parametrize("shortcut", ["identity", "none", "concat"])
+def test_autocast(shortcut):
+    network = Network((8, 8, 8), shortcut, dtype=torch.float32)
+    x, _ = draw(network, (5,), (8,))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = network.run(x), network.run(x, reference)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+
+
+W = torch.zeros(3, 3)
+BAD = {
+    "weights: got an empty list": lambda: fl.residual_stack(W, []),
+    r"weights\[0\]: got a list": lambda: fl.residual_stack(W, [[1.0]]),
+    r"weights\[1\] has shape \[3, 4\]": lambda: fl.residual_stack(W, [W, torch.zeros(3, 4)]),
+    r"weights\[0\] has dtype Double": lambda: fl.residual_stack(W, [W.double()]),
+    r"biases: got 1 entries, expected 2": lambda: fl.residual_stack(W, [W, W], [None]),
+    r"biases\[0\] has shape \[4\]": lambda: fl.residual_stack(W, [W], [torch.zeros(4)]),
+    r"biases\[0\]: got a float": lambda: fl.residual_stack(W, [W], [1.0]),
+    "biases: got a Tensor": lambda: fl.residual_stack(W, [W], torch.zeros(3)),
+    r"projections\[0\]: got None": lambda: fl.residual_stack(W, [torch.zeros(4, 3)], shortcut="projection"),
+    r"projections\[0\] has shape \[3, 3\]": lambda: fl.residual_stack(
+        W, [torch.zeros(4, 3)], shortcut="projection", projections=[W]
+    ),
+    r"projection_biases\[0\]: got a tensor": lambda: fl.residual_stack(
+        W, [W], shortcut="projection", projection_biases=[torch.zeros(3)]
+    ),
+    "projections: got tensors, expected None": lambda: fl.residual_stack(W, [W], projections=[W]),
+    "shortcut: got 'skip'": lambda: fl.residual_stack(W, [W], shortcut="skip"),
+    "activation: got 'relu'": lambda: fl.residual_stack(W, [W], activation="relu"),
+    "x has dtype Long": lambda: fl.residual_stack(W.long(), [W]),
+    "x is 0-D": lambda: fl.residual_stack(W[0, 0], [W]),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_errors_are_one_line(message):
+    with pytest.raises((RuntimeError, ValueError, TypeError), match=message) as error:
+        BAD[message]()
+    assert len(str(error.value).splitlines()) == 1
