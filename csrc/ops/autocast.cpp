@@ -51,7 +51,6 @@ at::Tensor residual_stack(const at::Tensor& x, at::TensorList weights, const Opt
                           std::string_view shortcut_name, std::string_view activation, bool recompute) {
   const StackShortcut shortcut = parse_shortcut(shortcut_name);
   const StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
-  const auto optional = [](const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
   if (shortcut == StackShortcut::none || x.scalar_type() == at::autocast::get_autocast_dtype(device)) {
     const Autocast<device> autocast;
     const auto cast = [&](const std::vector<at::Tensor>& tensors) {
@@ -64,22 +63,15 @@ at::Tensor residual_stack(const at::Tensor& x, at::TensorList weights, const Opt
     return call_residual_stack(autocast.cast(x), low_weights, cast(p.biases), cast(p.projections),
                                cast(p.projection_biases), shortcut_name, activation, recompute);
   }
-  at::Tensor h = x;
-  for (size_t i = 0; i < p.layers(); ++i) {
-    const OptionalTensor bias = optional(p.biases[i]);
-    if (shortcut == StackShortcut::concat) {
-      h = call_linear_gelu_concat(h, p.weights[i], bias, activation);
-      continue;
-    }
-    OptionalTensor residual;
-    if (p.projections[i].defined()) {
-      residual = call_linear_gelu_residual(h, p.projections[i], optional(p.projection_biases[i]), {}, "none", false);
-    } else if (adds_input(p, i, shortcut)) {
-      residual = h;
-    }
-    h = call_linear_gelu_residual(h, p.weights[i], bias, residual, activation, recompute);
-  }
-  return h;
+  return stack_by_layer(
+      x, p, shortcut,
+      [&](const at::Tensor& h, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+          bool is_projection) {
+        return call_linear_gelu_residual(h, weight, bias, residual, is_projection ? "none" : activation, recompute);
+      },
+      [&](const at::Tensor& h, const at::Tensor& weight, const OptionalTensor& bias) {
+        return call_linear_gelu_concat(h, weight, bias, activation);
+      });
 }
 
 }  // namespace

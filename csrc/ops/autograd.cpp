@@ -138,7 +138,6 @@ class LinearGelu : public torch::autograd::Function<LinearGelu> {
                              const Tensor& grad_shortcut, Activation activation, bool weight_column_major,
                              std::array<bool, 3> needed) {
     const Tensor &x = saved[0], &weight = saved[1], &saved_z = saved[2], &bias = saved[3];
-    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     Gradients g;
     if (at::GradMode::is_enabled() || grad_z.defined()) {
       policy::leave_fused_path("backward with create_graph=True");

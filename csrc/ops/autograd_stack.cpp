@@ -31,7 +31,7 @@ std::string_view name_of(StackShortcut shortcut) {
 OptionalTensors optional_list(const std::vector<Tensor>& tensors) {
   OptionalTensors list;
   list.reserve(tensors.size());
-  for (const Tensor& t : tensors) list.push_back(t.defined() ? OptionalTensor(t) : std::nullopt);
+  for (const Tensor& t : tensors) list.push_back(optional(t));
   return list;
 }
 

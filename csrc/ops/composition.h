@@ -41,22 +41,15 @@ inline at::Tensor preactivation_grad(const at::Tensor& grad_activated, const at:
 
 inline at::Tensor residual_stack(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut,
                                  Activation activation) {
-  const auto optional = [](const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
-  at::Tensor h = x;
-  for (size_t i = 0; i < p.layers(); ++i) {
-    if (shortcut == StackShortcut::concat) {
-      h = linear_gelu_concat(h, p.weights[i], optional(p.biases[i]), activation);
-      continue;
-    }
-    OptionalTensor residual;
-    if (p.projections[i].defined()) {
-      residual = at::linear(h, p.projections[i], optional(p.projection_biases[i]));
-    } else if (adds_input(p, i, shortcut)) {
-      residual = h;
-    }
-    h = linear_gelu_residual(h, p.weights[i], optional(p.biases[i]), residual, activation);
-  }
-  return h;
+  return stack_by_layer(
+      x, p, shortcut,
+      [&](const at::Tensor& h, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+          bool is_projection) {
+        return linear_gelu_residual(h, weight, bias, residual, is_projection ? Activation::none : activation);
+      },
+      [&](const at::Tensor& h, const at::Tensor& weight, const OptionalTensor& bias) {
+        return linear_gelu_concat(h, weight, bias, activation);
+      });
 }
 
 }  // namespace fastlane::composition

@@ -2,6 +2,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "../kernels/cpu/dispatch.h"
 #include "../kernels/stack.h"
 #include "composition.h"
@@ -63,13 +65,17 @@ struct Stack {
       data += rows * layer.out_features * z.element_size();
     }
   }
-  bool is_one_kernel() const {
-    for (const StackLayer& l : layers)
-      if (forward_path({rows, l.in_features, l.out_features, problem.dtype}) == Path::library) return false;
-    return is_narrow(problem, caches());
-  }
+  LayerShape shape(const StackLayer& l) const { return {rows, l.in_features, l.out_features, problem.dtype}; }
+  bool is_one_kernel() const { return layer_paths(forward_path) == Path::fused && is_narrow(problem, caches()); }
+  // What counts: the library's, if any layer's product is.
+  Path path(Path (*path_of)(const LayerShape&)) const { return is_one_kernel() ? Path::fused : layer_paths(path_of); }
 
  private:
+  Path layer_paths(Path (*path_of)(const LayerShape&)) const {
+    const bool any = std::any_of(layers.begin(), layers.end(),
+                                 [&](const StackLayer& l) { return path_of(shape(l)) == Path::library; });
+    return any ? Path::library : Path::fused;
+  }
   const void* contiguous_data(at::Tensor& bias) {
     if (!bias.defined()) return nullptr;
     bias = bias.contiguous();
@@ -124,7 +130,7 @@ void run_by_layer(const Stack& s, const at::Tensor& y, const at::Tensor& z) {
 at::Tensor run_stack(Stack& s, const at::Tensor& x, const at::Tensor& z) {
   at::Tensor y = empty_output(x, s.out_features());
   const at::Tensor rows = y.view({s.rows, s.out_features()});
-  policy::count_fused_forward();
+  s.path(forward_path) == Path::fused ? policy::count_fused_forward() : policy::count_library_forward();
   if (!s.is_one_kernel()) {
     run_by_layer(s, rows, z);
     return y;
@@ -169,6 +175,16 @@ struct StackGradients {
   std::vector<WeightGradient> weights, projections;
   std::vector<at::Tensor> biases, projection_biases;
   std::vector<at::Tensor> in_order;
+
+  // The layer at which the backward ends.
+  size_t first_needed() const {
+    size_t i = 0;
+    if (x.defined()) return i;
+    while (i < weights.size() && !weights[i].storage.defined() && !projections[i].storage.defined() &&
+           !biases[i].defined() && !projection_biases[i].defined())
+      ++i;
+    return i;
+  }
 
   StackGradients(const at::Tensor& input, const Stack& s, at::IntArrayRef needed)
       : weights(s.layers.size()),
@@ -238,16 +254,17 @@ std::vector<at::Tensor> restored_inputs(const Stack& s, const at::Tensor& z) {
 void run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, const StackGradients& g) {
   const std::vector<at::Tensor> inputs = restored_inputs(s, z);
   const auto empty_dx = [&](size_t i) { return at::empty({s.rows, s.layers[i].in_features}, grad.options()); };
-  for (size_t i = s.layers.size(); i-- > 0;) {
+  const size_t first = g.first_needed();
+  for (size_t i = s.layers.size(); i-- > first;) {
     const StackLayer& l = s.layers[i];
-    const at::Tensor dx = i > 0 ? empty_dx(i) : g.x;
+    const at::Tensor dx = i > first ? empty_dx(i) : i == 0 ? g.x : at::Tensor();
     BackwardTensors t;
     if (s.parameters.projections[i].defined()) {
       t.dy = grad, t.x = inputs[i], t.weight = s.parameters.projections[i];
       if (dx.defined()) t.dx = empty_dx(i);
       t.dweight = g.projections[i].storage, t.dweight_transposed = g.projections[i].transposed;
       t.db = g.projection_biases[i];
-      run_backward(backward_path({s.rows, l.in_features, l.out_features, s.problem.dtype}), t, Activation::none);
+      run_backward(backward_path(s.shape(l)), t, Activation::none);
       const at::Tensor through_projection = t.dx;
       t = {};
       t.grad_shortcut = through_projection;
@@ -259,7 +276,7 @@ void run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, const St
     t.dy = s.concat() ? grad.narrow(1, l.in_features, l.out_features) : grad;
     t.z = s.z_of(z, i), t.x = inputs[i], t.weight = s.parameters.weights[i];
     t.dx = dx, t.dweight = g.weights[i].storage, t.dweight_transposed = g.weights[i].transposed, t.db = g.biases[i];
-    run_backward(backward_path({s.rows, l.in_features, l.out_features, s.problem.dtype}), t, s.activation);
+    run_backward(backward_path(s.shape(l)), t, s.activation);
     grad = dx;
   }
 }
@@ -275,7 +292,7 @@ std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const at
   Stack s(x, std::move(p), shortcut, parse_activation(activation_name));
   StackGradients gradients(x, s, needed);
   const at::Tensor rows = with_unit_column_stride(flatten_leading(grad));
-  policy::count_fused_backward();
+  s.path(backward_path) == Path::fused ? policy::count_fused_backward() : policy::count_library_backward();
   if (s.is_one_kernel()) {
     run_as_one(s, rows, z, gradients);
   } else {

@@ -14,6 +14,9 @@ namespace fastlane {
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalTensors = c10::List<OptionalTensor>;
 
+// Of a tensor that is undefined where it is absent.
+inline OptionalTensor optional(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
 inline at::Tensor call_linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                             const OptionalTensor& residual, std::string_view activation,
                                             bool recompute) {

@@ -113,6 +113,29 @@ inline c10::SymInt check_stack(const at::Tensor& x, const StackParameters& p, St
   return features;
 }
 
+// The stack as its layers, one after the other: `concat(h, weight, bias)`, or `layer(h, weight, bias, residual,
+// is_projection)`.
+template <class Layer, class Concat>
+at::Tensor stack_by_layer(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut, Layer layer,
+                          Concat concat) {
+  at::Tensor h = x;
+  for (size_t i = 0; i < p.layers(); ++i) {
+    const OptionalTensor bias = optional(p.biases[i]);
+    if (shortcut == StackShortcut::concat) {
+      h = concat(h, p.weights[i], bias);
+      continue;
+    }
+    OptionalTensor residual;
+    if (p.projections[i].defined()) {
+      residual = layer(h, p.projections[i], optional(p.projection_biases[i]), {}, /*is_projection=*/true);
+    } else if (adds_input(p, i, shortcut)) {
+      residual = h;
+    }
+    h = layer(h, p.weights[i], bias, residual, /*is_projection=*/false);
+  }
+  return h;
+}
+
 // The elements of all zs, one layer after the other.
 inline c10::SymInt stack_z_size(const at::Tensor& x, const StackParameters& p) {
   c10::SymInt rows = 1, features = 0;
