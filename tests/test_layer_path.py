@@ -147,7 +147,13 @@ def test_inference_tensors_outside_inference_mode(path):
 @pytest.mark.slow
 @pytest.mark.skipif(FORCED == "library", reason="this process itself runs the other path")
 def test_numeric_tests_on_the_other_path():
-    names = ("test_gelu.py", "test_layer_accuracy.py", "test_layer_gradients.py", "test_layer_saved.py")
+    names = (
+        "test_gelu.py",
+        "test_layer_accuracy.py",
+        "test_layer_gradients.py",
+        "test_layer_saved.py",
+        "test_stack.py",
+    )
     files = [HERE / name for name in names]
     code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
     result = run_python(

@@ -135,6 +135,7 @@ def test_a_hundred_layers(bias, shortcut):
     assert errors[torch.float64] <= 2.5 * eager + 1
 
 
+@pytest.mark.own_product
 @each_shortcut
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("rows", [3, 50, 1000])
@@ -150,6 +151,7 @@ def test_same_bits_for_any_number_of_threads(rows, dtype, shortcut, restore_thre
             assert torch.equal(got, want), threads
 
 
+@pytest.mark.own_product
 def test_rows_have_the_same_bits_in_any_batch():
     """Up to 16 rows and above them: in between lies the change from inner products to tiles."""
     sizes = SIZES["mixed"]
