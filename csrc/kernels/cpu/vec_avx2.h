@@ -91,6 +91,22 @@ FASTLANE_INLINE void store(Half* p, VecF a) {
                    _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+// The first `count` elements, fewer than a vector; absent ones read as 0.
+FASTLANE_INLINE __m256i first_floats(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FASTLANE_INLINE __m256i first_doubles(int64_t count) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+FASTLANE_INLINE VecF load_part(const float* p, int64_t count) { return {_mm256_maskload_ps(p, first_floats(count))}; }
+FASTLANE_INLINE VecD load_part(const double* p, int64_t count) {
+  return {_mm256_maskload_pd(p, first_doubles(count))};
+}
+FASTLANE_INLINE void store_part(float* p, VecF a, int64_t count) { _mm256_maskstore_ps(p, first_floats(count), a.v); }
+FASTLANE_INLINE void store_part(double* p, VecD a, int64_t count) {
+  _mm256_maskstore_pd(p, first_doubles(count), a.v);
+}
+
 FASTLANE_INLINE void transpose(VecF (&r)[8]) {
   __m256 pairs[8], quads[8];
   for (int i = 0; i < 4; ++i) {

@@ -57,9 +57,11 @@ FASTLANE_INLINE VecD scale_by_power(VecD x, VecD n) { return {_mm512_scalef_pd(x
 
 FASTLANE_INLINE VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
 FASTLANE_INLINE VecD load(const double* p) { return {_mm512_loadu_pd(p)}; }
-FASTLANE_INLINE VecF load(const BFloat16* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+FASTLANE_INLINE VecF widen_bf16(__m256i bits) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+FASTLANE_INLINE VecF load(const BFloat16* p) {
+  return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 FASTLANE_INLINE VecF load(const Half* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -67,7 +69,7 @@ FASTLANE_INLINE VecF load(const Half* p) {
 FASTLANE_INLINE void store(float* p, VecF a) { _mm512_storeu_ps(p, a.v); }
 FASTLANE_INLINE void store(double* p, VecD a) { _mm512_storeu_pd(p, a.v); }
 // By hand: the AVX512_BF16 conversion flushes denormals.
-FASTLANE_INLINE void store(BFloat16* p, VecF a) {
+FASTLANE_INLINE __m256i narrow_bf16(VecF a) {
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i high = _mm512_srli_epi32(u, 16);
   const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
@@ -75,11 +77,41 @@ FASTLANE_INLINE void store(BFloat16* p, VecF a) {
       _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   const __m512i bits = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bits));
+  return _mm512_cvtepi32_epi16(bits);
 }
-FASTLANE_INLINE void store(Half* p, VecF a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+FASTLANE_INLINE __m256i narrow_half(VecF a) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+FASTLANE_INLINE void store(BFloat16* p, VecF a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a));
+}
+FASTLANE_INLINE void store(Half* p, VecF a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_half(a)); }
+
+// The first `count` elements, fewer than a vector; absent ones read as 0.
+FASTLANE_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+FASTLANE_INLINE VecF load_part(const float* p, int64_t count) {
+  return {_mm512_maskz_loadu_ps(first_lanes(count), p)};
+}
+FASTLANE_INLINE VecD load_part(const double* p, int64_t count) {
+  return {_mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes(count)), p)};
+}
+FASTLANE_INLINE VecF load_part(const BFloat16* p, int64_t count) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+}
+FASTLANE_INLINE VecF load_part(const Half* p, int64_t count) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), p))};
+}
+FASTLANE_INLINE void store_part(float* p, VecF a, int64_t count) {
+  _mm512_mask_storeu_ps(p, first_lanes(count), a.v);
+}
+FASTLANE_INLINE void store_part(double* p, VecD a, int64_t count) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes(count)), a.v);
+}
+FASTLANE_INLINE void store_part(BFloat16* p, VecF a, int64_t count) {
+  _mm256_mask_storeu_epi16(p, first_lanes(count), narrow_bf16(a));
+}
+FASTLANE_INLINE void store_part(Half* p, VecF a, int64_t count) {
+  _mm256_mask_storeu_epi16(p, first_lanes(count), narrow_half(a));
 }
 
 // Transposes the 4×4 matrix of 128-bit lanes held by four registers.
