@@ -1,9 +1,11 @@
-// The Python module fastlane_ext._C: what was built, what runs, what was counted. The operators are not here:
+// The Python module fastlane_ext._C: what was built, what runs, what was counted, and the short way to a
+// network's call. The operators are not here:
 // they register themselves with torch's dispatcher when the library is loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "kernels/cpu/dispatch.h"
+#include "network_call.h"
 #include "ops/policy.h"
 
 namespace py = pybind11;
@@ -28,4 +30,5 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("reset_stats", &fastlane::policy::reset_stats);
   m.def("leave_fused_path", &fastlane::policy::leave_fused_path);
+  m.def("run_plain_network", &fastlane::run_plain_network);
 }

@@ -89,7 +89,8 @@ def residual_stack(
 
     Forward and backward are one autograd node. Where the layers are narrow enough for their weights to stay in
     cache, a block of rows goes through all of them there; wider layers run one after the other. For backward it
-    keeps x and every layer's pre-activation, half of what eager keeps.
+    keeps x and every layer's pre-activation, half of what eager keeps; of narrow layers beyond 32 MiB of
+    pre-activations x alone, and computes them again in cache.
 
     Args:
         x: ``(..., in_features)``.
@@ -103,7 +104,7 @@ def residual_stack(
             ``in != out``.
         projection_biases: one ``(out,)`` tensor or None a layer.
         activation: as in `linear_gelu_residual`.
-        recompute: keep x alone for backward and run the forward a second time there.
+        recompute: always keep x alone for backward and compute the pre-activations again there.
 
     Returns:
         ``(..., out_features of the last layer)``; with ``"concat"``, the sum of all widths.

@@ -7,9 +7,11 @@ that its behaviour is kept; the other layers stay fused, and ``fastlane_ext.stat
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from . import reference
+from ._load import library
 from ._plain import under_global_hooks, why_not_plain
 from .functional import linear_gelu_concat, linear_gelu_residual, record_fallback, residual_stack
 from .modules import run_linear
@@ -49,8 +51,16 @@ class _FusedForward(reference.ResidualNetwork):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, layer_sizes[0])`` to ``(*, layer_sizes[-1])``, or, with concat, ``(*, sum(layer_sizes))``."""
+        if not torch.compiler.is_compiling():
+            y = library.run_plain_network(self, x)
+            if y is not None:
+                return y
+        return self._forward_checked(x)
+
+    def _forward_checked(self, x: Tensor) -> Tensor:
         weights, biases, common = [], [], ""
-        if under_global_hooks():
+        # torch.jit.trace knows no lists with None in them.
+        if under_global_hooks() or torch.jit.is_tracing():
             return self._forward_by_layer(x)
         for layer in self.layers._modules.values():
             plain = _plain_layer(layer)

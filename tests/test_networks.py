@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize, prune
 
 import fastlane_ext as fl
 from fastlane_ext import networks, reference
+from fastlane_ext._load import library
 
 both_kinds = pytest.mark.parametrize("kind", [fl, reference], ids=["fused", "reference"])
 
@@ -54,21 +55,67 @@ def test_published_table(kind, use_shortcut):
         assert fl.stats()["fused"]["forward"] > 0 and fl.stats()["fused"]["backward"] > 0
 
 
-def test_any_network_is_one_call(monkeypatch):
-    calls = []
+NETWORKS = {
+    **{
+        shortcut: (lambda shortcut=shortcut: fl.ResidualNetwork([4, 4, 5], shortcut=shortcut))
+        for shortcut in reference.SHORTCUTS
+    },
+    "example": lambda: fl.ExampleDeepNeuralNetwork([4, 4, 5]),
+    "improved": lambda: fl.ImprovedResidualNetwork([4, 4, 5]),
+    "improved without shortcuts": lambda: fl.ImprovedResidualNetwork([4, 4, 5], use_shortcut=False),
+    "deep": lambda: fl.DeepNeuralNet(True, [4, 4, 5]),
+}
 
-    def count(*args, **kwargs):
-        calls.append(kwargs["shortcut"])
-        return fl.residual_stack(*args, **kwargs)
 
-    monkeypatch.setattr(networks, "residual_stack", count)
-    for shortcut in reference.SHORTCUTS:
-        fl.ResidualNetwork([4, 4, 5], shortcut=shortcut)(torch.randn(2, 4))
-    fl.ExampleDeepNeuralNetwork([4, 4, 5])(torch.randn(2, 4))
-    fl.ImprovedResidualNetwork([4, 4, 5])(torch.randn(2, 4))
-    fl.ImprovedResidualNetwork([4, 4, 5], use_shortcut=False)(torch.randn(2, 4))
-    fl.DeepNeuralNet(True, [4, 4, 5])(torch.randn(2, 4))
-    assert calls == [*reference.SHORTCUTS, "identity", "projection", "none", "identity"]
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS.keys())
+def test_any_network_is_one_call(make):
+    network, x = make(), torch.randn(2, 4)
+    before = fl.stats()["fused"]["forward"]
+    y = network(x)
+    assert fl.stats()["fused"]["forward"] == before + 1
+    # The short way in C++ and the checks in Python end in the same call.
+    assert torch.equal(library.run_plain_network(network, x), y)
+    assert torch.equal(network._forward_checked(x), y)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_the_short_way_leaves_to_python_what_python_watches():
+    network, x = fl.ResidualNetwork([4, 4, 5]), torch.randn(2, 4)
+    run = library.run_plain_network
+    assert run(network, x) is not None
+    assert run(network, x.tolist()) is None and run(network, None) is None
+    assert run(network, x.as_subclass(Subclass)) is None
+    assert run(nn.Linear(4, 4), x) is None and run(nn.Sequential(nn.Linear(4, 4)), x) is None
+    with torch.overrides.BaseTorchFunctionMode():
+        assert run(network, x) is None
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert run(network, x) is None
+    handle.remove()
+    with pytest.raises(TypeError):
+        run(network)
+    network.layers[0][0].weight = nn.Parameter(network.layers[0][0].weight.detach().as_subclass(Subclass))
+    assert run(network, x) is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_traced_network_holds_the_fused_layers():
+    network, x = fl.ResidualNetwork([4, 4, 5]), torch.randn(2, 4)
+    traced = torch.jit.trace(network, x)
+    assert str(traced.graph).count("fastlane::linear_gelu_residual") == 2
+    assert torch.allclose(traced(2 * x), network(2 * x), rtol=1e-5, atol=1e-6)
+
+
+def test_the_short_way_raises_the_operators_own_errors():
+    network = fl.ResidualNetwork([4, 4, 5])
+    for x in (torch.randn(2, 3), torch.randn(2, 4, dtype=torch.float64), torch.tensor(1.0)):
+        with pytest.raises(RuntimeError, match="^residual_stack: ") as short:
+            library.run_plain_network(network, x)
+        with pytest.raises(RuntimeError) as checked:
+            network._forward_checked(x)
+        assert str(short.value) == str(checked.value)
 
 
 def compare(fused, eager, width=4):
@@ -169,6 +216,7 @@ def test_a_changed_child_is_honoured(name, monkeypatch):
     unchanged = eager(torch.ones(1, 4, dtype=torch.float64))
     change(fused)
     change(eager)
+    assert library.run_plain_network(fused, torch.ones(1, 4, dtype=torch.float64)) is None
     if "backward" not in name:
         assert not torch.allclose(eager(torch.ones(1, 4, dtype=torch.float64)), unchanged)
     compare(fused, eager)

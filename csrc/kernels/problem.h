@@ -46,6 +46,7 @@ struct GemmProblem {
   const void* bias = nullptr;  // n elements
   ConstRowMajor addend;  // m × n
   RowMajor z;  // m × n
+  RowMajor slope;  // m × n: act′(z), float for 16-bit dtypes
   RowMajor out;  // m × n
 };
 

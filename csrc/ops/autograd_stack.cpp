@@ -1,10 +1,12 @@
-// Differentiation of a whole stack as one node: it saves x, the parameters and one tensor with every layer's z.
+// Differentiation of a whole stack as one node: it saves x, the parameters and, where that pays, one tensor with
+// every layer's z.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include "composition.h"
+#include "cpu_stack.h"
 #include "differentiation.h"
 #include "operators.h"
 #include "stack.h"
@@ -70,7 +72,7 @@ class ResidualStack : public torch::autograd::Function<ResidualStack> {
     const OptionalTensors biases = optional_list(p.biases), projections = optional_list(p.projections),
                           projection_biases = optional_list(p.projection_biases);
     Tensor y, z;
-    if (recompute) {
+    if (recompute || !keeps_z(tensors[0], p, shortcut)) {
       y = call_residual_stack(tensors[0], p.weights, biases, projections, projection_biases, name_of(shortcut),
                               fastlane::name_of(activation), recompute);
     } else {
@@ -116,14 +118,11 @@ class ResidualStack : public torch::autograd::Function<ResidualStack> {
  private:
   static constexpr size_t kOtherArguments = 5;
 
-  static variable_list fused_backward(const Tensor& grad, const Tensor& x, const StackParameters& p, Tensor z,
+  static variable_list fused_backward(const Tensor& grad, const Tensor& x, const StackParameters& p, const Tensor& z,
                                       StackShortcut shortcut, Activation activation, at::IntArrayRef needed) {
     const OptionalTensors biases = optional_list(p.biases), projections = optional_list(p.projections),
                           projection_biases = optional_list(p.projection_biases);
-    if (!z.defined())
-      z = std::get<1>(call_residual_stack_forward(x, p.weights, biases, projections, projection_biases,
-                                                  name_of(shortcut), fastlane::name_of(activation)));
-    return call_residual_stack_backward(grad, x, p.weights, biases, projections, projection_biases, z,
+    return call_residual_stack_backward(grad, x, p.weights, biases, projections, projection_biases, optional(z),
                                         name_of(shortcut), fastlane::name_of(activation), needed);
   }
 

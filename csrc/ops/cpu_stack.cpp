@@ -8,44 +8,68 @@
 #include "../kernels/stack.h"
 #include "composition.h"
 #include "cpu_layer.h"
+#include "cpu_stack.h"
 #include "policy.h"
 #include "stack.h"
 
 namespace fastlane {
 namespace {
 
-// A stack on 2-D tensors, and what keeps its operands alive.
-struct Stack {
-  StackParameters parameters;
-  StackShortcut shortcut;
-  Activation activation;
-  at::Tensor x;  // unit column stride
-  int64_t rows;
+// The sizes of a stack, which decide how it runs.
+struct StackSizes {
   std::vector<StackLayer> layers;
   StackProblem problem;
 
-  Stack(const at::Tensor& input, StackParameters p, StackShortcut stack_shortcut, Activation stack_activation)
-      : parameters(std::move(p)),
-        shortcut(stack_shortcut),
+  StackSizes(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut) : layers(p.layers()) {
+    problem.rows = 1;
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) problem.rows *= x.size(i);
+    problem.dtype = dtype_of(x), problem.concat = shortcut == StackShortcut::concat;
+    int64_t features = x.size(-1);
+    for (size_t i = 0; i < layers.size(); ++i) {
+      layers[i].in_features = features, layers[i].out_features = p.weights[i].size(0);
+      features = problem.concat ? features + layers[i].out_features : layers[i].out_features;
+    }
+    problem.layers = layers.data(), problem.count = static_cast<int64_t>(layers.size());
+  }
+  StackSizes(const StackSizes&) = delete;
+  StackSizes& operator=(const StackSizes&) = delete;
+
+  LayerShape shape(const StackLayer& l) const { return {problem.rows, l.in_features, l.out_features, problem.dtype}; }
+  bool is_one_kernel() const { return layer_paths(forward_path) == Path::fused && is_narrow(problem, caches()); }
+  // What counts: the library's, if any layer's product is.
+  Path path(Path (*path_of)(const LayerShape&)) const { return is_one_kernel() ? Path::fused : layer_paths(path_of); }
+
+ private:
+  Path layer_paths(Path (*path_of)(const LayerShape&)) const {
+    const bool any = std::any_of(layers.begin(), layers.end(),
+                                 [&](const StackLayer& l) { return path_of(shape(l)) == Path::library; });
+    return any ? Path::library : Path::fused;
+  }
+};
+
+// A stack on 2-D tensors, and what keeps its operands alive.
+struct Stack : StackSizes {
+  StackParameters parameters;
+  Activation activation;
+  at::Tensor x;  // unit column stride
+  int64_t rows;
+
+  Stack(const at::Tensor& input, StackParameters p, StackShortcut shortcut, Activation stack_activation)
+      : StackSizes(input, p, shortcut),
+        parameters(std::move(p)),
         activation(stack_activation),
         x(with_unit_column_stride(flatten_leading(input))),
-        rows(x.size(0)),
-        layers(parameters.layers()) {
-    int64_t features = x.size(1);
+        rows(problem.rows) {
     for (size_t i = 0; i < layers.size(); ++i) {
       StackLayer& layer = layers[i];
-      const at::Tensor &weight = parameters.weights[i], &projection = parameters.projections[i];
-      layer.in_features = features, layer.out_features = weight.size(0);
-      layer.weight = matrix(weight);
+      const at::Tensor& projection = parameters.projections[i];
+      layer.weight = matrix(parameters.weights[i]);
       layer.bias = contiguous_data(parameters.biases[i]);
       layer.adds_input = adds_input(parameters, i, shortcut);
       if (projection.defined()) layer.projection = matrix(projection);
       layer.projection_bias = contiguous_data(parameters.projection_biases[i]);
-      features = shortcut == StackShortcut::concat ? features + layer.out_features : layer.out_features;
     }
-    problem.rows = rows, problem.dtype = dtype_of(x), problem.activation = activation;
-    problem.concat = shortcut == StackShortcut::concat;
-    problem.layers = layers.data(), problem.count = static_cast<int64_t>(layers.size());
+    problem.activation = activation;
     problem.x = row_major(x);
   }
 
@@ -65,17 +89,8 @@ struct Stack {
       data += rows * layer.out_features * z.element_size();
     }
   }
-  LayerShape shape(const StackLayer& l) const { return {rows, l.in_features, l.out_features, problem.dtype}; }
-  bool is_one_kernel() const { return layer_paths(forward_path) == Path::fused && is_narrow(problem, caches()); }
-  // What counts: the library's, if any layer's product is.
-  Path path(Path (*path_of)(const LayerShape&)) const { return is_one_kernel() ? Path::fused : layer_paths(path_of); }
 
  private:
-  Path layer_paths(Path (*path_of)(const LayerShape&)) const {
-    const bool any = std::any_of(layers.begin(), layers.end(),
-                                 [&](const StackLayer& l) { return path_of(shape(l)) == Path::library; });
-    return any ? Path::library : Path::fused;
-  }
   const void* contiguous_data(at::Tensor& bias) {
     if (!bias.defined()) return nullptr;
     bias = bias.contiguous();
@@ -127,6 +142,19 @@ void run_by_layer(const Stack& s, const at::Tensor& y, const at::Tensor& z) {
   }
 }
 
+at::Tensor empty_z(const Stack& s) {
+  int64_t features = 0;
+  for (const StackLayer& layer : s.layers) features += layer.out_features;
+  return at::empty({s.rows * features}, s.x.options());
+}
+
+// Of a stack that goes layer by layer.
+at::Tensor computed_z(const Stack& s) {
+  at::Tensor z = empty_z(s);
+  run_by_layer(s, at::empty({s.rows, s.out_features()}, s.x.options()), z);
+  return z;
+}
+
 at::Tensor run_stack(Stack& s, const at::Tensor& x, const at::Tensor& z) {
   at::Tensor y = empty_output(x, s.out_features());
   const at::Tensor rows = y.view({s.rows, s.out_features()});
@@ -163,11 +191,24 @@ std::tuple<at::Tensor, at::Tensor> residual_stack_forward(
   StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
   const StackShortcut shortcut = parse_shortcut(shortcut_name);
   check_stack(x, p, shortcut);
-  at::Tensor z = at::empty({stack_z_size(x, p).expect_int()}, x.options());
   Stack s(x, std::move(p), shortcut, parse_activation(activation_name));
+  at::Tensor z = empty_z(s);
   at::Tensor y = run_stack(s, x, z);
   return {std::move(y), std::move(z)};
 }
+
+}  // namespace
+
+bool keeps_z(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut) {
+  const c10::SymInt elements = stack_z_size(x, p);
+  if (!x.device().is_cpu() || elements.is_symbolic()) return true;
+  // What glibc's malloc at most takes from memory it has, and not as fresh pages (its largest M_MMAP_THRESHOLD).
+  constexpr int64_t kReusedBytes = int64_t{32} << 20;
+  if (elements.expect_int() * static_cast<int64_t>(x.element_size()) <= kReusedBytes) return true;
+  return !StackSizes(x, p, shortcut).is_one_kernel();
+}
+
+namespace {
 
 // The gradients that are needed, and where a kernel writes them.
 struct StackGradients {
@@ -212,9 +253,9 @@ struct StackGradients {
   }
 };
 
-void run_as_one(Stack& s, const at::Tensor& grad, const at::Tensor& z, const StackGradients& g) {
+void run_as_one(Stack& s, const at::Tensor& grad, const OptionalTensor& z, const StackGradients& g) {
   const auto data = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
-  s.set_z(z);
+  if (z) s.set_z(*z);
   for (size_t i = 0; i < s.layers.size(); ++i) {
     StackLayer& l = s.layers[i];
     if (g.weights[i].storage.defined()) l.dweight = mutable_row_major(g.weights[i].storage);
@@ -283,7 +324,7 @@ void run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, const St
 
 std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList weights,
                                                 const OptionalTensors& biases, const OptionalTensors& projections,
-                                                const OptionalTensors& projection_biases, const at::Tensor& z,
+                                                const OptionalTensors& projection_biases, const OptionalTensor& z,
                                                 std::string_view shortcut_name, std::string_view activation_name,
                                                 at::IntArrayRef needed) {
   const StackShortcut shortcut = parse_shortcut(shortcut_name);
@@ -296,7 +337,7 @@ std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const at
   if (s.is_one_kernel()) {
     run_as_one(s, rows, z, gradients);
   } else {
-    run_by_layer(s, rows, z, gradients);
+    run_by_layer(s, rows, z ? *z : computed_z(s), gradients);
   }
   return std::move(gradients.in_order);
 }

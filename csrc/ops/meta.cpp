@@ -74,7 +74,7 @@ std::tuple<at::Tensor, at::Tensor> residual_stack_forward(const at::Tensor& x, a
 
 std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList weights,
                                                 const OptionalTensors& biases, const OptionalTensors& projections,
-                                                const OptionalTensors& projection_biases, const at::Tensor& z,
+                                                const OptionalTensors& projection_biases, const OptionalTensor& z,
                                                 std::string_view shortcut, std::string_view activation,
                                                 at::IntArrayRef needed) {
   parse_activation(activation);

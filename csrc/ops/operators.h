@@ -87,13 +87,13 @@ inline std::vector<at::Tensor> call_residual_stack_backward(const at::Tensor& gr
                                                             at::TensorList weights, const OptionalTensors& biases,
                                                             const OptionalTensors& projections,
                                                             const OptionalTensors& projection_biases,
-                                                            const at::Tensor& z, std::string_view shortcut,
+                                                            const OptionalTensor& z, std::string_view shortcut,
                                                             std::string_view activation, at::IntArrayRef needed) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("fastlane::residual_stack_backward", "")
           .typed<std::vector<at::Tensor>(const at::Tensor&, const at::Tensor&, at::TensorList, const OptionalTensors&,
-                                         const OptionalTensors&, const OptionalTensors&, const at::Tensor&,
+                                         const OptionalTensors&, const OptionalTensors&, const OptionalTensor&,
                                          std::string_view, std::string_view, at::IntArrayRef)>();
   return op.call(grad, x, weights, biases, projections, projection_biases, z, shortcut, activation, needed);
 }

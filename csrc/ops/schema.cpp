@@ -23,14 +23,14 @@ TORCH_LIBRARY(fastlane, m) {
       "Tensor?[] projection_biases, *, str shortcut='identity', str activation='gelu', "
       "bool recompute=False) -> Tensor",
       tags);
-  // z holds every layer's, one after the other. `needed` lists positions (stack.h), and the result the gradients
-  // there.
+  // z holds every layer's, one after the other; a backward without it computes it again. `needed` lists positions
+  // (stack.h), and the result the gradients there.
   m.def(
       "residual_stack_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] projections, "
       "Tensor?[] projection_biases, *, str shortcut, str activation) -> (Tensor y, Tensor z)",
       tags);
   m.def(
       "residual_stack_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] projections, "
-      "Tensor?[] projection_biases, Tensor z, *, str shortcut, str activation, int[] needed) -> Tensor[]",
+      "Tensor?[] projection_biases, Tensor? z, *, str shortcut, str activation, int[] needed) -> Tensor[]",
       tags);
 }

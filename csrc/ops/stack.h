@@ -154,16 +154,18 @@ inline const at::Tensor& stack_tensor(const at::Tensor& x, const StackParameters
 
 // Saved tensors may have passed through somebody's hooks, so a backward trusts them no more than a forward does.
 inline void check_stack_backward(const at::Tensor& grad, const at::Tensor& x, const StackParameters& p,
-                                 const at::Tensor& z, StackShortcut shortcut, at::IntArrayRef needed) {
+                                 const OptionalTensor& z, StackShortcut shortcut, at::IntArrayRef needed) {
   constexpr char op[] = "residual_stack_backward";
   const c10::SymInt features = check_stack(x, p, shortcut);
   check_like(op, "grad", grad, "x", x);
   check_rows(op, "grad", grad, x, features);
-  check_like(op, "z", z, "x", x);
-  TORCH_CHECK(z.dim() == 1 && z.is_contiguous(), op, ": z has shape ", z.sym_sizes(),
-              ", expected what the forward returned");
-  TORCH_SYM_CHECK(z.sym_size(0).sym_eq(stack_z_size(x, p)), op, ": z has shape ", z.sym_sizes(),
-                  ", expected what the forward returned");
+  if (z) {
+    check_like(op, "z", *z, "x", x);
+    TORCH_CHECK(z->dim() == 1 && z->is_contiguous(), op, ": z has shape ", z->sym_sizes(),
+                ", expected what the forward returned");
+    TORCH_SYM_CHECK(z->sym_size(0).sym_eq(stack_z_size(x, p)), op, ": z has shape ", z->sym_sizes(),
+                    ", expected what the forward returned");
+  }
   const auto positions = static_cast<int64_t>(1 + 4 * p.layers());
   for (const int64_t position : needed)
     TORCH_CHECK(0 <= position && position < positions && stack_tensor(x, p, position).defined(), op, ": needed has ",

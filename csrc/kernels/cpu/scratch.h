@@ -16,6 +16,7 @@ enum class ScratchSlot {
   packed_x,
   stack_layout,
   stack_rows,
+  stack_slopes,
   count
 };
 

@@ -1,0 +1,12 @@
+// A network's call without Python in between: its children are checked and their parameters read from their dicts.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastlane {
+
+// The output of a network of `fastlane_ext.networks` as one call of residual_stack; None where a child is not what
+// the network was built with, or where anything watches Python calls. Python then looks what is to be done.
+pybind11::object run_plain_network(const pybind11::handle& network, const pybind11::handle& x);
+
+}  // namespace fastlane

@@ -1,0 +1,13 @@
+// What autograd asks of a stack on CPU tensors.
+#pragma once
+
+#include "stack.h"
+
+namespace fastlane {
+
+// Whether forward keeps every z for backward. Where they are many, page faults make keeping them dearer than
+// computing them again, which the kernel that takes a block of rows through all layers does in cache, with the same
+// bits.
+bool keeps_z(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut);
+
+}  // namespace fastlane
