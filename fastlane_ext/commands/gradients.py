@@ -1,18 +1,21 @@
-"""``fastlane gradients``: mean |gradient| of each weight, without and with shortcuts, fused against
-eager."""
+"""``fastlane gradients``: mean |gradient| of each weight, without and with shortcuts, fused against eager, and the time
+that both take."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor, nn
+
 import fastlane_ext
 from fastlane_ext import gradients, plots
+from fastlane_ext.bench import protocol
 from fastlane_ext.bench.contestants import stats_since
 
-from . import CommandError, writable
+from . import CommandError, seconds, writable
 
 HEADINGS = {"without": "=== Gradients WITHOUT shortcuts ===", "with": "=== Gradients WITH shortcuts ==="}
 # fp32 sums in another order, through a few layers: differences beyond this are no rounding.
@@ -30,7 +33,8 @@ def compute(
     """Gradients of the fused pair of networks, and their largest relative difference from the eager pair.
 
     ``sizes`` are the layer sizes, ``activation`` and ``style`` as in ``fastlane_ext.print_gradients``.
-    ``ok`` in the result is False if fused and eager differ by more than fp32 rounding explains.
+    ``ok`` in the result is False if fused and eager differ by more than fp32 rounding explains; ``step`` times
+    one forward and backward of the network with shortcuts.
     CommandError for a value that the networks refuse.
     """
     writable("--plot", plot)
@@ -72,8 +76,21 @@ def compute(
         "tolerance": TOLERANCE,
         "ok": largest <= TOLERANCE,
         "path": stats_since(before),
+        "step": _step_times(fused, eager),
         "plot": plot,
     }
+
+
+def _step_times(fused: gradients.ShortcutDemo, eager: gradients.ShortcutDemo) -> dict[str, Any]:
+    def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+        def call() -> None:
+            model.zero_grad()
+            model(x).square().mean().backward()
+
+        return call
+
+    calls = {name: step(demo.with_shortcuts, demo.x) for name, demo in (("fused", fused), ("eager", eager))}
+    return {name: timing.to_dict() for name, timing in protocol.race(calls, repeats=9, budget=2.0).items()}
 
 
 def _relative(value: float | None, expected: float | None) -> float:
@@ -103,6 +120,12 @@ def render(result: dict[str, Any]) -> None:
         f"fused and eager {verdict}: largest relative difference {result['largest_relative_difference']:.1e} "
         f"(limit {result['tolerance']:.0e})"
     )
+    step = {name: timing.get("median_s") for name, timing in result["step"].items()}
+    if all(step.values()):
+        print(
+            f"one step with shortcuts: fused {seconds(step['fused'])}, eager {seconds(step['eager'])}, "
+            f"{step['eager'] / step['fused']:.1f} times that"
+        )
     for reason, count in result["path"]["fallback"].items():
         print(f"not fused, {count} calls: {reason}")
     if result["plot"]:
