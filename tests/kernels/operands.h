@@ -210,6 +210,14 @@ struct Operand {
   void fill(Value value) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols; ++j) write(at(i, j), dtype, value(i, j));
+    read_values();
+  }
+  void set(int64_t row, int64_t col, Real value) {
+    write(at(row, col), dtype, value);
+    read_values();
+  }
+  void read_values() {
+    values.clear();
     values.reserve(static_cast<size_t>(rows * cols));
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols; ++j) values.push_back(read(i, j));

@@ -33,7 +33,12 @@ struct Approx {
 // the lanes' or chunks'.
 inline Real sum_error(int64_t count) { return 24 + static_cast<Real>(std::min<int64_t>(count, 64) + count / 64); }
 
-// a bᵀ
+// What a sum loses at each term below the normal numbers of the type that has this roundoff.
+inline Real smallest_step(Real roundoff) {
+  return std::ldexp(Real{1}, roundoff == std::ldexp(Real{1}, -53) ? -1074 : -149);
+}
+
+// a bᵀ; either may be a result with an error of its own.
 inline Approx product(const Approx& a, const Approx& b, Real roundoff) {
   Approx c(a.rows, b.rows);
   const auto k = static_cast<size_t>(a.cols);
@@ -43,9 +48,12 @@ inline Approx product(const Approx& a, const Approx& b, Real roundoff) {
   for (int64_t i = 0; i < a.rows; ++i)
     for (int64_t j = 0; j < b.rows; ++j) {
       const Real *ai = a.value.data() + static_cast<size_t>(i) * k, *si = spread.data() + static_cast<size_t>(i) * k,
-                 *bj = b.value.data() + static_cast<size_t>(j) * k;
-      Real sum = 0, error = 0;
-      for (size_t step = 0; step < k; ++step) sum += ai[step] * bj[step], error += si[step] * std::fabs(bj[step]);
+                 *bj = b.value.data() + static_cast<size_t>(j) * k, *ej = b.error.data() + static_cast<size_t>(j) * k;
+      Real sum = 0, error = static_cast<Real>(a.cols) * smallest_step(roundoff);
+      for (size_t step = 0; step < k; ++step) {
+        sum += ai[step] * bj[step];
+        error += si[step] * (std::fabs(bj[step]) + ej[step]) + std::fabs(ai[step]) * ej[step];
+      }
       const auto element = static_cast<size_t>(i * c.cols + j);
       c.value[element] = sum, c.error[element] = error;
     }
@@ -57,6 +65,13 @@ inline void add(Approx& sum, const Operand& terms, Real roundoff) {
   if (terms.values.empty()) return;
   for (size_t i = 0; i < sum.value.size(); ++i) {
     sum.value[i] += terms.values[i % terms.values.size()];
+    sum.error[i] += roundoff * (std::fabs(sum.value[i]) + sum.error[i]);
+  }
+}
+
+inline void add(Approx& sum, const Approx& terms, Real roundoff) {
+  for (size_t i = 0; i < sum.value.size(); ++i) {
+    sum.value[i] += terms.value[i], sum.error[i] += terms.error[i];
     sum.error[i] += roundoff * (std::fabs(sum.value[i]) + sum.error[i]);
   }
 }
@@ -105,13 +120,16 @@ inline Approx activated(Approx z, Activation activation, const Format& format) {
   return z;
 }
 
-// dy ⊙ act′(z); without an activation z has no values.
-inline Approx preactivation_grad(const Operand& dy, const Operand& z, Activation activation, Real roundoff) {
-  Approx dz(dy);
+// dy ⊙ act′(z); act″ and act′ are below 1.2. Without an activation z has no values.
+inline Approx preactivation_grad(const Approx& dy, const Approx& z, Activation activation, const Format& format,
+                                 Real roundoff) {
+  Approx dz = dy;
   if (activation == Activation::none) return dz;
   for (size_t i = 0; i < dz.value.size(); ++i) {
-    dz.error[i] = 16 * roundoff * std::fabs(dz.value[i]) + format_of(dy.dtype).min_denormal;
-    dz.value[i] *= activation_slope(activation, z.values[i]);
+    const Real slope_error = 16 * roundoff + Real{1.2} * z.error[i];
+    dz.error[i] =
+        slope_error * std::fabs(dy.value[i]) + (Real{1.2} + slope_error) * dy.error[i] + format.min_denormal;
+    dz.value[i] *= activation_slope(activation, z.value[i]);
   }
   return dz;
 }

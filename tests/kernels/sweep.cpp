@@ -2,7 +2,7 @@
 // AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`). A case depends on its number alone:
 //
 //   sweep             all cases, on the instruction set that FASTLANE_CPU_ISA names or the best one
-//   sweep NUMBER      this case
+//   sweep FROM [TO]   this case, or the cases from FROM up to TO
 //   sweep --isas      the instruction sets of this machine
 #include <sanitizer/common_interface_defs.h>
 
@@ -16,6 +16,7 @@
 #include "case.h"
 #include "operands.h"
 #include "reference.h"
+#include "stack_case.h"
 
 // Fresh memory is NaN, so that work memory read before it is written shows.
 extern "C" const char* __asan_default_options() {
@@ -30,7 +31,10 @@ namespace {
 constexpr int64_t kGemmCases = 2028, kPreactivationGradCases = 804, kLayerBackwardCases = 2028, kEpilogueCases = 804;
 constexpr int64_t kFirstLayerBackward = kGemmCases + kPreactivationGradCases;
 constexpr int64_t kFirstEpilogue = kFirstLayerBackward + kLayerBackwardCases;
-constexpr int64_t kCases = kFirstEpilogue + kEpilogueCases;
+constexpr int64_t kStackCases = 804;
+constexpr int64_t kFirstStackForward = kFirstEpilogue + kEpilogueCases;
+constexpr int64_t kFirstStackBackward = kFirstStackForward + kStackCases;
+constexpr int64_t kCases = kFirstStackBackward + kStackCases;
 
 constexpr int64_t kSizes[] = {0,  1,  2,  3,  5,  7,  8,  11,  12,  13,  15, 16,
                               17, 24, 31, 33, 48, 63, 65, 100, 129, 193, 385};
@@ -120,7 +124,7 @@ void preactivation_grad_case(int64_t number) {
     kernels().preactivation_grad(own, parallel);
   });
 
-  const Approx expected = preactivation_grad(dy, z, c.activation, c.roundoff);
+  const Approx expected = preactivation_grad(Approx(dy), Approx(z), c.activation, c.format, c.roundoff);
   dz.check(expected);
   db.check(column_sums(expected, c.roundoff));
 }
@@ -183,7 +187,7 @@ bool layer_backward_case(int64_t number) {
     return false;
   }
 
-  Approx dz = preactivation_grad(dy, z, c.activation, c.roundoff);
+  Approx dz = preactivation_grad(Approx(dy), Approx(z), c.activation, c.format, c.roundoff);
   db.check(column_sums(dz, c.roundoff));
   if (has_z) dz = rounded(dz, c.format);
   if (has_dx) {
@@ -235,12 +239,13 @@ void epilogue_case(int64_t number) {
 
 // False where the kernel declined.
 bool run_case(int64_t number) {
-  if (number >= kFirstEpilogue) {
-    epilogue_case(number);
-    return true;
-  }
-  if (number >= kFirstLayerBackward) return layer_backward_case(number);
-  number < kGemmCases ? gemm_case(number) : preactivation_grad_case(number);
+  if (number >= kFirstLayerBackward && number < kFirstEpilogue) return layer_backward_case(number);
+  const auto run = number < kGemmCases            ? gemm_case
+                   : number < kFirstLayerBackward ? preactivation_grad_case
+                   : number < kFirstStackForward  ? epilogue_case
+                   : number < kFirstStackBackward ? stack_forward_case
+                                                  : stack_backward_case;
+  run(number);
   return true;
 }
 
@@ -256,8 +261,10 @@ int run(int argc, char** argv) {
   }
   const char* const isa = kernels().isa;
   __sanitizer_set_death_callback(print_running_case);
-  const bool one = !argument.empty();
-  const int64_t begin = one ? std::stoll(argument) : 0, end = one ? begin + 1 : kCases;
+  const bool some = !argument.empty();
+  const int64_t begin = some ? std::stoll(argument) : 0, end = argc > 2 ? std::stoll(argv[2])
+                                                               : some   ? begin + 1
+                                                                        : kCases;
   int64_t declined = 0;
   for (int64_t number = begin; number < end; ++number) declined += !run_case(number);
   std::printf(
