@@ -66,7 +66,7 @@ bench-gelu: $(VENV)/.built
 
 report: $(VENV)/.built
 	$(BIN)/python benchmarks/report.py $(RESULTS) --suite layer --threads $$(nproc) --readme README.md --plot docs/bench.png
-	$(BIN)/python benchmarks/report.py $(RESULTS) --suite networks --plot docs/bench-networks.png
+	$(BIN)/python benchmarks/report.py $(RESULTS) --suite networks --threads $$(nproc) --readme README.md --plot docs/bench-networks.png
 	$(BIN)/python benchmarks/report.py $(RESULTS) --readme benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/report.py $(GELU_RESULTS) --readme benchmarks/RESULTS.md
 

@@ -7,7 +7,7 @@
 Reads what ``fastlane bench --json`` writes and what pytest-benchmark writes for the files beside this
 one; several files are put together, and a row that several of them measured becomes the median of its
 runs. Losing rows stay in. ``--threads`` and ``--suite`` choose rows by
-what was run, never by result. The JSON of ``bench_gelu.py`` has a table and markers of its own.
+what was run, never by result. ``--suite networks`` and the JSON of ``bench_gelu.py`` have markers of their own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 START, END = "<!-- benchmark table start -->", "<!-- benchmark table end -->"
+NETWORKS_START, NETWORKS_END = "<!-- networks table start -->", "<!-- networks table end -->"
 GELU_START, GELU_END = "<!-- GELU table start -->", "<!-- GELU table end -->"
 GELU_KIND = "fastlane-bench-gelu"
 RIVALS = ("eager", "compile", "linear", "onednn")
@@ -395,7 +396,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             table, markers = gelu_markdown(gelu), (GELU_START, GELU_END)
         else:
             document = choose(load(args.results), args.suite, args.threads)
-            table, markers = markdown(document), (START, END)
+            networks = args.suite == "networks"
+            table, markers = markdown(document), (NETWORKS_START, NETWORKS_END) if networks else (START, END)
             if args.plot:
                 plot(document, args.plot)
         if args.readme:

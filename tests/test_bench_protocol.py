@@ -270,16 +270,18 @@ def test_report_says_when_the_machine_was_not_quiet(document: dict[str, Any]) ->
     assert f"in 1 of {len(changed['rows'])} rows something else kept up to 1.5" in report.markdown(changed)
 
 
+@pytest.mark.parametrize("suite", ["layer", "networks"])
 def test_report_rewrites_between_its_markers_only(
-    document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    document: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], suite: str
 ) -> None:
     results, readme = tmp_path / "r.json", tmp_path / "README.md"
-    results.write_text(json.dumps(document))
-    readme.write_text(f"before\n{report.START}\nstale figures\n{report.END}\nafter\n")
+    results.write_text(json.dumps({**document, "rows": [{**row, "suite": suite} for row in document["rows"]]}))
+    start, end = (report.START, report.END) if suite == "layer" else (report.NETWORKS_START, report.NETWORKS_END)
+    readme.write_text(f"before\n{start}\nstale figures\n{end}\nafter\n")
     for _ in range(2):
-        assert report.main([str(results), "--readme", str(readme), "--suite", "layer"]) == 0
+        assert report.main([str(results), "--readme", str(readme), "--suite", suite]) == 0
     text = readme.read_text()
-    assert text.startswith(f"before\n{report.START}\n") and text.endswith(f"{report.END}\nafter\n")
+    assert text.startswith(f"before\n{start}\n") and text.endswith(f"{end}\nafter\n")
     assert "stale" not in text and text.count("| 16×32→32 |") == 2
     readme.write_text("no markers")
     assert report.main([str(results), "--readme", str(readme)]) == 2
