@@ -30,5 +30,6 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("reset_stats", &fastlane::policy::reset_stats);
   m.def("leave_fused_path", &fastlane::policy::leave_fused_path);
+  fastlane::prepare_network_calls();
   m.def("run_plain_network", &fastlane::run_plain_network);
 }

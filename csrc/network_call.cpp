@@ -6,6 +6,7 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -18,7 +19,7 @@ namespace py = pybind11;
 
 // Never freed: the interpreter may be gone before static objects are.
 struct Torch {
-  PyObject *sequential, *linear, *gelu, *identity;
+  PyObject *module_list, *sequential, *linear, *gelu, *identity;
   PyObject* module_globals;  // of torch.nn.modules.module, with the hooks for all modules
 
   static const Torch& get() {
@@ -26,9 +27,9 @@ struct Torch {
       const auto attribute = [](const char* module, const char* name) {
         return py::module_::import(module).attr(name).cast<py::object>().release().ptr();
       };
-      return new Torch{attribute("torch.nn", "Sequential"), attribute("torch.nn", "Linear"),
-                       attribute("torch.nn", "GELU"), attribute("torch.nn", "Identity"),
-                       attribute("torch.nn.modules.module", "__dict__")};
+      return new Torch{attribute("torch.nn", "ModuleList"), attribute("torch.nn", "Sequential"),
+                       attribute("torch.nn", "Linear"),     attribute("torch.nn", "GELU"),
+                       attribute("torch.nn", "Identity"),   attribute("torch.nn.modules.module", "__dict__")};
     }();
     return *torch;
   }
@@ -68,21 +69,26 @@ struct Keys {
   }
 };
 
+// The object's own dict, while the object lives; null where it has none.
+PyObject* dict_of(PyObject* object) {
+  const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
+  if (!dict) PyErr_Clear();
+  return dict.ptr();
+}
+
 bool under_global_hooks() {
   for (const Key& key : Keys::get().global_hooks)
     if (!key.is_empty_in(Torch::get().module_globals)) return true;
   return false;
 }
 
-// The module's own dict, while the module lives; null if it is not exactly of `kind`, has hooks or a forward of its
-// own.
+// Null if the module is not exactly of `kind`, has hooks or a forward of its own.
 PyObject* plain_dict(PyObject* module, PyObject* kind) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != kind) return nullptr;
-  const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
-  if (!dict) throw py::error_already_set();
+  PyObject* const dict = dict_of(module);
   for (const Key& key : Keys::get().hooks)
-    if (!key.is_empty_in(dict.ptr())) return nullptr;
-  return Keys::get().forward.in(dict.ptr()) ? nullptr : dict.ptr();
+    if (!key.is_empty_in(dict)) return nullptr;
+  return Keys::get().forward.in(dict) ? nullptr : dict;
 }
 
 // A plain tensor or parameter; undefined for None. False for anything else.
@@ -96,6 +102,8 @@ bool read_tensor(PyObject* object, at::Tensor& tensor) {
 bool read_linear(PyObject* module, at::Tensor& weight, at::Tensor& bias) {
   PyObject* const dict = plain_dict(module, Torch::get().linear);
   PyObject* const parameters = Keys::get().parameters.in(dict);
+  // A plain attribute goes before a parameter of its name.
+  if (Keys::get().weight.in(dict) || Keys::get().bias.in(dict)) return false;
   return read_tensor(Keys::get().weight.in(parameters), weight) && weight.defined() &&
          read_tensor(Keys::get().bias.in(parameters), bias);
 }
@@ -109,18 +117,24 @@ std::string_view read_activation(PyObject* module) {
   return PyUnicode_CompareWithASCIIString(approximate, "tanh") == 0 ? "gelu_tanh" : std::string_view();
 }
 
-// The children of a container in their order, or nothing where their dict is of another kind.
-std::optional<std::vector<PyObject*>> children(PyObject* container_dict) {
-  PyObject* const modules = Keys::get().modules.in(container_dict);
+// The children of a ModuleList, if it is one and they still go by 0, 1, 2 …
+std::optional<std::vector<PyObject*>> children(PyObject* list) {
+  if (!list || reinterpret_cast<PyObject*>(Py_TYPE(list)) != Torch::get().module_list) return std::nullopt;
+  PyObject* const modules = Keys::get().modules.in(dict_of(list));
   if (!modules || !PyDict_CheckExact(modules)) return std::nullopt;
   std::vector<PyObject*> result;
-  PyObject* child = nullptr;
-  for (Py_ssize_t position = 0; PyDict_Next(modules, &position, nullptr, &child);) result.push_back(child);
+  PyObject *name = nullptr, *child = nullptr;
+  for (Py_ssize_t position = 0; PyDict_Next(modules, &position, &name, &child);) {
+    if (!PyUnicode_Check(name) || PyUnicode_CompareWithASCIIString(name, std::to_string(result.size()).c_str()) != 0)
+      return std::nullopt;
+    result.push_back(child);
+  }
   return result;
 }
 
 struct PlainNetwork {
-  std::string_view shortcut, activation;
+  std::string shortcut;  // the network's own may be assigned anew while other threads run
+  std::string_view activation;
   std::vector<at::Tensor> weights;
   OptionalTensors biases, projections, projection_biases;
 
@@ -149,37 +163,32 @@ struct PlainNetwork {
   }
 };
 
-PyObject* dict_of(PyObject* module) {
-  const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(module, nullptr));
-  if (!dict) throw py::error_already_set();
-  return dict.ptr();
-}
-
 bool read_network(PyObject* network, PlainNetwork& plain) {
   const Keys& keys = Keys::get();
   PyObject* const dict = dict_of(network);
   PyObject *const modules = keys.modules.in(dict), *const shortcut = keys.shortcut.in(dict);
-  PyObject* const layer_list = keys.layers.in(modules);
-  if (!layer_list || !shortcut || !PyUnicode_CheckExact(shortcut)) return false;
-  Py_ssize_t length = 0;
-  plain.shortcut = {PyUnicode_AsUTF8AndSize(shortcut, &length)};
-  const auto layers = children(dict_of(layer_list));
-  if (!layers || layers->empty()) return false;
+  if (!shortcut || !PyUnicode_CheckExact(shortcut) || !PyUnicode_IS_ASCII(shortcut)) return false;
+  plain.shortcut = reinterpret_cast<const char*>(PyUnicode_1BYTE_DATA(shortcut));
+  const auto layers = children(keys.layers.in(modules));
+  if (!layers || layers->empty() || keys.layers.in(dict)) return false;
   plain.weights.reserve(layers->size());
   plain.biases.reserve(layers->size());
   for (PyObject* layer : *layers)
     if (!plain.read_layer(layer)) return false;
   if (plain.shortcut != "projection") return true;
-  PyObject* const projection_list = keys.projections.in(modules);
-  if (!projection_list) return false;
-  const auto projections = children(dict_of(projection_list));
-  if (!projections || projections->size() != layers->size()) return false;
+  const auto projections = children(keys.projections.in(modules));
+  if (!projections || projections->size() != layers->size() || keys.projections.in(dict)) return false;
   for (PyObject* projection : *projections)
     if (!plain.read_projection(projection)) return false;
   return true;
 }
 
 }  // namespace
+
+void prepare_network_calls() {
+  Torch::get();
+  Keys::get();
+}
 
 py::object run_plain_network(const py::handle& network, const py::handle& x) {
   HANDLE_TH_ERRORS

@@ -117,6 +117,30 @@ def _vmap_stack(
     return x, x_dim
 
 
+def _vmap_stack_backward(
+    info, in_dims, grad, x, weights, biases, projections, projection_biases, z, *, shortcut, activation, needed
+):
+    """One example after the other, as torch does it by itself for operators that return no list."""
+    arguments = (grad, x, weights, biases, projections, projection_biases, z)
+
+    def example(value, dim, index):
+        if isinstance(value, (list, tuple)):
+            return [example(entry, d, index) for entry, d in zip(value, dim or [None] * len(value), strict=True)]
+        return value if dim is None or value is None else value.select(dim, index)
+
+    results = [
+        torch.ops.fastlane.residual_stack_backward(
+            *(example(value, dim, index) for value, dim in zip(arguments, in_dims, strict=True)),
+            shortcut=shortcut,
+            activation=activation,
+            needed=needed,
+        )
+        for index in range(info.batch_size)
+    ]
+    return [torch.stack(gradients) for gradients in zip(*results, strict=True)], [0] * len(needed)
+
+
 torch.library.register_vmap("fastlane::linear_gelu_residual", _vmap_residual)
+torch.library.register_vmap("fastlane::residual_stack_backward", _vmap_stack_backward)
 torch.library.register_vmap("fastlane::residual_stack", _vmap_stack)
 torch.library.register_vmap("fastlane::linear_gelu_concat", _vmap_concat)

@@ -39,11 +39,7 @@ def _plain_layer(layer: nn.Module) -> tuple[Tensor, Tensor | None, str] | str:
     name = "none" if kind is nn.Identity else _GELU_NAMES.get(activation.approximate)
     if name is None:
         return f"has a GELU with approximate={activation.approximate!r}"
-    # Reading linear.weight costs half a microsecond; but it may be a plain attribute or a buffer by now.
-    own = linear._parameters
-    plain = "weight" in own and "bias" in own
-    weight, bias = (own["weight"], own["bias"]) if plain else (linear.weight, linear.bias)
-    return weight, bias, name
+    return linear.weight, linear.bias, name
 
 
 class _FusedForward(reference.ResidualNetwork):
@@ -62,7 +58,7 @@ class _FusedForward(reference.ResidualNetwork):
         # torch.jit.trace knows no lists with None in them.
         if under_global_hooks() or torch.jit.is_tracing():
             return self._forward_by_layer(x)
-        for layer in self.layers._modules.values():
+        for layer in self.layers:
             plain = _plain_layer(layer)
             # The stack op knows one activation; a network whose layers differ is still fused layer by layer.
             if isinstance(plain, str) or plain[2] != (common or plain[2]):
@@ -70,10 +66,13 @@ class _FusedForward(reference.ResidualNetwork):
             weight, bias, common = plain
             weights.append(weight)
             biases.append(bias)
+        if not weights:
+            return x
         projections = projection_biases = None
         if self.shortcut == "projection":
             projections, projection_biases = [], []
-            for projection in list(self.projections._modules.values())[: len(weights)]:
+            for index in range(len(weights)):
+                projection = self.projections[index]
                 if projection is not None and why_not_plain(projection, nn.Linear) is not None:
                     return self._forward_by_layer(x)
                 projections.append(None if projection is None else projection.weight)

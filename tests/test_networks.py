@@ -2,6 +2,8 @@
 
 import copy
 import doctest
+import sys
+import threading
 
 import pytest
 import torch
@@ -98,6 +100,74 @@ def test_the_short_way_leaves_to_python_what_python_watches():
         run(network)
     network.layers[0][0].weight = nn.Parameter(network.layers[0][0].weight.detach().as_subclass(Subclass))
     assert run(network, x) is None
+
+
+def test_projections_go_by_their_names():
+    network, x = fl.ResidualNetwork([4, 6, 4, 6], shortcut="projection"), torch.randn(2, 4)
+    y = network(x)
+    children = network.projections._modules
+    for name in ("1", "0"):
+        children[name] = children.pop(name)
+    assert library.run_plain_network(network, x) is None
+    assert torch.equal(network(x), y)
+
+
+def test_unusual_attributes_of_a_network():
+    x = torch.randn(2, 4)
+    network = fl.ResidualNetwork([4, 4])
+    network.shortcut = "\ud800"
+    with pytest.raises(ValueError, match="shortcut: got"):
+        network(x)
+    network = fl.ResidualNetwork([4, 4])
+    del network.layers[0]
+    assert torch.equal(network(x), x)
+    network = fl.ResidualNetwork([4, 4])
+    network.layers[0][0].__dict__["weight"] = torch.zeros(4, 4)
+    expected = nn.functional.gelu(network.layers[0][0].bias.expand(2, 4))
+    torch.testing.assert_close(network(torch.zeros(2, 4)), expected)
+    network.layers = None
+    assert library.run_plain_network(network, x) is None
+
+
+@pytest.mark.slow
+def test_a_shortcut_assigned_while_other_threads_call():
+    """The name lives as long as the call that read it."""
+    network, x = fl.ResidualNetwork([4, 4]), torch.randn(2, 4)
+    expected = {name: None for name in ("identity", "none")}
+    for name in expected:
+        network.shortcut = name
+        expected[name] = network(x)
+    stop, wrong = threading.Event(), []
+
+    def write():
+        while not stop.is_set():
+            for name in expected:
+                network.shortcut = "".join(list(name))
+
+    def read():
+        for _ in range(3000):
+            try:
+                y = network(x)
+            except Exception as error:
+                wrong.append(error)
+            else:
+                if not any(torch.equal(y, value) for value in expected.values()):
+                    wrong.append(y)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        writer = threading.Thread(target=write)
+        readers = [threading.Thread(target=read) for _ in range(2)]
+        for thread in (writer, *readers):
+            thread.start()
+        for thread in readers:
+            thread.join()
+        stop.set()
+        writer.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -21,6 +21,7 @@ SIZES = {
     "wide": (300, 700, 700, 40),
 }
 CREATE_GRAPH = "backward with create_graph=True"
+BATCH = "a batch of gradients"
 
 each_shortcut = pytest.mark.parametrize("shortcut", SHORTCUTS)
 
@@ -39,9 +40,9 @@ class Network:
         fan_in = sizes[0]
         for width in sizes[1:]:
             projected = shortcut == "projection" and fan_in != width
-            self.weights.append(random(width, fan_in, scale=fan_in**-0.5))
+            self.weights.append(random(width, fan_in, scale=max(1, fan_in) ** -0.5))
             self.biases.append(random(width) if bias else None)
-            self.projections.append(random(width, fan_in, scale=fan_in**-0.5) if projected else None)
+            self.projections.append(random(width, fan_in, scale=max(1, fan_in) ** -0.5) if projected else None)
             self.projection_biases.append(random(width) if projected and bias else None)
             fan_in = fan_in + width if shortcut == "concat" else width
         self.out_features = fan_in
@@ -236,6 +237,51 @@ def held_bytes(call):
     return sum(held.values())
 
 
+@pytest.mark.own_product
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_many_pre_activations_are_computed_again(dtype):
+    """Beyond 32 MiB of them only x and the parameters are kept; what comes out is as exact."""
+    sizes = (16,) * 9
+    row_bytes = 16 * dtype.itemsize
+    network = Network(sizes, "identity", dtype=dtype)
+    x, dy = draw(network, ((33 << 20) // (8 * row_bytes),), sizes)
+    parameters = sum(t.nbytes for t in network.parameters)
+    assert held_bytes(lambda: network.run(x)) == x.nbytes + parameters
+    few = x[:1000].detach().clone().requires_grad_()
+    assert held_bytes(lambda: network.run(few)) == 1000 * row_bytes * 9 + parameters
+    exact = network.results(x, dy, reference, double=True)
+    eager = pooled_error(network.results(x, dy, reference), exact)
+    assert pooled_error(network.results(x, dy), exact) <= 1.5 * eager + 1
+
+
+@each_shortcut
+@pytest.mark.parametrize("rows", [0, 1, 16, 17])
+def test_layers_without_outputs(rows, shortcut):
+    sizes = (3, 0, 4)
+    network = Network(sizes, shortcut)
+    x, dy = draw(network, (rows,), sizes)
+    for got, want in zip(network.results(x, dy), network.results(x, dy, reference), strict=True):
+        assert got.shape == want.shape and torch.allclose(got, want)
+
+
+@pytest.mark.expects_fallback(BATCH)
+@each_shortcut
+def test_batches_of_gradients(shortcut):
+    sizes = SIZES["mixed"]
+    network = Network(sizes, shortcut)
+    x, dy = draw(network, (5,), sizes)
+    y = network.run(x)
+    leaves = [x, *network.parameters]
+    directions = torch.stack([dy, -dy, dy * dy])
+    expected = [torch.autograd.grad(y, leaves, d, retain_graph=True) for d in directions]
+    together = torch.autograd.grad(y, leaves, directions, retain_graph=True, is_grads_batched=True)
+    mapped = torch.func.vmap(lambda d: torch.autograd.grad(y, leaves, d, retain_graph=True))(directions)
+    for index, gradients in enumerate(expected):
+        for got, again, want in zip(together, mapped, gradients, strict=True):
+            assert torch.equal(again[index], want)
+            torch.testing.assert_close(got[index], want)
+
+
 def test_half_of_eagers_bytes():
     network = Network((64,) * 17, "identity", dtype=torch.float32)
     x, _ = draw(network, (4096,), (64,))
@@ -338,6 +384,12 @@ BAD = {
     "shortcut: got 'skip'": lambda: fl.residual_stack(W, [W], shortcut="skip"),
     "activation: got 'relu'": lambda: fl.residual_stack(W, [W], activation="relu"),
     "x has dtype Long": lambda: fl.residual_stack(W.long(), [W]),
+    r"weights\[0\] has shape \[\]": lambda: fl.residual_stack(W, [torch.tensor(1.0, requires_grad=True)]),
+    r"weights\[1\] has layout Sparse": lambda: fl.residual_stack(W, [W, W.to_sparse()]),
+    r"biases\[0\] has layout Sparse": lambda: fl.residual_stack(W, [W], [W[0].to_sparse()]),
+    "needed has 0, expected rising": lambda: torch.ops.fastlane.residual_stack_backward(
+        W, W, [W], [], [], [], None, shortcut="none", activation="gelu", needed=[0, 0]
+    ),
     "x is 0-D": lambda: fl.residual_stack(W[0, 0], [W]),
 }
 

@@ -8,8 +8,8 @@
 
 namespace fastlane {
 
-// Every weight stays in L2 beside a block of rows, and what is packed of all of them is no more than what one GEMM
-// packs of its operands.
+// Every weight stays in L2 beside a block of rows, and what is packed of all of them is bounded; projections may
+// double the bound.
 inline bool is_narrow(const StackProblem& p, const Caches& caches) {
   constexpr int64_t kMaxFeatures = 1024, kMaxBytes = int64_t{16} << 20;
   constexpr int64_t kCopies = 2;  // W for the way back, Wᵀ for the way forward

@@ -108,7 +108,9 @@ class ResidualStack : public torch::autograd::Function<ResidualStack> {
     for (size_t i = 0; i < positions.size(); ++i)
       if (ctx->needs_input_grad(i)) needed.push_back(positions[i]), places.push_back(i);
 
-    const variable_list gradients = at::GradMode::is_enabled()
+    // torch's older vmap, behind is_grads_batched, has no fallback for operators that return a list.
+    const bool batched = grads[0].key_set().has(c10::DispatchKey::Batched);
+    const variable_list gradients = at::GradMode::is_enabled() || batched
                                         ? composed_backward(grads[0], saved, places, p, shortcut, activation)
                                         : fused_backward(grads[0], saved[0], p, z, shortcut, activation, needed);
     for (size_t i = 0; i < places.size(); ++i) result[places[i]] = gradients[i];
@@ -130,11 +132,13 @@ class ResidualStack : public torch::autograd::Function<ResidualStack> {
   static variable_list composed_backward(const Tensor& grad, const variable_list& tensors,
                                          const std::vector<size_t>& places, const StackParameters& p,
                                          StackShortcut shortcut, Activation activation) {
-    policy::leave_fused_path("backward with create_graph=True");
+    const bool create_graph = at::GradMode::is_enabled();
+    policy::leave_fused_path(create_graph ? "backward with create_graph=True" : "a batch of gradients");
+    const at::AutoGradMode with_history(true);
     const Tensor y = composition::residual_stack(tensors[0], p, shortcut, activation);
     variable_list inputs;
     for (size_t i : places) inputs.push_back(tensors[i]);
-    return torch::autograd::grad({y}, inputs, {grad}, /*retain_graph=*/true, /*create_graph=*/true,
+    return torch::autograd::grad({y}, inputs, {grad}, /*retain_graph=*/true, create_graph,
                                  /*allow_unused=*/true);
   }
 };
@@ -151,7 +155,8 @@ Tensor residual_stack(const Tensor& x, at::TensorList weights, const OptionalTen
     policy::leave_fused_path(reason);
     return composition::residual_stack(x, p, shortcut, activation);
   }
-  check_dense(kOp, "x", x);
+  for (size_t i = 0; i < present.tensors.size(); ++i)
+    check_dense(kOp, stack_item(present.positions[i], p.layers()), present.tensors[i]);
   check_device(kOp, x);
   bool needs_grad = false;
   for (const Tensor& t : present.tensors) needs_grad = needs_grad || t.requires_grad();
@@ -160,6 +165,7 @@ Tensor residual_stack(const Tensor& x, at::TensorList weights, const OptionalTen
     return call_residual_stack(x, weights, biases, projections, projection_biases, shortcut_name, activation_name,
                                recompute);
   }
+  check_stack(x, p, shortcut);
   return ResidualStack::apply(at::TensorList(present.tensors), present.positions, static_cast<int64_t>(p.layers()),
                               shortcut, activation, recompute);
 }

@@ -66,7 +66,7 @@ struct Stack : StackSizes {
       layer.weight = matrix(parameters.weights[i]);
       layer.bias = contiguous_data(parameters.biases[i]);
       layer.adds_input = adds_input(parameters, i, shortcut);
-      if (projection.defined()) layer.projection = matrix(projection);
+      if (projection.defined()) layer.projection = present_matrix(projection);
       layer.projection_bias = contiguous_data(parameters.projection_biases[i]);
     }
     problem.activation = activation;
@@ -91,6 +91,13 @@ struct Stack : StackSizes {
   }
 
  private:
+  // A projection of no features has no memory, but its bias counts.
+  static ConstMatrix present_matrix(const at::Tensor& t) {
+    static constexpr char nothing = 0;
+    ConstMatrix m = matrix(t);
+    if (!m.data) m.data = &nothing;
+    return m;
+  }
   const void* contiguous_data(at::Tensor& bias) {
     if (!bias.defined()) return nullptr;
     bias = bias.contiguous();

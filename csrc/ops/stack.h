@@ -25,12 +25,13 @@ struct StackParameters {
   size_t layers() const { return weights.size(); }
 };
 
+// x, or a tensor of a list.
 struct StackItem {
-  const char* list;
-  size_t layer;
+  const char* name;
+  std::optional<size_t> layer;
 
   friend std::ostream& operator<<(std::ostream& out, const StackItem& item) {
-    return out << item.list << "[" << item.layer << "]";
+    return item.layer ? out << item.name << "[" << *item.layer << "]" : out << item.name;
   }
 };
 
@@ -152,6 +153,13 @@ inline const at::Tensor& stack_tensor(const at::Tensor& x, const StackParameters
   return (*lists[(position - 1) / layers])[(position - 1) % layers];
 }
 
+inline StackItem stack_item(int64_t position, size_t layers) {
+  constexpr const char* lists[] = {"weights", "biases", "projections", "projection_biases"};
+  if (position == 0) return {"x", std::nullopt};
+  const auto index = static_cast<size_t>(position - 1);
+  return {lists[index / layers], index % layers};
+}
+
 // Saved tensors may have passed through somebody's hooks, so a backward trusts them no more than a forward does.
 inline void check_stack_backward(const at::Tensor& grad, const at::Tensor& x, const StackParameters& p,
                                  const OptionalTensor& z, StackShortcut shortcut, at::IntArrayRef needed) {
@@ -167,11 +175,15 @@ inline void check_stack_backward(const at::Tensor& grad, const at::Tensor& x, co
                     ", expected what the forward returned");
   }
   const auto positions = static_cast<int64_t>(1 + 4 * p.layers());
-  for (const int64_t position : needed)
-    TORCH_CHECK(0 <= position && position < positions && stack_tensor(x, p, position).defined(), op, ": needed has ",
-                position,
-                ", expected the position of a tensor that is there: 0 for x, then weights, biases, "
-                "projections and projection biases");
+  int64_t before = -1;
+  for (const int64_t position : needed) {
+    TORCH_CHECK(
+        before < position && position < positions && stack_tensor(x, p, position).defined(), op, ": needed has ",
+        position,
+        ", expected rising positions of tensors that are there: 0 for x, then weights, biases, projections and "
+        "projection biases");
+    before = position;
+  }
 }
 
 }  // namespace fastlane

@@ -7,13 +7,13 @@
 
 namespace sweep {
 
-constexpr int64_t kStackSizes[] = {1, 2, 3, 5, 8, 12, 13, 17, 31, 33, 48, 65, 100};
+constexpr int64_t kStackSizes[] = {0, 1, 2, 3, 5, 8, 12, 13, 17, 31, 33, 48, 65, 100};
 constexpr int64_t kStackRows[] = {0, 1, 2, 3, 7, 12, 16, 17, 24, 31, 48, 64, 65, 100, 193, 385, 511, 512, 1100};
 constexpr double kMaxStackMultiplyAdds = 1.2e6;
 
 struct DrawnLayer {
   int64_t in, out;
-  bool adds_input = false;
+  bool adds_input = false, projected = false;
   Operand weight, bias, projection, projection_bias;
 
   StackLayer plain() const {
@@ -21,6 +21,8 @@ struct DrawnLayer {
     l.in_features = in, l.out_features = out, l.adds_input = adds_input;
     l.weight = weight.matrix(), l.bias = bias.data;
     l.projection = projection.matrix(), l.projection_bias = projection_bias.data;
+    // Of no features it has no memory, but it is there.
+    if (projected && l.projection.data == nullptr) l.projection.data = this;
     return l;
   }
 };
@@ -62,10 +64,10 @@ struct DrawnStack {
     for (DrawnLayer& l : layers) {
       c.describe("out", l.out);
       l.weight = draw("weight", l), l.bias = draw_bias("bias", l);
-      const bool projected = shortcut == projection && (l.in != l.out || c.rng.one_in(4));
-      l.adds_input = !projected && l.in == l.out && (shortcut == identity || shortcut == projection);
-      l.projection = projected ? draw("projection", l) : c.absent("projection");
-      l.projection_bias = projected ? draw_bias("projection_bias", l) : c.absent("projection_bias");
+      l.projected = shortcut == projection && (l.in != l.out || c.rng.one_in(4));
+      l.adds_input = !l.projected && l.in == l.out && (shortcut == identity || shortcut == projection);
+      l.projection = l.projected ? draw("projection", l) : c.absent("projection");
+      l.projection_bias = l.projected ? draw_bias("projection_bias", l) : c.absent("projection_bias");
     }
   }
 
@@ -88,7 +90,7 @@ struct DrawnStack {
 inline Operand draw_rows(Case& c, const char* name, int64_t rows, int64_t cols) {
   Operand o = c.input(name, rows, cols, row_layout(rows, cols, c.rng), 1);
   const bool with_denormal = c.kind == Kind::denormals || c.kind == Kind::one_denormal;
-  if (with_denormal && rows > 0) o.set(c.rng.below(rows), c.rng.below(cols), c.format.min_normal / 2);
+  if (with_denormal && rows > 0 && cols > 0) o.set(c.rng.below(rows), c.rng.below(cols), c.format.min_normal / 2);
   return o;
 }
 
@@ -124,7 +126,7 @@ inline Approx linear(const Approx& h, const Operand& weight, const Operand& bias
 inline Approx layer_output(const Case& c, const DrawnStack& s, size_t i, const Approx& h, const Approx& z) {
   const DrawnLayer& l = s.layers[i];
   Approx out = activated(z, c.activation, c.format);
-  if (l.projection.data != nullptr || !l.projection.values.empty()) {
+  if (l.projected) {
     add(out, rounded(linear(h, l.projection, l.projection_bias, c.roundoff), c.format), c.roundoff);
   } else if (l.adds_input) {
     add(out, h, c.roundoff);
@@ -180,7 +182,7 @@ inline void stack_backward_case(int64_t number) {
   std::vector<Gradients> gradients;
   gradients.reserve(count);
   for (const DrawnLayer& l : s.layers) {
-    const bool transposed[2] = {c.rng.one_in(2), c.rng.one_in(2)}, projected = !l.projection.values.empty();
+    const bool transposed[2] = {c.rng.one_in(2), c.rng.one_in(2)};
     const auto matrix = [&](const char* name, bool present, bool flip) {
       return Output(c, name, flip ? l.in : l.out, flip ? l.out : l.in, present && !c.rng.one_in(4));
     };
@@ -188,7 +190,7 @@ inline void stack_backward_case(int64_t number) {
       return Output(c, name, 1, l.out, present && !c.rng.one_in(4));
     };
     gradients.push_back({transposed[0], transposed[1], matrix("dweight", true, transposed[0]),
-                         bias("db", !l.bias.values.empty()), matrix("dprojection", projected, transposed[1]),
+                         bias("db", !l.bias.values.empty()), matrix("dprojection", l.projected, transposed[1]),
                          bias("dprojection_bias", !l.projection_bias.values.empty())});
   }
   const Output dx(c, "dx", s.rows, s.in, !c.rng.one_in(3));
@@ -227,7 +229,7 @@ inline void stack_backward_case(int64_t number) {
     };
     check_product(g.dweight, dz, g.dweight_transposed);
     Approx dh = product(dz, Approx(l.weight).transposed(), c.roundoff);
-    if (!l.projection.values.empty()) {
+    if (l.projected) {
       g.dprojection_bias.check(column_sums(grad, c.roundoff));
       check_product(g.dprojection, grad, g.dprojection_transposed);
       add(dh, rounded(product(grad, Approx(l.projection).transposed(), c.roundoff), c.format), c.roundoff);
