@@ -168,7 +168,8 @@ bool read_network(PyObject* network, PlainNetwork& plain) {
   PyObject* const dict = dict_of(network);
   PyObject *const modules = keys.modules.in(dict), *const shortcut = keys.shortcut.in(dict);
   if (!shortcut || !PyUnicode_CheckExact(shortcut) || !PyUnicode_IS_ASCII(shortcut)) return false;
-  plain.shortcut = reinterpret_cast<const char*>(PyUnicode_1BYTE_DATA(shortcut));
+  plain.shortcut.assign(reinterpret_cast<const char*>(PyUnicode_1BYTE_DATA(shortcut)),
+                        static_cast<size_t>(PyUnicode_GET_LENGTH(shortcut)));
   const auto layers = children(keys.layers.in(modules));
   if (!layers || layers->empty() || keys.layers.in(dict)) return false;
   plain.weights.reserve(layers->size());

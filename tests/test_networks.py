@@ -115,9 +115,10 @@ def test_projections_go_by_their_names():
 def test_unusual_attributes_of_a_network():
     x = torch.randn(2, 4)
     network = fl.ResidualNetwork([4, 4])
-    network.shortcut = "\ud800"
-    with pytest.raises(ValueError, match="shortcut: got"):
-        network(x)
+    for name in ("\ud800", "identity\0"):
+        network.shortcut = name
+        with pytest.raises(ValueError, match="shortcut: got"):
+            network(x)
     network = fl.ResidualNetwork([4, 4])
     del network.layers[0]
     assert torch.equal(network(x), x)
