@@ -1,6 +1,5 @@
-// The Python module fastlane_ext._C: what was built, what runs, what was counted, and the short way to a
-// network's call. The operators are not here:
-// they register themselves with torch's dispatcher when the library is loaded.
+// The Python module fastlane_ext._C: what was built, what runs, what was counted, and the short way to a network's
+// call. The operators are not here: they register themselves with torch's dispatcher when the library is loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
