@@ -3,9 +3,10 @@ VENV ?= .venv
 OUTPUT ?= demo-output
 BIN = $(VENV)/bin
 BUILD_INPUTS = setup.py build_support.py pyproject.toml $(shell find csrc -type f)
-CXX_SOURCES = $(shell find csrc tests/kernels benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+CXX_SOURCES = $(shell find csrc tests/kernels tests/cuda_host benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inc' \
+	-o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format sanitize bench bench-gelu report clean
+.PHONY: demo test lint format sanitize cuda-build bench bench-gelu report clean
 
 # A fresh machine needs Python 3.10+, its headers and a C++ compiler; everything else is installed here.
 demo: $(VENV)/.built
@@ -48,6 +49,27 @@ $(SANITIZE)/%.o: %.cpp Makefile
 	$(CXX) $(SANITIZE_FLAGS) -MMD -MP -c $< -o $@
 
 -include $(SANITIZE_OBJECTS:.o=.d)
+
+# The CUDA half without a GPU: compiled and linked for torch's CUDA build in an environment and a copy of its own, then
+# the tests of this package on that build. nvcc is all it needs; torch and its libraries take 5 GB.
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= 2.14.1
+CUDA_ARCHS ?= 8.0;9.0a+PTX
+CUDA_COPY = build/cuda
+CUDA_BIN = $(abspath $(CUDA_VENV))/bin
+cuda-build: $(CUDA_VENV)/.requirements
+	mkdir -p $(CUDA_COPY)
+	find $(CUDA_COPY) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	tar c --exclude=./build --exclude='./.venv*' --exclude=./.git --exclude='*.so' . | tar x -C $(CUDA_COPY)
+	cd $(CUDA_COPY) && FASTLANE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" \
+	$(CUDA_BIN)/python -m pip install --no-build-isolation --no-deps --editable .
+	cd $(CUDA_COPY) && $(CUDA_BIN)/fastlane info && $(CUDA_BIN)/python -m pytest
+
+$(CUDA_VENV)/.requirements: requirements.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	sed 's/^torch==.*/torch==$(CUDA_TORCH)/' requirements.txt > $(CUDA_VENV)/requirements.txt
+	$(CUDA_BIN)/python -m pip install --quiet --requirement $(CUDA_VENV)/requirements.txt
+	touch $@
 
 # The README's table and plots: measured on this machine, now, three runs. Leave it alone meanwhile; half an hour.
 RESULTS = $(foreach run,1 2 3,benchmarks/results/bench-$(run).json)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 MINIMUM_TORCH = (2, 11)
 MINIMUM_SETUPTOOLS = (70, 1)  # the first that makes wheels by itself
+# Turing and newer; later GPUs compile the PTX when they load it.
+DEFAULT_CUDA_ARCHITECTURES = "7.5;8.0;9.0+PTX"
 
 
 class BuildError(RuntimeError):
@@ -95,6 +97,24 @@ def cuda_toolkit_version(home: str | None) -> str | None:
         return None
     match = re.search(r"release (\d+\.\d+)", output)
     return match.group(1) if match else None
+
+
+def cuda_architectures(requested: str | None) -> list[str]:
+    """The architectures to compile for: those of TORCH_CUDA_ARCH_LIST, or the default ones if it is not set.
+
+    Raises BuildError where an entry is not a compute capability of 7.5 or newer, such as "9.0a+PTX".
+    """
+    entries = [entry for entry in re.split(r"[;\s]+", requested or "") if entry] or DEFAULT_CUDA_ARCHITECTURES.split(
+        ";"
+    )
+    for entry in entries:
+        match = re.fullmatch(r"(\d+)\.(\d+)[af]?(\+PTX)?", entry)
+        if match is None or (int(match.group(1)), int(match.group(2))) < (7, 5):
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST: got '{entry}', expected compute capabilities of 7.5 or newer such as "
+                f"'{DEFAULT_CUDA_ARCHITECTURES}'; unset it for these"
+            )
+    return entries
 
 
 def check_version(package: str, version: str, minimum: tuple[int, int]) -> None:

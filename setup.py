@@ -18,6 +18,7 @@ from build_support import (  # noqa: E402
     MINIMUM_TORCH,
     BuildError,
     check_version,
+    cuda_architectures,
     cuda_toolkit_version,
     decide_cuda,
     find_compiler,
@@ -27,8 +28,11 @@ from build_support import (  # noqa: E402
 BUILD_RECORD = "_build_record.json"
 
 
-def relative_sources() -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+def relative_sources(with_cuda: bool) -> list[str]:
+    left_out = ROOT / "csrc" / "ops" / ("cuda_absent.cpp" if with_cuda else "cuda.cpp")
+    patterns = ["*.cpp", "*.cu"] if with_cuda else ["*.cpp"]
+    paths = [path for pattern in patterns for path in (ROOT / "csrc").rglob(pattern) if path != left_out]
+    return sorted(str(path.relative_to(ROOT)) for path in paths)
 
 
 def extension_and_command():
@@ -46,7 +50,7 @@ def extension_and_command():
     toolkit_home = find_cuda_home() if torch.version.cuda else None
     if toolkit_home:
         os.environ["CUDA_HOME"] = toolkit_home  # before cpp_extension guesses it from nvcc's folder
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     decision = decide_cuda(
         requested=os.environ.get("FASTLANE_CUDA"),
@@ -57,6 +61,10 @@ def extension_and_command():
     )
     print(f"fastlane_ext: torch {torch.__version__}, {compiler_version}")
     print(f"fastlane_ext: CUDA kernels: {'yes' if decision.build else 'no'} ({decision.reason})")
+    architectures = cuda_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST")) if decision.build else []
+    if decision.build:
+        # Left unset, torch would compile for the GPUs that are visible now.
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)
 
     class RecordingBuildExtension(BuildExtension):
         """Writes down, beside the library, which torch it fits: to be read where it cannot be loaded."""
@@ -68,15 +76,15 @@ def extension_and_command():
                 "version": self.distribution.get_version(),
                 "torch": torch.__version__,
                 "torch_cuda": torch.version.cuda,
-                "cuda_archs": [],
+                "cuda_archs": architectures,
                 "cuda_reason": decision.reason,
                 "compiler": compiler_version,
             }
             (package / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
-    extension = CppExtension(
+    extension = (CUDAExtension if decision.build else CppExtension)(
         "fastlane_ext._C",
-        relative_sources(),
+        relative_sources(decision.build),
         define_macros=[("FASTLANE_CUDA_REASON", json.dumps(decision.reason))],
         # -ffp-contract=off: a product and a sum are fused where the source says fma, the same in every ISA.
         # -fopenmp is for at::parallel_for's header and is not a link flag: the runtime must be the one torch
@@ -90,7 +98,8 @@ def extension_and_command():
                 "-g0",
                 "-Wall",
                 "-Wno-psabi",
-            ]
+            ],
+            "nvcc": ["-O3", "-DNDEBUG", "-Xcompiler=-fvisibility=hidden"],
         },
     )
     return extension, RecordingBuildExtension

@@ -15,6 +15,7 @@ from build_support import (  # noqa: E402
     MINIMUM_TORCH,
     BuildError,
     check_version,
+    cuda_architectures,
     decide_cuda,
     find_compiler,
     find_cuda_home,
@@ -61,6 +62,15 @@ def test_environment_overrides():
     assert decide_cuda(**(READY | {"requested": "1"})).build
     with pytest.raises(BuildError, match="FASTLANE_CUDA: got 'yes', expected 0 or 1"):
         decide_cuda(**(READY | {"requested": "yes"}))
+
+
+def test_cuda_architectures():
+    assert cuda_architectures("8.0;9.0a+PTX") == ["8.0", "9.0a+PTX"]
+    assert cuda_architectures("8.0 12.0f") == ["8.0", "12.0f"]
+    assert cuda_architectures(None) == cuda_architectures(" ") == ["7.5", "8.0", "9.0+PTX"]
+    for wrong in ("7.0", "sm_90", "Hopper", "9", "8.0,9.0"):
+        with pytest.raises(BuildError, match="^TORCH_CUDA_ARCH_LIST: got '.*', expected compute capabilities"):
+            cuda_architectures(wrong)
 
 
 def test_toolkit_root_is_asked_of_nvcc_itself(tmp_path):

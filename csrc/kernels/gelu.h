@@ -1,4 +1,4 @@
-// GELU and its derivative: the one definition, for host and device, right to the last bits of double.
+// GELU and its derivative: the one definition, for host and device, in float or double.
 //
 //   exact:  gelu(z) = z Φ(z),                 Φ(z) = ½ erfc(−z/√2)
 //   tanh:   gelu(z) = ½ z (1 + tanh u) = z σ(2u),  u = √(2/π) (z + 0.044715 z³)
@@ -31,40 +31,49 @@ constexpr double saturation = 40.0;
 
 }  // namespace gelu_constants
 
-FASTLANE_HOST_DEVICE inline double clamp_to_saturation(double z) {
-  const double limit = gelu_constants::saturation;
+template <class R>
+FASTLANE_HOST_DEVICE inline R clamp_to_saturation(R z) {
+  constexpr R limit = R(gelu_constants::saturation);
   return z < -limit ? -limit : (z > limit ? limit : z);
 }
 
-FASTLANE_HOST_DEVICE inline double normal_cdf(double z) { return 0.5 * std::erfc(-z * gelu_constants::sqrt_half); }
+template <class R>
+FASTLANE_HOST_DEVICE inline R normal_cdf(R z) {
+  return R(0.5) * std::erfc(-z * R(gelu_constants::sqrt_half));
+}
 
-FASTLANE_HOST_DEVICE inline double gelu(double z) {
-  const double from_below = z < -gelu_constants::saturation ? -gelu_constants::saturation : z;
+template <class R>
+FASTLANE_HOST_DEVICE inline R gelu(R z) {
+  const R from_below = z < -R(gelu_constants::saturation) ? -R(gelu_constants::saturation) : z;
   return from_below * normal_cdf(clamp_to_saturation(z));
 }
 
-FASTLANE_HOST_DEVICE inline double gelu_derivative(double z) {
-  const double c = clamp_to_saturation(z);
-  return normal_cdf(c) + c * gelu_constants::inv_sqrt_2pi * std::exp(-0.5 * c * c);
+template <class R>
+FASTLANE_HOST_DEVICE inline R gelu_derivative(R z) {
+  const R c = clamp_to_saturation(z);
+  return normal_cdf(c) + c * R(gelu_constants::inv_sqrt_2pi) * std::exp(R(-0.5) * c * c);
 }
 
 // exp(−|2u|): σ(2u) is 1/(1 + e) for z ≥ 0 and e/(1 + e) below.
-FASTLANE_HOST_DEVICE inline double tanh_gelu_exp(double z) {
-  const double two_u = gelu_constants::two_sqrt_2_over_pi * z * (1.0 + gelu_constants::tanh_cubic * z * z);
+template <class R>
+FASTLANE_HOST_DEVICE inline R tanh_gelu_exp(R z) {
+  const R two_u = R(gelu_constants::two_sqrt_2_over_pi) * z * (R(1) + R(gelu_constants::tanh_cubic) * z * z);
   return std::exp(-std::fabs(two_u));
 }
 
-FASTLANE_HOST_DEVICE inline double gelu_tanh(double z) {
-  const double from_below = z < -gelu_constants::saturation ? -gelu_constants::saturation : z;
-  const double e = tanh_gelu_exp(clamp_to_saturation(z));
-  return (z < 0 ? from_below * e : from_below) / (1.0 + e);
+template <class R>
+FASTLANE_HOST_DEVICE inline R gelu_tanh(R z) {
+  const R from_below = z < -R(gelu_constants::saturation) ? -R(gelu_constants::saturation) : z;
+  const R e = tanh_gelu_exp(clamp_to_saturation(z));
+  return (z < 0 ? from_below * e : from_below) / (R(1) + e);
 }
 
-FASTLANE_HOST_DEVICE inline double gelu_tanh_derivative(double z) {
-  const double c = clamp_to_saturation(z);
-  const double e = tanh_gelu_exp(c);
-  const double inverse = 1.0 / (1.0 + e);
-  const double slope = gelu_constants::two_sqrt_2_over_pi * (1.0 + 3.0 * gelu_constants::tanh_cubic * c * c);
+template <class R>
+FASTLANE_HOST_DEVICE inline R gelu_tanh_derivative(R z) {
+  const R c = clamp_to_saturation(z);
+  const R e = tanh_gelu_exp(c);
+  const R inverse = R(1) / (R(1) + e);
+  const R slope = R(gelu_constants::two_sqrt_2_over_pi) * (R(1) + R(3 * gelu_constants::tanh_cubic) * c * c);
   return (z < 0 ? e * inverse : inverse) + c * slope * e * inverse * inverse;
 }
 

@@ -51,4 +51,21 @@ inline GemmProblem wgrad_gemm(const LayerShape& shape, ConstMatrix dz, ConstMatr
   return p;
 }
 
+inline bool forms_dz(const LayerBackwardProblem& b) {
+  return b.activation != Activation::none && (b.dx.data || b.dweight.data);
+}
+
+// dz and db of a layer's backward by the elementwise pass `preactivation_grad`; dz is written to `memory` if anybody
+// needs it. Returns where dz lies.
+template <class Pass>
+ConstRowMajor run_preactivation_grad(const LayerBackwardProblem& b, void* memory, Pass preactivation_grad) {
+  if (!b.db && b.activation == Activation::none) return b.dy;
+  PreActivationGradProblem p;
+  p.rows = b.rows, p.cols = b.out_features, p.dtype = b.dtype, p.activation = b.activation;
+  p.dy = b.dy, p.z = b.z, p.db = b.db;
+  if (forms_dz(b)) p.dz = {memory, b.out_features};
+  preactivation_grad(p);
+  return forms_dz(b) ? ConstRowMajor{memory, b.out_features} : b.dy;
+}
+
 }  // namespace fastlane

@@ -8,6 +8,8 @@ namespace fastlane {
 enum class DType : uint8_t { f32, f64, bf16, f16 };
 enum class Activation : uint8_t { none, gelu, gelu_tanh };
 
+constexpr int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
 // The storage formats that no C++17 compiler is required to know; kernels widen them to float.
 struct BFloat16 {
   uint16_t bits;

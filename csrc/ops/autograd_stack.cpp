@@ -6,7 +6,7 @@
 #include <torch/library.h>
 
 #include "composition.h"
-#include "cpu_stack.h"
+#include "keeps_z.h"
 #include "differentiation.h"
 #include "operators.h"
 #include "stack.h"

@@ -1,23 +1,45 @@
-// This build has no CUDA kernels: a CUDA tensor gets one sentence that says how to change that.
+// The CUDA key: the library's GEMM and one pass around it, on the current stream.
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
+
+#include "../kernels/cuda/elementwise.h"
+#include "backend.h"
+#include "register.h"
 
 namespace fastlane {
 namespace {
 
-void raise_no_cuda(const c10::OperatorHandle& op, c10::Stack*) {
-  C10_THROW_ERROR(NotImplementedError,
-                  op.schema().name() + ": got a CUDA tensor, but this build of fastlane_ext has CPU kernels only (" +
-                      FASTLANE_CUDA_REASON +
-                      "); move the tensors to the CPU, or rebuild with: "
-                      "FASTLANE_CUDA=1 pip install --no-build-isolation --force-reinstall --no-deps .");
+Path library_path(const LayerShape&) {
+  TORCH_CHECK_NOT_IMPLEMENTED(forced_path() != Path::fused,
+                              "FASTLANE_PATH=fused: got CUDA tensors, for which there is no fused product yet; unset "
+                              "it or use library");
+  return Path::library;
 }
+
+void epilogue(const GemmProblem& p, const ConstRowMajor& product) {
+  cuda::epilogue(p, product, c10::cuda::getCurrentCUDAStream());
+}
+
+void preactivation_grad(const PreActivationGradProblem& p) {
+  const auto bytes = static_cast<int64_t>(cuda::preactivation_grad_workspace(p));
+  const at::Tensor workspace = at::empty({bytes}, at::TensorOptions(at::kCUDA).dtype(at::kByte));
+  cuda::preactivation_grad(p, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
+}
+
+bool never(const StackProblem&) { return false; }
 
 }  // namespace
 
+const Backend& cuda_backend() {
+  static constexpr Backend backend{library_path,       library_path, nullptr, nullptr, epilogue,
+                                   preactivation_grad, never,        nullptr, nullptr};
+  return backend;
+}
+
 TORCH_LIBRARY_IMPL(fastlane, CUDA, m) {
-  for (const char* op : {"linear_gelu_residual", "linear_gelu_concat", "linear_gelu_forward", "linear_gelu_backward",
-                         "residual_stack", "residual_stack_forward", "residual_stack_backward"})
-    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&raise_no_cuda>());
+  register_layer_operators(m);
+  register_stack_operators(m);
 }
 
 }  // namespace fastlane

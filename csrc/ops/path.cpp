@@ -4,13 +4,12 @@
 #include <c10/util/Exception.h>
 
 #include <cstdlib>
-#include <optional>
 #include <string>
 
 namespace fastlane {
 namespace {
 
-std::optional<Path> forced_path() {
+std::optional<Path> read_forced_path() {
   const char* text = std::getenv("FASTLANE_PATH");
   const std::string value = text ? text : "";
   if (value == "fused") return Path::fused;
@@ -51,18 +50,20 @@ bool is_outer_product(const LayerShape& shape) {
   return shape.rows == 1 && shape.in_features * shape.out_features >= 128 * 128;
 }
 
-Path unless_forced(bool library) {
-  static const std::optional<Path> forced = forced_path();
-  return forced.value_or(library ? Path::library : Path::fused);
-}
+Path unless_forced(bool library) { return forced_path().value_or(library ? Path::library : Path::fused); }
 
 }  // namespace
 
-Path forward_path(const LayerShape& shape) {
+std::optional<Path> forced_path() {
+  static const std::optional<Path> forced = read_forced_path();
+  return forced;
+}
+
+Path cpu_forward_path(const LayerShape& shape) {
   return unless_forced(library_has_tiles(shape) || streams_weight(shape));
 }
 
-Path backward_path(const LayerShape& shape) {
+Path cpu_backward_path(const LayerShape& shape) {
   return unless_forced(library_has_tiles(shape) || streams_weight(shape) || is_outer_product(shape));
 }
 

@@ -1,5 +1,7 @@
-// Which of two paths a CPU call takes: one fused product, or the library's product and one fused pass over it.
+// Which of two paths a call takes: one fused product, or the library's product and one fused pass over it.
 #pragma once
+
+#include <optional>
 
 #include "../kernels/layer.h"
 
@@ -7,8 +9,10 @@ namespace fastlane {
 
 enum class Path { fused, library };
 
-// FASTLANE_PATH=fused or library forces one; read once. Throws c10::ValueError if it says anything else.
-Path forward_path(const LayerShape& shape);
-Path backward_path(const LayerShape& shape);
+// What FASTLANE_PATH says; read once. Throws c10::ValueError if that is neither fused nor library.
+std::optional<Path> forced_path();
+
+Path cpu_forward_path(const LayerShape& shape);
+Path cpu_backward_path(const LayerShape& shape);
 
 }  // namespace fastlane

@@ -1,21 +1,17 @@
-// One layer on 2-D tensors: what the operators of the CPU key are made of.
+// One layer on 2-D tensors: what the operators are made of.
 #pragma once
 
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 
-#include "../kernels/cpu/parallel.h"
 #include "../kernels/layer.h"
 #include "checks.h"
-#include "path.h"
+#include "backend.h"
 
 namespace fastlane {
 
 DType dtype_of(const at::Tensor& t);
-
-// torch's thread pool and this machine's caches, lent to a kernel.
-Parallel torch_threads();
 
 // (..., cols) → (rows, cols): a view where the strides allow it, otherwise a copy.
 at::Tensor flatten_leading(const at::Tensor& t);

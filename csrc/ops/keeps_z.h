@@ -1,4 +1,4 @@
-// What autograd asks of a stack on CPU tensors.
+// What autograd asks of a stack.
 #pragma once
 
 #include "stack.h"

@@ -1,12 +1,8 @@
-#include "cpu_layer.h"
+#include "layer_calls.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-
-#include "../kernels/cpu/dispatch.h"
-#include "../kernels/cpu/scratch.h"
 
 namespace fastlane {
 namespace {
@@ -15,34 +11,6 @@ int64_t leading_size(const at::Tensor& t) {
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
   return rows;
-}
-
-bool forms_dz(const LayerBackwardProblem& b) {
-  return b.activation != Activation::none && (b.dx.data || b.dweight.data);
-}
-
-// dz and db of a layer's backward, the elementwise pass; dz is written to `memory` if anybody needs it.
-ConstRowMajor run_preactivation_grad(const LayerBackwardProblem& b, void* memory) {
-  if (!b.db && b.activation == Activation::none) return b.dy;
-  PreActivationGradProblem p;
-  p.rows = b.rows, p.cols = b.out_features, p.dtype = b.dtype, p.activation = b.activation;
-  p.dy = b.dy, p.z = b.z, p.db = b.db;
-  if (forms_dz(b)) p.dz = {memory, b.out_features};
-  kernels().preactivation_grad(p, torch_threads());
-  return forms_dz(b) ? ConstRowMajor{memory, b.out_features} : b.dy;
-}
-
-// Two products after the elementwise pass, with dz in kept work memory: the page faults of a fresh tensor would cost
-// as much as the pass itself.
-void run_backward_in_passes(const LayerBackwardProblem& b, int64_t element_size) {
-  const LayerShape shape{b.rows, b.in_features, b.out_features, b.dtype};
-  const Scratch memory(ScratchSlot::dz,
-                       static_cast<size_t>(forms_dz(b) ? b.rows * b.out_features * element_size : 0));
-  const ConstRowMajor dz = run_preactivation_grad(b, memory.as<void>());
-  const ConstMatrix dz_matrix{dz.data, dz.row_stride, 1};
-  if (b.dx.data) kernels().gemm(dgrad_gemm(shape, dz_matrix, b.weight, b.shortcut_grad, b.dx), torch_threads());
-  if (b.dweight.data)
-    kernels().gemm(wgrad_gemm(shape, dz_matrix, b.x, b.dweight_transposed, b.dweight), torch_threads());
 }
 
 LayerBackwardProblem problem_of(const BackwardTensors& t, Activation activation) {
@@ -63,7 +31,7 @@ LayerBackwardProblem problem_of(const BackwardTensors& t, Activation activation)
 
 void run_backward_by_library(const LayerBackwardProblem& b, const BackwardTensors& t) {
   at::Tensor dz = forms_dz(b) ? at::empty({b.rows, b.out_features}, t.dy.options()) : t.dy;
-  run_preactivation_grad(b, forms_dz(b) ? dz.mutable_data_ptr() : nullptr);
+  run_preactivation_grad(b, forms_dz(b) ? dz.mutable_data_ptr() : nullptr, backend_of(t.dy).preactivation_grad);
   const OwnCalls own_calls;
   at::Tensor dx = t.dx, dweight = t.dweight;
   if (dx.defined()) {
@@ -90,16 +58,6 @@ DType dtype_of(const at::Tensor& t) {
     case at::kHalf: return DType::f16;
     default: return DType::f32;
   }
-}
-
-Parallel torch_threads() {
-  Parallel parallel;
-  parallel.threads = at::get_num_threads();
-  parallel.caches = caches();
-  parallel.run = [](int64_t tasks, Parallel::Body body, void* context) {
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-  };
-  return parallel;
 }
 
 at::Tensor flatten_leading(const at::Tensor& t) {
@@ -131,7 +89,7 @@ void run_forward(Path path, const Operands& o, Activation activation, const at::
   GemmProblem p = forward_gemm(o.shape, matrix(o.x), matrix(o.weight), bias, activation, residual,
                                z.defined() ? mutable_row_major(z) : RowMajor{}, mutable_row_major(activated));
   if (path == Path::fused) {
-    kernels().gemm(p, torch_threads());
+    backend_of(o.x).gemm(p);
     return;
   }
   at::Tensor product = z.defined() ? z : activated;
@@ -145,15 +103,17 @@ void run_forward(Path path, const Operands& o, Activation activation, const at::
       at::mm_out(product, o.x, o.weight.t());
     }
   }
-  kernels().epilogue(p, row_major(product), torch_threads());
+  const bool is_finished =
+      p.out.data == product.const_data_ptr() && activation == Activation::none && !p.addend.data && !p.bias;
+  if (!is_finished) backend_of(o.x).epilogue(p, row_major(product));
 }
 
 void run_backward(Path path, const BackwardTensors& t, Activation activation) {
   const LayerBackwardProblem b = problem_of(t, activation);
   if (path == Path::library) {
     run_backward_by_library(b, t);
-  } else if (!kernels().layer_backward(b, torch_threads())) {
-    run_backward_in_passes(b, t.dy.element_size());
+  } else {
+    backend_of(t.dy).layer_backward(b);
   }
 }
 

@@ -1,15 +1,14 @@
-// A stack's operators on CPU tensors: a narrow one is one kernel, a wide one goes layer by layer.
+// A stack's operators: a narrow one is one kernel, a wide one goes layer by layer.
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 
-#include "../kernels/cpu/dispatch.h"
-#include "../kernels/stack.h"
 #include "composition.h"
-#include "cpu_layer.h"
-#include "cpu_stack.h"
+#include "keeps_z.h"
+#include "layer_calls.h"
 #include "policy.h"
+#include "register.h"
 #include "stack.h"
 
 namespace fastlane {
@@ -19,8 +18,10 @@ namespace {
 struct StackSizes {
   std::vector<StackLayer> layers;
   StackProblem problem;
+  const Backend& backend;
 
-  StackSizes(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut) : layers(p.layers()) {
+  StackSizes(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut)
+      : layers(p.layers()), backend(backend_of(x)) {
     problem.rows = 1;
     for (int64_t i = 0; i + 1 < x.dim(); ++i) problem.rows *= x.size(i);
     problem.dtype = dtype_of(x), problem.concat = shortcut == StackShortcut::concat;
@@ -35,9 +36,12 @@ struct StackSizes {
   StackSizes& operator=(const StackSizes&) = delete;
 
   LayerShape shape(const StackLayer& l) const { return {problem.rows, l.in_features, l.out_features, problem.dtype}; }
-  bool is_one_kernel() const { return layer_paths(forward_path) == Path::fused && is_narrow(problem, caches()); }
+  bool is_one_kernel() const {
+    return layer_paths(backend.forward_path) == Path::fused && backend.is_narrow(problem);
+  }
   // What counts: the library's, if any layer's product is.
-  Path path(Path (*path_of)(const LayerShape&)) const { return is_one_kernel() ? Path::fused : layer_paths(path_of); }
+  Path counted_forward_path() const { return is_one_kernel() ? Path::fused : layer_paths(backend.forward_path); }
+  Path counted_backward_path() const { return is_one_kernel() ? Path::fused : layer_paths(backend.backward_path); }
 
  private:
   Path layer_paths(Path (*path_of)(const LayerShape&)) const {
@@ -118,7 +122,7 @@ Operands operands_of(const Stack& s, size_t i, const at::Tensor& h, bool project
 at::Tensor projected(const Stack& s, size_t i, const at::Tensor& h) {
   const Operands o = operands_of(s, i, h, /*projection=*/true);
   at::Tensor result = at::empty({s.rows, o.shape.out_features}, h.options());
-  run_forward(forward_path(o.shape), o, Activation::none, {}, result);
+  run_forward(s.backend.forward_path(o.shape), o, Activation::none, {}, result);
   return result;
 }
 
@@ -144,7 +148,7 @@ void run_by_layer(const Stack& s, const at::Tensor& y, const at::Tensor& z) {
     const at::Tensor out = s.concat() ? y.narrow(1, l.in_features, l.out_features)
                            : last     ? y
                                       : at::empty({s.rows, l.out_features}, y.options());
-    run_forward(forward_path(o.shape), o, s.activation, z.defined() ? s.z_of(z, i) : at::Tensor(), out);
+    run_forward(s.backend.forward_path(o.shape), o, s.activation, z.defined() ? s.z_of(z, i) : at::Tensor(), out);
     h = s.concat() ? y.narrow(1, 0, l.in_features + l.out_features) : out;
   }
 }
@@ -165,14 +169,14 @@ at::Tensor computed_z(const Stack& s) {
 at::Tensor run_stack(Stack& s, const at::Tensor& x, const at::Tensor& z) {
   at::Tensor y = empty_output(x, s.out_features());
   const at::Tensor rows = y.view({s.rows, s.out_features()});
-  s.path(forward_path) == Path::fused ? policy::count_fused_forward() : policy::count_library_forward();
+  s.counted_forward_path() == Path::fused ? policy::count_fused_forward() : policy::count_library_forward();
   if (!s.is_one_kernel()) {
     run_by_layer(s, rows, z);
     return y;
   }
   if (z.defined()) s.set_z(z);
   s.problem.y = mutable_row_major(rows);
-  kernels().stack_forward(s.problem, torch_threads());
+  s.backend.stack_forward(s.problem);
   return y;
 }
 
@@ -183,6 +187,7 @@ at::Tensor residual_stack(const at::Tensor& x, at::TensorList weights, const Opt
   const StackShortcut shortcut = parse_shortcut(shortcut_name);
   StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
   check_stack(x, p, shortcut);
+  const c10::OptionalDeviceGuard guard(x.device());
   // Inference tensors come here without passing the autograd key.
   if (policy::disabled()) {
     policy::leave_fused_path(policy::kDisabled);
@@ -198,6 +203,7 @@ std::tuple<at::Tensor, at::Tensor> residual_stack_forward(
   StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
   const StackShortcut shortcut = parse_shortcut(shortcut_name);
   check_stack(x, p, shortcut);
+  const c10::OptionalDeviceGuard guard(x.device());
   Stack s(x, std::move(p), shortcut, parse_activation(activation_name));
   at::Tensor z = empty_z(s);
   at::Tensor y = run_stack(s, x, z);
@@ -272,7 +278,7 @@ void run_as_one(Stack& s, const at::Tensor& grad, const OptionalTensor& z, const
   }
   s.problem.dy = row_major(grad);
   if (g.x.defined()) s.problem.dx = mutable_row_major(g.x);
-  kernels().stack_backward(s.problem, torch_threads());
+  s.backend.stack_backward(s.problem);
 }
 
 // Every layer's input, from the zs.
@@ -293,7 +299,7 @@ std::vector<at::Tensor> restored_inputs(const Stack& s, const at::Tensor& z) {
     p.m = s.rows, p.n = l.out_features, p.dtype = s.problem.dtype, p.activation = s.activation;
     if (addend.defined()) p.addend = row_major(addend);
     p.out = mutable_row_major(out);
-    kernels().epilogue(p, row_major(s.z_of(z, i)), torch_threads());
+    s.backend.epilogue(p, row_major(s.z_of(z, i)));
     inputs.push_back(s.concat() ? all.narrow(1, 0, l.in_features + l.out_features) : out);
   }
   return inputs;
@@ -312,7 +318,7 @@ void run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, const St
       if (dx.defined()) t.dx = empty_dx(i);
       t.dweight = g.projections[i].storage, t.dweight_transposed = g.projections[i].transposed;
       t.db = g.projection_biases[i];
-      run_backward(backward_path(s.shape(l)), t, Activation::none);
+      run_backward(s.backend.backward_path(s.shape(l)), t, Activation::none);
       const at::Tensor through_projection = t.dx;
       t = {};
       t.grad_shortcut = through_projection;
@@ -324,7 +330,7 @@ void run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, const St
     t.dy = s.concat() ? grad.narrow(1, l.in_features, l.out_features) : grad;
     t.z = s.z_of(z, i), t.x = inputs[i], t.weight = s.parameters.weights[i];
     t.dx = dx, t.dweight = g.weights[i].storage, t.dweight_transposed = g.weights[i].transposed, t.db = g.biases[i];
-    run_backward(backward_path(s.shape(l)), t, s.activation);
+    run_backward(s.backend.backward_path(s.shape(l)), t, s.activation);
     grad = dx;
   }
 }
@@ -337,10 +343,11 @@ std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const at
   const StackShortcut shortcut = parse_shortcut(shortcut_name);
   StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
   check_stack_backward(grad, x, p, z, shortcut, needed);
+  const c10::OptionalDeviceGuard guard(x.device());
   Stack s(x, std::move(p), shortcut, parse_activation(activation_name));
   StackGradients gradients(x, s, needed);
   const at::Tensor rows = with_unit_column_stride(flatten_leading(grad));
-  s.path(backward_path) == Path::fused ? policy::count_fused_backward() : policy::count_library_backward();
+  s.counted_backward_path() == Path::fused ? policy::count_fused_backward() : policy::count_library_backward();
   if (s.is_one_kernel()) {
     run_as_one(s, rows, z, gradients);
   } else {
@@ -351,7 +358,7 @@ std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const at
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastlane, CPU, m) {
+void register_stack_operators(torch::Library& m) {
   m.impl("residual_stack", residual_stack);
   m.impl("residual_stack_forward", residual_stack_forward);
   m.impl("residual_stack_backward", residual_stack_backward);

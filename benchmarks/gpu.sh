@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call: build for it, the `cuda` tests, compute-sanitizer, the benchmark.
+# Usage: benchmarks/gpu.sh FOLDER     (JSON and logs go there; PYTHON names the interpreter that has torch)
+set -uo pipefail
+out=${1:?usage: benchmarks/gpu.sh FOLDER}
+python=${PYTHON:-python3}
+cd "$(dirname "$0")/.."
+mkdir -p "$out" && out=$(cd "$out" && pwd)
+failed=0
+step() {  # NAME SECONDS COMMAND...
+  local name=$1 seconds=$2 start=$SECONDS
+  shift 2
+  timeout "$seconds" "$@" > "$out/$name.log" 2>&1
+  local status=$?
+  echo "$name: exit status $status, $((SECONDS - start)) s" | tee -a "$out/summary.txt"
+  [ $status -eq 0 ] || { failed=1; tail -n 15 "$out/$name.log"; }
+  return $status
+}
+
+: > "$out/summary.txt"
+capability=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') || exit 1
+[ "$capability" = 9.0 ] && capability=9.0a
+export TORCH_CUDA_ARCH_LIST=$capability FASTLANE_CUDA=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
+step build 240 "$python" setup.py build_ext --inplace || exit 1
+"$python" -m fastlane_ext info --json > "$out/info.json"
+step tests 150 "$python" -m pytest -q -m cuda tests/test_cuda.py -p no:cacheprovider
+small='test_options or test_stack or (test_layouts and misaligned)'
+for tool in memcheck racecheck initcheck; do
+  command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer: not found" | tee -a "$out/summary.txt"; break; }
+  step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name kernel_substring=fastlane \
+    "$python" -m pytest -q -m cuda tests/test_cuda.py -k "$small" -x -p no:cacheprovider
+done
+step benchmark 150 "$python" benchmarks/gpu_bench.py --json "$out/gpu.json"
+cat "$out/summary.txt"
+exit $failed

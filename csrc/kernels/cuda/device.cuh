@@ -1,0 +1,118 @@
+// What the CUDA kernels share: storage types, accesses of 16 bytes, activations, checked launches.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../gelu.h"
+#include "../problem.h"
+#include "geometry.h"
+
+namespace fastlane::cuda {
+
+// Sums and activations of 16-bit values are computed in float.
+template <class T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+
+template <class T>
+__device__ T rounded(compute_t<T> x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return x;
+  }
+}
+
+// N neighbours of a row, read and written at once.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Access {
+  T v[N];
+};
+template <int N, class T>
+__device__ Access<T, N> load(const T* p) {
+  return *reinterpret_cast<const Access<T, N>*>(p);
+}
+template <int N, class T>
+__device__ void store(T* p, const Access<T, N>& values) {
+  *reinterpret_cast<Access<T, N>*>(p) = values;
+}
+
+struct NoActivation {
+  template <class R>
+  static __device__ R value(R z) {
+    return z;
+  }
+  template <class R>
+  static __device__ R slope(R) {
+    return R(1);
+  }
+};
+struct ExactGelu {
+  template <class R>
+  static __device__ R value(R z) {
+    return gelu(z);
+  }
+  template <class R>
+  static __device__ R slope(R z) {
+    return gelu_derivative(z);
+  }
+};
+struct TanhGelu {
+  template <class R>
+  static __device__ R value(R z) {
+    return gelu_tanh(z);
+  }
+  template <class R>
+  static __device__ R slope(R z) {
+    return gelu_tanh_derivative(z);
+  }
+};
+
+template <class T, int N>
+struct StoredAs {
+  using type = T;
+  static constexpr int access = N;
+};
+
+// Calls f(StoredAs<T, N>, Activation) for the types that the arguments name; N is what fills 16 bytes, or 1.
+template <class F>
+void with_types(DType dtype, int64_t access, Activation activation, F f) {
+  const auto with_activation = [&](auto stored) {
+    switch (activation) {
+      case Activation::none: return f(stored, NoActivation{});
+      case Activation::gelu: return f(stored, ExactGelu{});
+      case Activation::gelu_tanh: return f(stored, TanhGelu{});
+    }
+  };
+  const auto with_access = [&](auto one) {
+    using T = typename decltype(one)::type;
+    access == 1 ? with_activation(one) : with_activation(StoredAs<T, kAccessBytes / int64_t{sizeof(T)}>{});
+  };
+  switch (dtype) {
+    case DType::f32: return with_access(StoredAs<float, 1>{});
+    case DType::f64: return with_access(StoredAs<double, 1>{});
+    case DType::bf16: return with_access(StoredAs<__nv_bfloat16, 1>{});
+    case DType::f16: return with_access(StoredAs<__half, 1>{});
+  }
+}
+
+inline void check(cudaError_t error, const char* what, const char* file, int line) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("fastlane_ext: ") + what + ": " + cudaGetErrorString(error) + " (" + file +
+                             ":" + std::to_string(line) + ")");
+}
+#define FASTLANE_CHECK_LAUNCH(kernel) ::fastlane::cuda::check(cudaGetLastError(), kernel, __FILE__, __LINE__)
+
+}  // namespace fastlane::cuda

@@ -1,0 +1,287 @@
+"""The layer and the stack on a CUDA GPU. What needs none of it is in test_cuda_host.py."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import (
+    ACTIVATIONS,
+    ALL_LAYOUTS,
+    DTYPES,
+    LAYOUTS,
+    RESIDUALS,
+    as_function,
+    dtype_name,
+    eager_layer,
+    fused_layer,
+    make_case,
+    random,
+    run_oracle,
+    small_case,
+)
+from subprocesses import run_python
+from test_stack import SIZES as STACK_SIZES
+from test_stack import Network, draw, each_shortcut
+
+import fastlane_ext as fl
+from fastlane_ext import reference
+
+pytestmark = [pytest.mark.cuda, pytest.mark.any_isa]
+
+# Rows and columns around the blocks of the elementwise passes, with and without 16-byte accesses.
+SIZES = [
+    (1, 1, 1),
+    (1, 64, 33),
+    (3, 7, 15),
+    (8, 16, 32),
+    (33, 8, 8),
+    (129, 24, 264),
+    (1000, 64, 64),
+    (2049, 31, 2056),
+    (70000, 8, 8),
+    (64, 0, 8),
+    (0, 8, 8),
+]
+TENSORS = ("x", "weight", "bias", "residual_data", "grad")
+
+
+def on_gpu(case, **layouts):
+    moved = {name: getattr(case, name) for name in TENSORS}
+    case = replace(case, **{name: t if t is None else t.cuda() for name, t in moved.items()})
+    return case.with_layout(**layouts)
+
+
+def run(case, layer=fused_layer):
+    call, leaves = as_function(case, layer)
+    before = fl.stats()["library"]
+    y = call(*leaves)
+    grads = torch.autograd.grad(y, leaves, case.grad)
+    after = fl.stats()["library"]
+    if layer is fused_layer:
+        assert (after["forward"], after["backward"]) == (before["forward"] + 1, before["backward"] + 1)
+    names = ["x", "weight"] + ["bias"] * (case.bias is not None)
+    names += ["residual"] * (len(leaves) - len(names))
+    return {"y": y.detach()} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+
+
+def assert_as_exact_as_eager(case, **layouts):
+    """The rule of oracle.py: at most twice eager's error, and two units in the last place of the largest value."""
+    gpu = on_gpu(case, **layouts)
+    back = replace(gpu, **{name: t if t is None else t.cpu() for name in TENSORS for t in [getattr(gpu, name)]})
+    fused, eager, exact = run(gpu), run(gpu, eager_layer), run_oracle(back)
+    eps = torch.finfo(case.x.dtype).eps
+    for name, value in exact.items():
+        want = torch.from_numpy(value.astype("float64"))
+        assert fused[name].dtype == case.x.dtype and fused[name].shape == want.shape and fused[name].is_cuda
+        if want.numel() == 0:
+            continue
+        errors = [(got[name].double().cpu() - want).abs().max().item() for got in (fused, eager)]
+        limit = 2 * errors[1] + 2 * eps * want.abs().max().item() * max(1, case.x.shape[0] ** 0.5 / 8)
+        assert errors[0] <= limit, (name, errors)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_never_less_exact_than_eager(dtype, activation, size):
+    rows, in_features, out_features = size
+    assert_as_exact_as_eager(make_case((rows,), in_features, out_features, dtype=dtype, activation=activation))
+
+
+@pytest.mark.parametrize("options", [{"bias": False}, {"recompute": True}, {"concat": True}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_options(dtype, options):
+    assert_as_exact_as_eager(make_case((37,), 45, 51, dtype=dtype, **options))
+    assert_as_exact_as_eager(make_case((3, 16), 64, 128, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_residuals(residual):
+    assert_as_exact_as_eager(make_case((5, 7), 48, 48, residual=residual))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tensor", TENSORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_layouts(dtype, tensor, layout):
+    assert_as_exact_as_eager(make_case((6, 20), 32, 64, dtype=dtype), **{tensor: layout})
+
+
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+def test_every_operand_in_one_layout(layout):
+    assert_as_exact_as_eager(make_case((6, 20), 32, 64), **dict.fromkeys(TENSORS, layout))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck_and_gradgradcheck(activation):
+    call, leaves = as_function(on_gpu(small_case(activation=activation)))
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+    fl.reset_stats()
+
+
+@each_shortcut
+@pytest.mark.parametrize("sizes", STACK_SIZES.values(), ids=STACK_SIZES)
+def test_stack(sizes, shortcut):
+    network = Network(sizes, shortcut)
+    for tensors in network.lists:
+        tensors[:] = [t if t is None else t.detach().cuda().requires_grad_() for t in tensors]
+    for shape in [(1,), (2, 3, 5), (130,), (0,), ()]:
+        x, dy = (t.detach().cuda() for t in draw(network, shape, sizes))
+        x.requires_grad_()
+        for recompute in (False, True):
+            got = network.results(x, dy, recompute=recompute)
+            for a, b in zip(got, network.results(x, dy, reference), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    counts = fl.stats()["library"]
+    assert (counts["forward"], counts["backward"]) == (10, 10)
+
+
+@pytest.mark.parametrize("kind", [fl.ExampleDeepNeuralNetwork, fl.ImprovedResidualNetwork])
+def test_networks_move_to_the_gpu(kind):
+    torch.manual_seed(0)
+    model = kind([8, 16, 16, 4])
+    x = torch.randn(9, 8)
+    expected = model(x)
+    torch.testing.assert_close(model.cuda()(x.cuda()).cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_same_bits_from_run_to_run(dtype):
+    case = on_gpu(make_case((5000,), 96, 72, dtype=dtype))
+    first = run(case)
+    for _ in range(5):
+        for name, value in run(case).items():
+            assert torch.equal(value, first[name]), name
+
+
+def test_no_synchronisation_and_the_current_stream():
+    case = on_gpu(make_case((4096,), 128, 128))
+    expected = run(case)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # whatever ran elsewhere would be finished too early
+        late = replace(case, x=case.x * 1)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = run(late)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+def test_graph_capture_and_replay_with_new_data():
+    case = on_gpu(make_case((64,), 32, 32))
+    layer = fl.LinearGELUResidual(32, 32).cuda()
+    x, grad = case.x.clone().requires_grad_(), case.grad.clone()
+
+    def step():
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, [x, *layer.parameters()], grad)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        with torch.no_grad():
+            x.copy_(random(64, 32, dtype=torch.float32, seed=seed))
+            grad.copy_(random(64, 32, dtype=torch.float32, seed=seed + 10))
+        graph.replay()
+        replayed = [t.clone() for t in captured]
+        for a, b in zip(replayed, step(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_autocast():
+    case = on_gpu(make_case((64,), 32, 48))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = fl.linear_gelu_residual(case.x, case.weight, case.bias)
+        expected = eager_layer(case.x, case.weight, case.bias)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    layer = fl.LinearGELUResidual(32, 32).cuda()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
+    for rows in (4, 9):
+        x = torch.randn(rows, 32, device="cuda", requires_grad=True)
+        torch.testing.assert_close(compiled(x), layer(x))
+        torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(layer(x).sum(), x))
+
+
+def test_opcheck():
+    case = on_gpu(make_case((6,), 16, 16))
+    arguments = [t.requires_grad_() for t in (case.x, case.weight, case.bias, case.residual_data)]
+    torch.library.opcheck(torch.ops.fastlane.linear_gelu_residual.default, arguments)
+
+
+def test_more_than_two_to_the_31_elements():
+    free, _ = torch.cuda.mem_get_info()
+    rows, features = (1 << 31) // 64 + 1000, 64
+    if free < 5 * rows * features * 2:
+        pytest.skip(f"needs {5 * rows * features * 2 >> 30} GiB of free GPU memory")
+    weight, bias = (random(*shape, dtype=torch.bfloat16).cuda() for shape in [(features, features), (features,)])
+    x = torch.zeros(rows, features, device="cuda", dtype=torch.bfloat16)
+    tail = random(1000, features, dtype=torch.bfloat16).cuda()
+    x[-1000:] = tail
+    x.requires_grad_()
+    y = fl.linear_gelu_residual(x, weight, bias, x)
+    assert torch.equal(y[-1000:], fl.linear_gelu_residual(tail, weight, bias, tail))
+    (dx,) = torch.autograd.grad(y, x, y.detach())
+    assert dx[-1000:].isfinite().all() and torch.equal(dx[0], dx[rows - 1001])
+
+
+def test_half_of_eagers_bytes_are_saved():
+    def saved(call, *leaves):
+        total, own = set(), {t.data_ptr() for t in leaves}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: total.add((t.data_ptr(), t.nbytes)) or t, lambda t: t):
+            call()
+        return sum(size for pointer, size in total if pointer not in own)
+
+    layers = [torch.nn.Linear(64, 64).cuda() for _ in range(16)]
+    x = torch.randn(512, 64, device="cuda")
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    fused = saved(lambda: fl.residual_stack(x, weights, biases), x, *weights, *biases)
+    eager = saved(lambda: reference.residual_stack(x, weights, biases), x, *weights, *biases)
+    assert fused <= 0.55 * eager
+
+
+def test_tensors_on_different_devices():
+    case = on_gpu(small_case(torch.float32))
+    with pytest.raises(RuntimeError, match="weight is on cpu, expected cuda:0 like x") as error:
+        fl.linear_gelu_residual(case.x, case.weight.cpu())
+    assert "\n" not in str(error.value).split("\nException raised from")[0]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one():
+    case = make_case((40,), 32, 32)
+    expected = run(on_gpu(case))
+    moved = {name: getattr(case, name).to("cuda:1") for name in TENSORS}
+    with torch.cuda.device(0):
+        got = run(replace(case, **moved))
+    for name, value in got.items():
+        assert value.device.index == 1
+        torch.testing.assert_close(value.cpu(), expected[name].cpu())
+
+
+def test_the_fused_path_cannot_be_forced_yet():
+    code = """
+import json, torch, fastlane_ext as fl
+try:
+    fl.linear_gelu_residual(torch.zeros(2, 4, device="cuda"), torch.zeros(3, 4, device="cuda"))
+except NotImplementedError as error:
+    print(json.dumps(str(error)))
+"""
+    assert "FASTLANE_PATH=fused: got CUDA tensors" in run_python(code, FASTLANE_PATH="fused")
