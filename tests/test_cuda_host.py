@@ -1,6 +1,7 @@
 """What the CUDA half computes on the host, compiled and run without a GPU or its toolkit."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,22 +12,55 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from build_support import find_compiler  # noqa: E402
+from build_support import find_compiler, find_cuda_home  # noqa: E402
 
+KERNELS = ROOT / "csrc" / "kernels" / "cuda"
 pytestmark = pytest.mark.any_isa
+
+
+def run_program(name, folder, *flags):
+    """Compile and run one of cuda_host's programs, each of which prints what is not true."""
+    if not KERNELS.is_dir() or shutil.which("c++") is None:
+        pytest.skip("needs the source folder and a C++ compiler")
+    compiler, _ = find_compiler()
+    program, source = folder / name, ROOT / "tests" / "cuda_host" / f"{name}.cpp"
+    flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT / 'csrc'}", *flags]
+    subprocess.run([*compiler.split(), *flags, str(source), "-o", str(program)], check=True)
+    result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("name", ["geometry_test", "gelu_test"])
 def test_host_code(name, tmp_path):
-    if not (ROOT / "csrc").is_dir() or shutil.which("c++") is None:
-        pytest.skip("needs the source folder and a C++ compiler")
-    compiler, _ = find_compiler()
-    program = tmp_path / name
-    source = ROOT / "tests" / "cuda_host" / f"{name}.cpp"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([*compiler.split(), *flags, str(source), "-o", str(program)], check=True)
-    result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout
+    run_program(name, tmp_path, "-std=c++17")
+
+
+def toolkit_home():
+    home = find_cuda_home()
+    if home is None:
+        pytest.skip("needs the CUDA toolkit")
+    return Path(home)
+
+
+def test_kernels_on_the_host(tmp_path):
+    """Every line of the device code runs, with the toolkit's headers and without a GPU; see cuda_host/grid.h."""
+    headers = toolkit_home() / "include"
+    run_program("kernels_test", tmp_path, "-std=c++20", "-Wno-unknown-pragmas", "-isystem", str(headers))
+
+
+@pytest.mark.parametrize("source", sorted(path.name for path in KERNELS.glob("*.cu")))
+def test_kernels_compile_without_spills(source, tmp_path):
+    """What ptxas says of every kernel: no spilled register, and no wgmma that was put in a row (warning C7510)."""
+    architectures = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("75", "80", "90a")]
+    command = [str(toolkit_home() / "bin" / "nvcc"), "-O3", "-DNDEBUG", "-Xptxas=-v", *architectures]
+    command += ["-c", str(KERNELS / source), "-o", str(tmp_path / "kernels.o")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    report = result.stdout + result.stderr
+    assert result.returncode == 0 and "C7510" not in report, report[-2000:]
+    entries = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", report)
+    spills = re.findall(r"(\d+) bytes spill stores", report)
+    assert len(spills) >= len(entries) > 0
+    assert set(spills) == {"0"}, [entry for entry, spill in zip(entries, spills, strict=False) if spill != "0"]
 
 
 def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path):

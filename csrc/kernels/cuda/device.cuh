@@ -1,12 +1,10 @@
-// What the CUDA kernels share: storage types, accesses of 16 bytes, activations, checked launches.
+// What the CUDA kernels share: storage types, accesses of 16 bytes, activations.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "../gelu.h"
@@ -79,40 +77,5 @@ struct TanhGelu {
     return gelu_tanh_derivative(z);
   }
 };
-
-template <class T, int N>
-struct StoredAs {
-  using type = T;
-  static constexpr int access = N;
-};
-
-// Calls f(StoredAs<T, N>, Activation) for the types that the arguments name; N is what fills 16 bytes, or 1.
-template <class F>
-void with_types(DType dtype, int64_t access, Activation activation, F f) {
-  const auto with_activation = [&](auto stored) {
-    switch (activation) {
-      case Activation::none: return f(stored, NoActivation{});
-      case Activation::gelu: return f(stored, ExactGelu{});
-      case Activation::gelu_tanh: return f(stored, TanhGelu{});
-    }
-  };
-  const auto with_access = [&](auto one) {
-    using T = typename decltype(one)::type;
-    access == 1 ? with_activation(one) : with_activation(StoredAs<T, kAccessBytes / int64_t{sizeof(T)}>{});
-  };
-  switch (dtype) {
-    case DType::f32: return with_access(StoredAs<float, 1>{});
-    case DType::f64: return with_access(StoredAs<double, 1>{});
-    case DType::bf16: return with_access(StoredAs<__nv_bfloat16, 1>{});
-    case DType::f16: return with_access(StoredAs<__half, 1>{});
-  }
-}
-
-inline void check(cudaError_t error, const char* what, const char* file, int line) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("fastlane_ext: ") + what + ": " + cudaGetErrorString(error) + " (" + file +
-                             ":" + std::to_string(line) + ")");
-}
-#define FASTLANE_CHECK_LAUNCH(kernel) ::fastlane::cuda::check(cudaGetLastError(), kernel, __FILE__, __LINE__)
 
 }  // namespace fastlane::cuda

@@ -13,6 +13,7 @@ namespace fastlane::cuda {
 
 constexpr int64_t kAccessBytes = 16;
 constexpr int kBlockThreads = 256;
+constexpr int kSumCols = 32, kSumRows = kBlockThreads / kSumCols;  // threads of a block that sums columns
 constexpr int64_t kMaxGridRows = 65535;  // of gridDim.y
 constexpr int64_t kMaxGridCols = 2147483647;  // of gridDim.x
 
@@ -66,10 +67,9 @@ struct ColumnSumGeometry : Geometry {
 // No sum in a thread is longer than kMaxThreadRows, and there are blocks enough for a large GPU if there are rows.
 inline ColumnSumGeometry column_sum_geometry(int64_t rows, int64_t cols, int64_t access) {
   constexpr int64_t kMaxThreadRows = 64, kMinThreadRows = 4, kWantedBlocks = 1024;
-  constexpr int kBlockCols = 32;
   const int64_t vectors = ceil_div(cols, access);
   ColumnSumGeometry g;
-  g.block_cols = kBlockCols, g.block_rows = kBlockThreads / kBlockCols;
+  g.block_cols = kSumCols, g.block_rows = kSumRows;
   g.grid_cols = std::min(kMaxGridCols, ceil_div(vectors, g.block_cols));
   const int64_t wanted_chunks = ceil_div(kWantedBlocks, g.grid_cols);
   const int64_t thread_rows =
