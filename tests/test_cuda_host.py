@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from build_support import find_compiler, find_cuda_home  # noqa: E402
 
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
-pytestmark = pytest.mark.any_isa
+pytestmark = [pytest.mark.any_isa, pytest.mark.slow]
 
 
 def run_program(name, folder, *flags):
