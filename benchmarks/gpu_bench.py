@@ -196,14 +196,17 @@ def main() -> None:
         parser.error("--device: got cuda, but torch sees no GPU; use --device cpu --quick to try the script")
     if arguments.rounds < 3:
         parser.error(f"--rounds: got {arguments.rounds}, expected at least 3")
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"--json: got {arguments.json}, but there is no folder {arguments.json.parent}; make it first")
     dtype = getattr(torch, arguments.dtype)
     rows = []
     for case in QUICK_CASES if arguments.quick else CASES:
         rows += run_case(case, arguments.device, dtype, arguments.rounds, not arguments.no_compile)
         torch._dynamo.reset()
-    if arguments.json:
-        result = {"kind": "fastlane-gpu-bench", "schema": 1, **machine.environment(), "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        # After each case, so that a run that is cut keeps what it has.
+        if arguments.json:
+            result = {"kind": "fastlane-gpu-bench", "schema": 1, **machine.environment(), "rows": rows}
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The layer and the stack on a CUDA GPU. What needs none of it is in test_cuda_host.py."""
+"""The layer and the stack on a CUDA GPU, with FASTLANE_PATH=library. What needs no GPU is in test_cuda_host.py."""
 
 from dataclasses import replace
 
@@ -237,9 +237,11 @@ def test_more_than_two_to_the_31_elements():
     x[-1000:] = tail
     x.requires_grad_()
     y = fl.linear_gelu_residual(x, weight, bias, x)
-    assert torch.equal(y[-1000:], fl.linear_gelu_residual(tail, weight, bias, tail))
+    close = {"rtol": 2e-2, "atol": 2e-2}  # the library's product of other sizes need not have the same bits
+    torch.testing.assert_close(y[-1000:], fl.linear_gelu_residual(tail, weight, bias, tail), **close)
     (dx,) = torch.autograd.grad(y, x, y.detach())
-    assert dx[-1000:].isfinite().all() and torch.equal(dx[0], dx[rows - 1001])
+    assert dx[-1000:].isfinite().all()
+    torch.testing.assert_close(dx[0], dx[rows - 1001], **close)
 
 
 def test_half_of_eagers_bytes_are_saved():

@@ -38,8 +38,10 @@ void check_like(const char* op, const Name& name, const at::Tensor& t, const cha
   check_dense(op, name, t);
   TORCH_CHECK(t.device() == x.device(), op, ": ", name, " is on ", t.device(), ", expected ", x.device(), " like ",
               like, "; move one of them");
+  const bool autocast_helps = t.scalar_type() != at::kDouble && x.scalar_type() != at::kDouble;
   TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " has dtype ", t.scalar_type(), ", expected ",
-              x.scalar_type(), " like ", like, "; convert one of them, or run under torch.autocast");
+              x.scalar_type(), " like ", like, "; convert one of them",
+              autocast_helps ? ", or run under torch.autocast" : "");
 }
 
 // A weight's gradient then lies the same way.

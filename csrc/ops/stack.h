@@ -65,7 +65,8 @@ inline void check_stack_matrix(const StackItem& name, const at::Tensor& t, const
   TORCH_CHECK(t.dim() == 2, op, ": ", name, " has shape ", t.sym_sizes(),
               ", expected (out_features, in_features) like nn.Linear's");
   TORCH_SYM_CHECK(t.sym_size(1).sym_eq(features), op, ": ", name, " has shape ", t.sym_sizes(),
-                  ", expected (out_features, ", features, ") to fit what comes before it");
+                  ", expected (out_features, ", features, ") to fit ",
+                  name.layer == size_t{0} ? "x, whose last size that is" : "the layer before it");
 }
 
 inline void check_stack_bias(const StackItem& name, const at::Tensor& t, const at::Tensor& x,

@@ -11,7 +11,7 @@ int64_t grad_access(const PreActivationGradProblem& p) { return access_elements(
 }  // namespace
 
 size_t preactivation_grad_workspace(const PreActivationGradProblem& p) {
-  if (!p.db) return 0;
+  if (!p.db || p.cols == 0) return 0;
   const int64_t sum_size = p.dtype == DType::f64 ? sizeof(double) : sizeof(float);
   return static_cast<size_t>(column_sum_geometry(p.rows, p.cols, grad_access(p)).chunks * p.cols * sum_size);
 }
