@@ -10,6 +10,7 @@
 #include "policy.h"
 #include "register.h"
 #include "stack.h"
+#include "stack_gradients.h"
 
 namespace fastlane {
 namespace {
@@ -223,54 +224,12 @@ bool keeps_z(const at::Tensor& x, const StackParameters& p, StackShortcut shortc
 
 namespace {
 
-// The gradients that are needed, and where a kernel writes them.
-struct StackGradients {
-  at::Tensor x;
-  std::vector<WeightGradient> weights, projections;
-  std::vector<at::Tensor> biases, projection_biases;
-  std::vector<at::Tensor> in_order;
-
-  // The layer at which the backward ends.
-  size_t first_needed() const {
-    size_t i = 0;
-    if (x.defined()) return i;
-    while (i < weights.size() && !weights[i].storage.defined() && !projections[i].storage.defined() &&
-           !biases[i].defined() && !projection_biases[i].defined())
-      ++i;
-    return i;
-  }
-
-  StackGradients(const at::Tensor& input, const Stack& s, at::IntArrayRef needed)
-      : weights(s.layers.size()),
-        projections(s.layers.size()),
-        biases(s.layers.size()),
-        projection_biases(s.layers.size()) {
-    const size_t layers = s.layers.size();
-    const at::TensorOptions options = input.options();
-    for (const int64_t position : needed) {
-      if (position == 0) {
-        in_order.push_back(empty_output(input, input.size(-1)));
-        x = in_order.back().view({s.rows, input.size(-1)});
-        continue;
-      }
-      const at::Tensor& t = stack_tensor(input, s.parameters, position);
-      const size_t list = (position - 1) / layers, i = (position - 1) % layers;
-      if (list % 2 == 0) {
-        WeightGradient& gradient = (list == 0 ? weights : projections)[i];
-        gradient = WeightGradient(t.size(0), t.size(1), is_column_major(t), options);
-        in_order.push_back(gradient.gradient);
-      } else {
-        in_order.push_back((list == 1 ? biases : projection_biases)[i] = at::empty({t.size(0)}, options));
-      }
-    }
-  }
-};
-
-void run_as_one(Stack& s, const at::Tensor& grad, const OptionalTensor& z, const StackGradients& g) {
+void run_as_one(Stack& s, const at::Tensor& grad, const OptionalTensor& z, StackGradients& g) {
   const auto data = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
   if (z) s.set_z(*z);
   for (size_t i = 0; i < s.layers.size(); ++i) {
     StackLayer& l = s.layers[i];
+    g.allocate(i);
     if (g.weights[i].storage.defined()) l.dweight = mutable_row_major(g.weights[i].storage);
     if (g.projections[i].storage.defined()) l.dprojection = mutable_row_major(g.projections[i].storage);
     l.dweight_transposed = g.weights[i].transposed, l.dprojection_transposed = g.projections[i].transposed;
@@ -305,12 +264,13 @@ std::vector<at::Tensor> restored_inputs(const Stack& s, const at::Tensor& z) {
   return inputs;
 }
 
-void run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, const StackGradients& g) {
-  const std::vector<at::Tensor> inputs = restored_inputs(s, z);
+void run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, StackGradients& g) {
+  std::vector<at::Tensor> inputs = restored_inputs(s, z);
   const auto empty_dx = [&](size_t i) { return at::empty({s.rows, s.layers[i].in_features}, grad.options()); };
   const size_t first = g.first_needed();
   for (size_t i = s.layers.size(); i-- > first;) {
     const StackLayer& l = s.layers[i];
+    g.allocate(i);
     const at::Tensor dx = i > first ? empty_dx(i) : i == 0 ? g.x : at::Tensor();
     BackwardTensors t;
     if (s.parameters.projections[i].defined()) {
@@ -332,6 +292,7 @@ void run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, const St
     t.dx = dx, t.dweight = g.weights[i].storage, t.dweight_transposed = g.weights[i].transposed, t.db = g.biases[i];
     run_backward(s.backend.backward_path(s.shape(l)), t, s.activation);
     grad = dx;
+    inputs.pop_back();
   }
 }
 
@@ -345,7 +306,7 @@ std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const at
   check_stack_backward(grad, x, p, z, shortcut, needed);
   const c10::OptionalDeviceGuard guard(x.device());
   Stack s(x, std::move(p), shortcut, parse_activation(activation_name));
-  StackGradients gradients(x, s, needed);
+  StackGradients gradients(x, s.parameters, s.rows, needed);
   const at::Tensor rows = with_unit_column_stride(flatten_leading(grad));
   s.counted_backward_path() == Path::fused ? policy::count_fused_backward() : policy::count_library_backward();
   if (s.is_one_kernel()) {
@@ -353,7 +314,7 @@ std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const at
   } else {
     run_by_layer(s, rows, z ? *z : computed_z(s), gradients);
   }
-  return std::move(gradients.in_order);
+  return gradients.in_order();
 }
 
 }  // namespace
