@@ -15,6 +15,7 @@ from fastlane_ext import reference
 from fastlane_ext.bench import contestants, machine, protocol, suites
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import bench_onednn
 import report
 
 
@@ -304,3 +305,11 @@ def test_report_draws_a_picture(document: dict[str, Any], tmp_path: Path) -> Non
     pytest.importorskip("matplotlib")
     report.plot(document, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_onednn_product_benchmark() -> None:
+    """One small case: both contestants answered, and the thread count is as before."""
+    before = torch.get_num_threads()
+    row = bench_onednn.run_case(suites.Layer(32, 64, 48), 1, repeats=3)
+    assert row["onednn_over_fused"] == row["median_s"]["onednn product"] / row["median_s"]["fused"] > 0
+    assert torch.get_num_threads() == before
