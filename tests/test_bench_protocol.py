@@ -307,6 +307,7 @@ def test_report_draws_a_picture(document: dict[str, Any], tmp_path: Path) -> Non
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_onednn_product_benchmark() -> None:
     """One small case: both contestants answered, and the thread count is as before."""
     before = torch.get_num_threads()
