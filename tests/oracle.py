@@ -208,7 +208,7 @@ def run_eager(case: Case) -> dict[str, Tensor]:
 
 
 def _as_numpy(t: Tensor) -> np.ndarray:
-    return t.detach().double().numpy()
+    return t.detach().double().cpu().numpy()
 
 
 def normal_cdf(z: np.ndarray) -> np.ndarray:
@@ -261,12 +261,12 @@ def run_oracle(case: Case, real=None) -> dict[str, np.ndarray]:
         source = case.x if case.residual in IN_X else case.residual_data
         source = source.detach().double().requires_grad_()
         residual = case.residual_of(source, source)
-        y = y + residual.detach().numpy()
+        y = y + _as_numpy(residual)
         (d_source,) = torch.autograd.grad(residual.expand(dy.shape), source, case.grad.double())
         if case.residual in IN_X:
-            result["dx"] = result["dx"] + d_source.numpy()
+            result["dx"] = result["dx"] + _as_numpy(d_source)
         else:
-            result["dresidual"] = d_source.numpy()
+            result["dresidual"] = _as_numpy(d_source)
     return result | {"y": y}
 
 
