@@ -24,9 +24,21 @@ START, END = "<!-- benchmark table start -->", "<!-- benchmark table end -->"
 NETWORKS_START, NETWORKS_END = "<!-- networks table start -->", "<!-- networks table end -->"
 GELU_START, GELU_END = "<!-- GELU table start -->", "<!-- GELU table end -->"
 GELU_KIND = "fastlane-bench-gelu"
-RIVALS = ("eager", "compile", "linear", "onednn")
-COLOURS = {"eager": "#0072b2", "compile": "#009e73", "linear": "#7b5ea7", "onednn": "#d55e00"}
-LABELS = {"eager": "eager", "compile": "torch.compile", "linear": "F.linear alone", "onednn": "oneDNN"}
+LABELS = {
+    "eager": "eager",
+    "compile": "torch.compile",
+    "linear": "F.linear alone",
+    "onednn_linear": "oneDNN linear alone",
+    "onednn": "oneDNN",
+}
+RIVALS = tuple(LABELS)
+COLOURS = {
+    "eager": "#0072b2",
+    "compile": "#009e73",
+    "linear": "#7b5ea7",
+    "onednn_linear": "#e6a117",
+    "onednn": "#d55e00",
+}
 TICKS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
 FACTS = ("cpu", "cores", "isa", "torch", "fastlane_ext", "commit", "date", "quiet_cores")
 

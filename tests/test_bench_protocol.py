@@ -15,7 +15,6 @@ from fastlane_ext import reference
 from fastlane_ext.bench import contestants, machine, protocol, suites
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import bench_onednn
 import report
 
 
@@ -198,6 +197,18 @@ def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(call, protocol.Skipped) and "wrong result" in call.reason
 
 
+@pytest.mark.parametrize("name", ["linear", "onednn_linear"])
+def test_linear_alone_is_the_product_with_its_bias(name: str) -> None:
+    field = contestants.layer_contestants(4, 8, 6, torch.float32, compiled=False)
+    contestants.reject_wrong_answers(field)
+    by_name = {contestant.name: contestant for contestant in field}
+    call = by_name[name].forward
+    if isinstance(call, protocol.Skipped):
+        pytest.skip(call.reason)
+    x, weight, bias, residual = by_name["eager"].leaves
+    torch.testing.assert_close(call(), torch.nn.functional.linear(x, weight, bias))
+
+
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
     before = torch.get_num_threads()
@@ -305,12 +316,3 @@ def test_report_draws_a_picture(document: dict[str, Any], tmp_path: Path) -> Non
     pytest.importorskip("matplotlib")
     report.plot(document, tmp_path / "bench.png")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-def test_onednn_product_benchmark() -> None:
-    """One small case: both contestants answered, and the thread count is as before."""
-    before = torch.get_num_threads()
-    row = bench_onednn.run_case(suites.Layer(32, 64, 48), 1, repeats=3)
-    assert row["onednn_over_fused"] == row["median_s"]["onednn product"] / row["median_s"]["fused"] > 0
-    assert torch.get_num_threads() == before

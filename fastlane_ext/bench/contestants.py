@@ -1,5 +1,5 @@
-"""What is compared: eager, ``torch.compile``, bare ``F.linear``, oneDNN with a packed weight, and the
-fused op.
+"""What is compared: eager, ``torch.compile``, ``F.linear`` alone, oneDNN with a packed weight, alone and with
+GELU and shortcut, and the fused op.
 
 Each contestant has a forward (to be called without grad) and a step (forward and backward). One that
 does not exist for a case is a ``Skipped`` with its reason.
@@ -20,9 +20,11 @@ from fastlane_ext import reference
 
 from .protocol import Call, Skipped, reason_of
 
-NAMES = ("eager", "compile", "linear", "onednn", "fused")
+NAMES = ("eager", "compile", "linear", "onednn_linear", "onednn", "fused")
+_LINEAR_ALONE = ("linear", "onednn_linear")
 NO_COMPILE = Skipped("left out by --no-compile")
 _NO_BACKWARD = Skipped("an inference op: it has no backward")
+_NO_CHAIN = Skipped("the layers' inputs grow: bare linear layers do not chain")
 
 # Largest difference from eager, relative to eager's largest output, that rounding can explain.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -47,7 +49,7 @@ def _contestant(
         for leaf in leaves:
             leaf.grad = None
 
-    return Contestant(name, run, step, leaves, same_formula=name != "linear")
+    return Contestant(name, run, step, leaves, same_formula=name not in _LINEAR_ALONE)
 
 
 def _onednn_linear(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor | None, str], Tensor] | Skipped:
@@ -58,10 +60,17 @@ def _onednn_linear(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor | None
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         return Skipped(reason_of(error))
 
-    def linear(x: Tensor, bias: Tensor | None, attr: str = "gelu") -> Tensor:
+    def linear(x: Tensor, bias: Tensor | None, attr: str) -> Tensor:
         return ops._linear_pointwise(x, packed, bias, attr, [], "none" if attr == "gelu" else "")
 
     return linear
+
+
+def _onednn_contestants(alone: Call | Skipped, whole: Call | Skipped) -> list[Contestant]:
+    return [
+        Contestant("onednn_linear", alone, _NO_BACKWARD, same_formula=False),
+        Contestant("onednn", whole, _NO_BACKWARD),
+    ]
 
 
 def layer_contestants(
@@ -107,13 +116,15 @@ def layer_contestants(
     if not compiled:
         out[1] = Contestant("compile", NO_COMPILE, NO_COMPILE)
     packed = _onednn_linear(weight, rows)
-    forward = packed if isinstance(packed, Skipped) else lambda: packed(x, bias, "gelu") + residual
-    out.append(Contestant("onednn", forward, _NO_BACKWARD))
+    if isinstance(packed, Skipped):
+        out += _onednn_contestants(packed, packed)
+    else:
+        out += _onednn_contestants(lambda: packed(x, bias, "none"), lambda: packed(x, bias, "gelu") + residual)
     out.append(_contestant("fused", lambda: fused(x, weight, bias, residual), leaves, backward))
     return out
 
 
-def _onednn_network(model: reference.ResidualNetwork, x: Tensor) -> Call | Skipped:
+def _onednn_network(model: reference.ResidualNetwork, x: Tensor) -> list[Contestant]:
     rows = x.numel() // x.shape[-1]
     layers: list[tuple[Callable[..., Tensor], Tensor, Callable[..., Tensor] | None, nn.Linear | None]] = []
     for index, layer in enumerate(model.layers):
@@ -123,7 +134,7 @@ def _onednn_network(model: reference.ResidualNetwork, x: Tensor) -> Call | Skipp
         project = None if projection is None else _onednn_linear(projection.weight, rows)
         for packed in (run, project):
             if isinstance(packed, Skipped):
-                return packed
+                return _onednn_contestants(packed, packed)
         layers.append((run, linear.bias, project, projection))
 
     def forward() -> Tensor:
@@ -138,7 +149,13 @@ def _onednn_network(model: reference.ResidualNetwork, x: Tensor) -> Call | Skipp
                 h = y + h if model.shortcut != "none" and y.shape == h.shape else y
         return h
 
-    return forward
+    def chain() -> Tensor:
+        h = x
+        for run, bias, _, _ in layers:
+            h = run(h, bias, "none")
+        return h
+
+    return _onednn_contestants(_NO_CHAIN if model.shortcut == "concat" else chain, forward)
 
 
 def network_contestants(
@@ -153,7 +170,7 @@ def network_contestants(
     """Contestants for a whole network on a random input; all start from the same parameters.
 
     A step clears the gradients, runs forward, the mean square of the output as loss, and backward into
-    every parameter. ``linear`` is the chain of bare ``F.linear`` calls alone.
+    every parameter. ``linear`` and ``onednn_linear`` are chains of linear layers alone.
     """
     torch.manual_seed(seed)
     eager = reference.ResidualNetwork(list(sizes), shortcut=shortcut).to(dtype)
@@ -174,8 +191,7 @@ def network_contestants(
     if not compiled:
         out[1] = Contestant("compile", NO_COMPILE, NO_COMPILE)
     if shortcut == "concat":
-        reason = Skipped("the layers' inputs grow: bare linear layers do not chain")
-        out.append(Contestant("linear", reason, reason))
+        out.append(Contestant("linear", _NO_CHAIN, _NO_CHAIN))
     else:
         linears = [layer[0] for layer in eager.layers]
 
@@ -186,7 +202,7 @@ def network_contestants(
             return h
 
         out.append(_contestant("linear", chain, [p for m in linears for p in m.parameters()], backward))
-    out.append(Contestant("onednn", _onednn_network(eager, x), _NO_BACKWARD))
+    out += _onednn_network(eager, x)
     out.append(_contestant("fused", lambda: fused(x), fused_parameters, backward))
     return out
 
