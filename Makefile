@@ -57,11 +57,12 @@ CUDA_TORCH ?= 2.14.1
 CUDA_ARCHS ?= 8.0;9.0a+PTX
 CUDA_COPY = build/cuda
 CUDA_BIN = $(abspath $(CUDA_VENV))/bin
+CUDA_TOOLS = nvidia-cutlass==4.2.0.0 nvidia-cuda-cuobjdump==13.5.37
 cuda-build: $(CUDA_VENV)/.requirements
 	mkdir -p $(CUDA_COPY)
 	find $(CUDA_COPY) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	tar c --exclude=./build --exclude='./.venv*' --exclude=./.git --exclude='*.so' . | tar x -C $(CUDA_COPY)
-	cd $(CUDA_COPY) && FASTLANE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" \
+	cd $(CUDA_COPY) && FASTLANE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" NVCC_APPEND_FLAGS=-Xptxas=-warning-as-error \
 	$(CUDA_BIN)/python -m pip install --no-build-isolation --no-deps --editable .
 	cd $(CUDA_COPY) && $(CUDA_BIN)/fastlane info && $(CUDA_BIN)/python -m pytest
 
@@ -69,6 +70,7 @@ $(CUDA_VENV)/.requirements: requirements.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
 	sed 's/^torch==.*/torch==$(CUDA_TORCH)/' requirements.txt > $(CUDA_VENV)/requirements.txt
 	$(CUDA_BIN)/python -m pip install --quiet --requirement $(CUDA_VENV)/requirements.txt
+	$(CUDA_BIN)/python -m pip install --quiet --no-deps $(CUDA_TOOLS)
 	touch $@
 
 # The README's table and plots: measured on this machine, now, three runs. Leave it alone meanwhile; half an hour.

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 MINIMUM_TORCH = (2, 11)
 MINIMUM_SETUPTOOLS = (70, 1)  # the first that makes wheels by itself
-# Turing and newer; later GPUs compile the PTX when they load it.
-DEFAULT_CUDA_ARCHITECTURES = "7.5;8.0;9.0+PTX"
+# Turing and newer; GPUs without code of their own compile the PTX when they load it. 9.0a, unlike 9.0, has wgmma.
+DEFAULT_CUDA_ARCHITECTURES = "7.5;8.0+PTX;9.0a"
 
 
 class BuildError(RuntimeError):
@@ -115,6 +116,50 @@ def cuda_architectures(requested: str | None) -> list[str]:
                 f"'{DEFAULT_CUDA_ARCHITECTURES}'; unset it for these"
             )
     return entries
+
+
+@dataclass(frozen=True)
+class HopperDecision:
+    """Whether the Hopper kernels are compiled, with which folder of CUTLASS's headers, and why."""
+
+    include: str | None
+    reason: str
+
+
+def decide_hopper(*, architectures: Sequence[str], cutlass: str | None) -> HopperDecision:
+    """From the architectures of the CUDA half (none without it) and what `find_cutlass` found."""
+    if not architectures:
+        return HopperDecision(None, "no CUDA kernels are built")
+    if not any(entry.startswith("9.0a") for entry in architectures):
+        return HopperDecision(None, f"9.0a is not among the architectures {';'.join(architectures)}")
+    if cutlass is None:
+        return HopperDecision(
+            None,
+            "no CUTLASS headers were found; pip install --no-deps nvidia-cutlass==4.2.0.0, or name them by "
+            "FASTLANE_CUTLASS",
+        )
+    return HopperDecision(cutlass, "compiled for 9.0a with CUTLASS")
+
+
+def find_cutlass(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The folder of CUTLASS's headers: FASTLANE_CUTLASS, or the one in the wheel nvidia-cutlass.
+
+    Raises BuildError where FASTLANE_CUTLASS has no `cutlass/cutlass.h`.
+    """
+    named = environment.get("FASTLANE_CUTLASS")
+    if named:
+        if not (Path(named) / "cutlass" / "cutlass.h").exists():
+            raise BuildError(
+                f"FASTLANE_CUTLASS: got '{named}', expected a folder with cutlass/cutlass.h; unset it to use the wheel "
+                "nvidia-cutlass"
+            )
+        return str(Path(named).resolve())
+    wheel = importlib.util.find_spec("cutlass_library")
+    for package in (wheel and wheel.submodule_search_locations) or ():
+        include = Path(package) / "source" / "include"
+        if (include / "cutlass" / "cutlass.h").exists():
+            return str(include)
+    return None
 
 
 def check_version(package: str, version: str, minimum: tuple[int, int]) -> None:

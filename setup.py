@@ -21,17 +21,21 @@ from build_support import (  # noqa: E402
     cuda_architectures,
     cuda_toolkit_version,
     decide_cuda,
+    decide_hopper,
     find_compiler,
     find_cuda_home,
+    find_cutlass,
 )
 
 BUILD_RECORD = "_build_record.json"
 
 
-def relative_sources(with_cuda: bool) -> list[str]:
-    left_out = ROOT / "csrc" / "ops" / ("cuda_absent.cpp" if with_cuda else "cuda.cpp")
+def relative_sources(with_cuda: bool, with_hopper: bool) -> list[str]:
+    left_out = {"cuda_absent.cpp"} if with_cuda else {"cuda.cpp", "hopper_absent.cpp"}
+    hopper_kernels = {path.name for path in (ROOT / "csrc").rglob("hopper*.c*")} - {"hopper_absent.cpp"}
+    left_out |= {"hopper_absent.cpp"} if with_hopper else hopper_kernels
     patterns = ["*.cpp", "*.cu"] if with_cuda else ["*.cpp"]
-    paths = [path for pattern in patterns for path in (ROOT / "csrc").rglob(pattern) if path != left_out]
+    paths = [path for pattern in patterns for path in (ROOT / "csrc").rglob(pattern) if path.name not in left_out]
     return sorted(str(path.relative_to(ROOT)) for path in paths)
 
 
@@ -62,6 +66,8 @@ def extension_and_command():
     print(f"fastlane_ext: torch {torch.__version__}, {compiler_version}")
     print(f"fastlane_ext: CUDA kernels: {'yes' if decision.build else 'no'} ({decision.reason})")
     architectures = cuda_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST")) if decision.build else []
+    hopper = decide_hopper(architectures=architectures, cutlass=find_cutlass() if decision.build else None)
+    print(f"fastlane_ext: Hopper kernels: {'yes' if hopper.include else 'no'} ({hopper.reason})")
     if decision.build:
         # Left unset, torch would compile for the GPUs that are visible now.
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)
@@ -78,13 +84,16 @@ def extension_and_command():
                 "torch_cuda": torch.version.cuda,
                 "cuda_archs": architectures,
                 "cuda_reason": decision.reason,
+                "hopper": hopper.include is not None,
+                "hopper_reason": hopper.reason,
                 "compiler": compiler_version,
             }
             (package / BUILD_RECORD).write_text(json.dumps(record, indent=2) + "\n")
 
     extension = (CUDAExtension if decision.build else CppExtension)(
         "fastlane_ext._C",
-        relative_sources(decision.build),
+        relative_sources(decision.build, hopper.include is not None),
+        include_dirs=[hopper.include] if hopper.include else [],
         define_macros=[("FASTLANE_CUDA_REASON", json.dumps(decision.reason))],
         # -ffp-contract=off: a product and a sum are fused where the source says fma, the same in every ISA.
         # -fopenmp is for at::parallel_for's header and is not a link flag: the runtime must be the one torch
@@ -99,7 +108,8 @@ def extension_and_command():
                 "-Wall",
                 "-Wno-psabi",
             ],
-            "nvcc": ["-O3", "-DNDEBUG", "-Xcompiler=-fvisibility=hidden"],
+            # Without NDEBUG an assertion in CUTLASS makes ptxas run wgmma one at a time.
+            "nvcc": ["-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"],
         },
     )
     return extension, RecordingBuildExtension

@@ -21,10 +21,13 @@ step() {  # NAME SECONDS COMMAND...
 capability=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') || exit 1
 [ "$capability" = 9.0 ] && capability=9.0a
 export TORCH_CUDA_ARCH_LIST=$capability FASTLANE_CUDA=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
-export PYTHONPATH=$PWD FASTLANE_PATH=library
-step build 150 "$python" setup.py build_ext --inplace || exit 1
+export PYTHONPATH=$PWD
+step build 200 "$python" setup.py build_ext --inplace || exit 1
 "$python" -m fastlane_ext info --json > "$out/info.json" || failed=1
-step tests 90 "$python" -m pytest -q -m cuda tests/test_cuda.py -p no:cacheprovider
+test=("$python" -m pytest -q -p no:cacheprovider)
+FASTLANE_PATH=library step library-tests 75 "${test[@]}" -m cuda tests/test_cuda.py
+FASTLANE_PATH= step tests 75 "${test[@]}" -m cuda tests/test_cuda.py
+FASTLANE_PATH=fused step hopper-tests 60 "${test[@]}" -m hopper tests/test_cuda_hopper.py
 small='test_options or (test_stack and tiny) or (test_layouts and misaligned)'
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 for tool in memcheck racecheck initcheck; do
@@ -34,6 +37,6 @@ for tool in memcheck racecheck initcheck; do
   step "$tool" 35 "$sanitizer" --tool "$tool" --error-exitcode 9 "${only[@]}" \
     "$python" -m pytest -q -m cuda tests/test_cuda.py -k "$small" -x -p no:cacheprovider
 done
-step benchmark 130 "$python" benchmarks/gpu_bench.py --json "$out/gpu.json"
+step benchmark 120 "$python" benchmarks/gpu_bench.py --json "$out/gpu.json"
 cat "$out/summary.txt"
 exit $failed

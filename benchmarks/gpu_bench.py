@@ -175,7 +175,7 @@ def run_case(case: Layer | Network, device: str, dtype: torch.dtype, rounds: int
                 "quartiles_s": {n: statistics.quantiles(t, n=4)[::2] for n, t in samples.items()},
                 "over_fused": {n: t / medians["fused"] for n, t in medians.items() if n != "fused"},
                 "difference_from_eager": difference,
-                "path": {p: after[p]["forward"] - before[p]["forward"] for p in ("fused", "library")},
+                "path": {p: after[p]["forward"] - before[p]["forward"] for p in after if p != "fallback"},
             }
         )
         ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in rows[-1]["over_fused"].items())

@@ -15,15 +15,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", &fastlane::supported_isas);
   m.def("stats", [] {
     const auto s = fastlane::policy::stats();
-    py::dict fused;
-    fused["forward"] = s.fused_forward;
-    fused["backward"] = s.fused_backward;
     py::dict result;
-    result["fused"] = fused;
-    py::dict by_library;
-    by_library["forward"] = s.library_forward;
-    by_library["backward"] = s.library_backward;
-    result["library"] = by_library;
+    for (size_t path = 0; path < fastlane::kPaths; ++path) {
+      py::dict counts;
+      counts["forward"] = s.forward[path];
+      counts["backward"] = s.backward[path];
+      result[fastlane::kPathNames[path]] = counts;
+    }
     result["fallback"] = s.fallback;
     return result;
   });

@@ -12,7 +12,8 @@ def build_info() -> dict[str, Any]:
 
     Returns a dict with ``version``, ``torch_version`` and ``torch_cuda`` (what it was built against),
     ``compiler``, ``compiled_isas`` and ``supported_isas`` (best first; the second is what this CPU can run),
-    ``cuda_archs`` (empty in a CPU-only build) and ``cuda_reason`` (why CUDA was or was not compiled).
+    ``cuda_archs`` (empty in a CPU-only build) and ``cuda_reason`` (why CUDA was or was not compiled), ``hopper``
+    (whether the fused CUDA products for capability 9.0 were) and ``hopper_reason``.
 
     >>> "scalar" in build_info()["compiled_isas"]
     True
@@ -26,6 +27,8 @@ def build_info() -> dict[str, Any]:
         "supported_isas": library.supported_isas(),
         "cuda_archs": build_record["cuda_archs"],
         "cuda_reason": build_record["cuda_reason"],
+        "hopper": build_record["hopper"],
+        "hopper_reason": build_record["hopper_reason"],
     }
 
 
@@ -43,13 +46,15 @@ def cpu_isa() -> str:
 def stats() -> dict[str, dict[str, int]]:
     """Calls since the start of the process or the last `reset_stats`, in all threads.
 
-    ``{"fused": {"forward": n, "backward": n}, "library": {"forward": n, "backward": n}, "fallback": {reason:
-    n}}``: a layer's call counts once: as fused, as library where the machine's own GEMM is expected to win and
-    one fused pass follows it, or under the reason for which eager operations ran instead.
+    ``{path: {"forward": n, "backward": n}, ..., "fallback": {reason: n}}``: a call of a layer or a network counts
+    once, under the path it took or under the reason for which eager operations ran instead. The paths are
+    ``"fused"``, this library's own kernels; ``"library"``, the machine's own GEMM, where it is expected to win, and
+    one fused pass after it (also a network any of whose products took it); and ``"hopper"``, the fused CUDA product
+    for capability 9.0.
 
     >>> reset_stats()
-    >>> stats()
-    {'fused': {'forward': 0, 'backward': 0}, 'library': {'forward': 0, 'backward': 0}, 'fallback': {}}
+    >>> stats()["fused"], stats()["fallback"]
+    ({'forward': 0, 'backward': 0}, {})
     """
     return library.stats()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+RECORD_KEYS = {"version", "torch", "torch_cuda", "compiler", "cuda_archs", "cuda_reason", "hopper", "hopper_reason"}
 REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -18,7 +19,7 @@ def read_build_record(folder: Path | None = None) -> dict[str, Any]:
     path = (folder or Path(__file__).parent) / "_build_record.json"
     try:
         record = json.loads(path.read_text())
-        if {"version", "torch", "torch_cuda", "compiler", "cuda_archs", "cuda_reason"} <= record.keys():
+        if record.keys() >= RECORD_KEYS:
             return record
     except FileNotFoundError:
         raise ImportError(

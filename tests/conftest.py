@@ -40,8 +40,13 @@ def pytest_configure(config):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device, and torch.cuda.is_available() says there is none")
-    if item.get_closest_marker("cuda") and PATH != "library":
-        pytest.skip("needs FASTLANE_PATH=library: there is no fused product on CUDA yet")
+    if item.get_closest_marker("cuda") and PATH == "fused":
+        pytest.skip("needs FASTLANE_PATH to be empty or library: not every product has a fused kernel on CUDA")
+    if item.get_closest_marker("hopper"):
+        if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs a CUDA device of capability 9.0")
+        if PATH != "fused" or not fl.build_info()["hopper"]:
+            pytest.skip(f"needs FASTLANE_PATH=fused and Hopper kernels ({fl.build_info()['hopper_reason']})")
 
 
 @pytest.fixture(autouse=True)

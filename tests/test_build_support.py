@@ -17,8 +17,10 @@ from build_support import (  # noqa: E402
     check_version,
     cuda_architectures,
     decide_cuda,
+    decide_hopper,
     find_compiler,
     find_cuda_home,
+    find_cutlass,
     parse_nvcc_top,
 )
 
@@ -67,10 +69,33 @@ def test_environment_overrides():
 def test_cuda_architectures():
     assert cuda_architectures("8.0;9.0a+PTX") == ["8.0", "9.0a+PTX"]
     assert cuda_architectures("8.0 12.0f") == ["8.0", "12.0f"]
-    assert cuda_architectures(None) == cuda_architectures(" ") == ["7.5", "8.0", "9.0+PTX"]
+    assert cuda_architectures(None) == cuda_architectures(" ") == ["7.5", "8.0+PTX", "9.0a"]
     for wrong in ("7.0", "sm_90", "Hopper", "9", "8.0,9.0"):
         with pytest.raises(BuildError, match="^TORCH_CUDA_ARCH_LIST: got '.*', expected compute capabilities"):
             cuda_architectures(wrong)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "cutlass", "include", "reason"),
+    [
+        (["8.0", "9.0a+PTX"], "/headers", "/headers", "compiled for 9.0a"),
+        (["9.0a"], None, None, "pip install --no-deps nvidia-cutlass"),
+        (["8.0", "9.0+PTX"], "/headers", None, "9.0a is not among the architectures 8.0;9.0+PTX"),
+        ([], "/headers", None, "no CUDA kernels"),
+    ],
+)
+def test_hopper_kernels_need_the_architecture_and_the_headers(architectures, cutlass, include, reason):
+    decision = decide_hopper(architectures=architectures, cutlass=cutlass)
+    assert decision.include == include
+    assert reason in decision.reason
+
+
+def test_cutlass_is_where_the_environment_says(tmp_path):
+    with pytest.raises(BuildError, match="^FASTLANE_CUTLASS: got '.*', expected a folder with cutlass/cutlass.h"):
+        find_cutlass({"FASTLANE_CUTLASS": str(tmp_path)})
+    (tmp_path / "cutlass").mkdir()
+    (tmp_path / "cutlass" / "cutlass.h").touch()
+    assert find_cutlass({"FASTLANE_CUTLASS": str(tmp_path)}) == str(tmp_path.resolve())
 
 
 def test_toolkit_root_is_asked_of_nvcc_itself(tmp_path):

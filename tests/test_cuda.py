@@ -1,4 +1,4 @@
-"""The layer and the stack on a CUDA GPU, with FASTLANE_PATH=library. What needs no GPU is in test_cuda_host.py."""
+"""The layer and the stack on a CUDA GPU, with FASTLANE_PATH empty or library. What needs no GPU: test_cuda_host.py."""
 
 from dataclasses import replace
 
@@ -19,7 +19,6 @@ from oracle import (
     run_fused,
     small_case,
 )
-from subprocesses import run_python
 from test_layer_accuracy import repeated
 from test_stack import SIZES as STACK_SIZES
 from test_stack import Network, draw, each_shortcut
@@ -107,8 +106,8 @@ def test_stack(sizes, shortcut):
             got = network.results(x, dy, recompute=recompute)
             for a, b in zip(got, network.results(x, dy, reference), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
-    counts = fl.stats()["library"]
-    assert (counts["forward"], counts["backward"]) == (10, 10)
+    counts = [fl.stats()[path] for path in ("fused", "library", "hopper")]
+    assert [sum(count[way] for count in counts) for way in ("forward", "backward")] == [10, 10]
 
 
 @pytest.mark.parametrize("kind", [fl.ExampleDeepNeuralNetwork, fl.ImprovedResidualNetwork])
@@ -250,14 +249,3 @@ def test_a_gpu_that_is_not_the_current_one():
     for name, value in got.items():
         assert value.device.index == 1
         torch.testing.assert_close(value.cpu(), expected[name].cpu())
-
-
-def test_the_fused_path_cannot_be_forced_yet():
-    code = """
-import json, torch, fastlane_ext as fl
-try:
-    fl.linear_gelu_residual(torch.zeros(2, 4, device="cuda"), torch.zeros(3, 4, device="cuda"))
-except NotImplementedError as error:
-    print(json.dumps(str(error)))
-"""
-    assert "FASTLANE_PATH=fused: got CUDA tensors" in run_python(code, FASTLANE_PATH="fused")

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 from build_support import find_compiler, find_cuda_home  # noqa: E402
 
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
+SOURCES = sorted(path.name for path in KERNELS.glob("*.cu") if not path.name.startswith("hopper"))
 pytestmark = [pytest.mark.any_isa, pytest.mark.slow]
 
 
@@ -30,7 +31,7 @@ def run_program(name, folder, *flags):
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("name", ["geometry_test", "gelu_test"])
+@pytest.mark.parametrize("name", ["geometry_test", "gelu_test", "hopper_test"])
 def test_host_code(name, tmp_path):
     run_program(name, tmp_path, "-std=c++17")
 
@@ -48,15 +49,15 @@ def test_kernels_on_the_host(tmp_path):
     run_program("kernels_test", tmp_path, "-std=c++20", "-Wno-unknown-pragmas", "-isystem", str(headers))
 
 
-@pytest.mark.parametrize("source", sorted(path.name for path in KERNELS.glob("*.cu")))
+@pytest.mark.parametrize("source", SOURCES)
 def test_kernels_compile_without_spills(source, tmp_path):
-    """What ptxas says of every kernel: no spilled register, and no wgmma that was put in a row (warning C7510)."""
+    """What ptxas says of every kernel: no spilled register. The Hopper kernels: test_cuda_build.py."""
     architectures = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("75", "80", "90a")]
     command = [str(toolkit_home() / "bin" / "nvcc"), "-O3", "-DNDEBUG", "-Xptxas=-v", *architectures]
     command += ["-c", str(KERNELS / source), "-o", str(tmp_path / "kernels.o")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     report = result.stdout + result.stderr
-    assert result.returncode == 0 and "C7510" not in report, report[-2000:]
+    assert result.returncode == 0, report[-2000:]
     entries = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", report)
     spills = re.findall(r"(\d+) bytes spill stores", report)
     assert len(spills) >= len(entries) > 0

@@ -239,6 +239,7 @@ def test_disable():
     assert stats == {
         "fused": {"forward": 0, "backward": 0},
         "library": {"forward": 0, "backward": 0},
+        "hopper": {"forward": 0, "backward": 0},
         "fallback": {"FASTLANE_DISABLE is set": 5},
     }
 

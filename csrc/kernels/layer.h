@@ -51,6 +51,8 @@ inline GemmProblem wgrad_gemm(const LayerShape& shape, ConstMatrix dz, ConstMatr
   return p;
 }
 
+inline LayerShape shape_of(const LayerBackwardProblem& b) { return {b.rows, b.in_features, b.out_features, b.dtype}; }
+
 inline bool forms_dz(const LayerBackwardProblem& b) {
   return b.activation != Activation::none && (b.dx.data || b.dweight.data);
 }

@@ -3,22 +3,21 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "../kernels/problem.h"
 #include "path.h"
 
 namespace fastlane {
 
 struct Backend {
-  Path (*forward_path)(const LayerShape&);
-  Path (*backward_path)(const LayerShape&);
-  // The fused path.
-  void (*gemm)(const GemmProblem&);
-  void (*layer_backward)(const LayerBackwardProblem&);
+  // These run their problem and say by which path, or do nothing and return Path::library: then the library's product
+  // and the passes around it shall run. `dgrad` is asked where the library has the backward.
+  Path (*gemm)(const GemmProblem&);
+  Path (*layer_backward)(const LayerBackwardProblem&);
+  Path (*dgrad)(const GemmProblem&);
   // The passes around the library's products. The product may lie in z or out.
   void (*epilogue)(const GemmProblem&, const ConstRowMajor& product);
   void (*preactivation_grad)(const PreActivationGradProblem&);
-  // A narrow stack as one kernel.
-  bool (*is_narrow)(const StackProblem&);
+  // A narrow stack as one kernel; decided by sizes alone.
+  bool (*is_one_kernel)(const StackProblem&);
   void (*stack_forward)(const StackProblem&);
   void (*stack_backward)(const StackProblem&);
 };

@@ -1,21 +1,54 @@
-// The CUDA key: the library's GEMM and one pass around it, on the current stream.
+// The CUDA key: on the current stream, a Hopper kernel where there is one for the product, otherwise the library's
+// GEMM and one pass around it.
+#include <ATen/Context.h>
+#include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include "../kernels/cuda/elementwise.h"
+#include "../kernels/cuda/hopper.h"
 #include "backend.h"
 #include "register.h"
 
 namespace fastlane {
 namespace {
 
-Path library_path(const LayerShape&) {
-  TORCH_CHECK_NOT_IMPLEMENTED(forced_path() != Path::fused,
-                              "FASTLANE_PATH=fused: got CUDA tensors, for which there is no fused product yet; unset "
-                              "it or use library");
-  return Path::library;
+cuda::Gpu current_gpu() {
+  const cudaDeviceProp& properties = *at::cuda::getCurrentDeviceProperties();
+  return {properties.major * 10 + properties.minor, properties.multiProcessorCount};
 }
+
+// fp32 operands are cut to 10 bits where torch may do so too.
+bool may_be_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
+Path gemm(const GemmProblem& p) {
+  const std::optional<Path> forced = forced_path();
+  if (forced == Path::library || !cuda::has_hopper_kernels()) return Path::library;
+  const cuda::HopperKind kind = cuda::hopper_kind(p);
+  if (kind == cuda::HopperKind::none || (p.dtype == DType::f32 && !may_be_tf32())) return Path::library;
+  const cuda::Gpu gpu = current_gpu();
+  if (!(forced ? cuda::runs_hopper_kernels(gpu) : cuda::is_worth_a_hopper_kernel(p, gpu))) return Path::library;
+  const cuda::HopperTile tile = cuda::hopper_tile(p, gpu);
+  const bool ran = cuda::hopper_gemm(p, kind, tile, gpu.multiprocessors, c10::cuda::getCurrentCUDAStream());
+  return ran ? Path::hopper : Path::library;
+}
+
+Path forward(const GemmProblem& p) {
+  const Path path = gemm(p);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      path != Path::library || forced_path() != Path::fused,
+      "FASTLANE_PATH=fused: got a CUDA product that no fused kernel takes, expected one of ",
+      "16-bit or TF32 operands on a GPU of capability 9.0, in rows aligned to 16 bytes; unset "
+      "it or use library");
+  return path;
+}
+
+// The products of a backward are separate kernels.
+Path layer_backward(const LayerBackwardProblem&) { return Path::library; }
 
 void epilogue(const GemmProblem& p, const ConstRowMajor& product) {
   cuda::epilogue(p, product, c10::cuda::getCurrentCUDAStream());
@@ -32,8 +65,8 @@ bool never(const StackProblem&) { return false; }
 }  // namespace
 
 const Backend& cuda_backend() {
-  static constexpr Backend backend{library_path,       library_path, nullptr, nullptr, epilogue,
-                                   preactivation_grad, never,        nullptr, nullptr};
+  static constexpr Backend backend{forward, layer_backward, gemm,   epilogue, preactivation_grad,
+                                   never,   nullptr,        nullptr};
   return backend;
 }
 

@@ -28,18 +28,6 @@ Operands flatten_operands(const at::Tensor& x, const at::Tensor& weight, const O
   return o;
 }
 
-Path counted_forward_path(const Operands& o) {
-  const Path path = backend_of(o.x).forward_path(o.shape);
-  path == Path::fused ? policy::count_fused_forward() : policy::count_library_forward();
-  return path;
-}
-
-Path counted_backward_path(const at::Tensor& dy, const LayerShape& shape) {
-  const Path path = backend_of(dy).backward_path(shape);
-  path == Path::fused ? policy::count_fused_backward() : policy::count_library_backward();
-  return path;
-}
-
 using OutputAndZ = std::tuple<at::Tensor, at::Tensor>;
 
 // z is undefined unless asked for.
@@ -51,7 +39,7 @@ OutputAndZ forward_residual(const at::Tensor& x, const at::Tensor& weight, const
   at::Tensor y = empty_output(x, weight.size(0)), z = with_z ? empty_output(x, weight.size(0)) : at::Tensor();
   const Operands o = flatten_operands(x, weight, bias, residual);
   const std::array<int64_t, 2> flat{o.shape.rows, o.shape.out_features};
-  run_forward(counted_forward_path(o), o, activation, with_z ? z.view(flat) : z, y.view(flat));
+  policy::count_forward(run_forward(o, activation, with_z ? z.view(flat) : z, y.view(flat)));
   return {std::move(y), std::move(z)};
 }
 
@@ -68,8 +56,8 @@ OutputAndZ forward_concat(const at::Tensor& x, const at::Tensor& weight, const O
     const OwnCalls own_calls;
     rows.narrow(1, 0, in_features).copy_(o.x);
   }
-  run_forward(counted_forward_path(o), o, activation, with_z ? z.view({o.shape.rows, out_features}) : z,
-              rows.narrow(1, in_features, out_features));
+  policy::count_forward(run_forward(o, activation, with_z ? z.view({o.shape.rows, out_features}) : z,
+                                    rows.narrow(1, in_features, out_features)));
   return {std::move(y), std::move(z)};
 }
 
@@ -106,7 +94,7 @@ std::tuple<at::Tensor, at::Tensor> linear_gelu_forward(const at::Tensor& x, cons
 at::Tensor recomputed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   const Operands o = flatten_operands(x, weight, bias, std::nullopt);
   at::Tensor z = at::empty({o.shape.rows, o.shape.out_features}, x.options());
-  run_forward(backend_of(x).forward_path(o.shape), o, Activation::none, {}, z);
+  run_forward(o, Activation::none, {}, z);
   return z;
 }
 
@@ -137,9 +125,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
     grad_weight = std::move(gradient.gradient);
   }
   if (need_bias) t.db = at::empty({t.dy.size(1)}, options);
-  const int64_t in_features = need_x ? t.weight.size(1) : need_weight ? t.x.size(1) : 0;
-  const LayerShape shape{t.dy.size(0), in_features, t.dy.size(1), dtype_of(t.dy)};
-  run_backward(counted_backward_path(t.dy, shape), t, activation);
+  policy::count_backward(run_backward(t, activation));
   return {std::move(grad_x), std::move(grad_weight), std::move(t.db)};
 }
 

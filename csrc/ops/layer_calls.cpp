@@ -29,24 +29,32 @@ LayerBackwardProblem problem_of(const BackwardTensors& t, Activation activation)
   return b;
 }
 
-void run_backward_by_library(const LayerBackwardProblem& b, const BackwardTensors& t) {
+Path run_dgrad(const LayerBackwardProblem& b, const BackwardTensors& t, const at::Tensor& dz) {
+  const Path path = backend_of(dz).dgrad(dgrad_gemm(shape_of(b), matrix(dz), b.weight, b.shortcut_grad, b.dx));
+  if (path != Path::library) return path;
+  at::Tensor dx = t.dx;
+  if (t.grad_shortcut.defined()) {
+    at::addmm_out(dx, t.grad_shortcut, dz, t.weight);
+  } else {
+    at::mm_out(dx, dz, t.weight);
+  }
+  return path;
+}
+
+// Product by product, around one elementwise pass.
+Path run_backward_in_parts(const LayerBackwardProblem& b, const BackwardTensors& t) {
   at::Tensor dz = forms_dz(b) ? at::empty({b.rows, b.out_features}, t.dy.options()) : t.dy;
   run_preactivation_grad(b, forms_dz(b) ? dz.mutable_data_ptr() : nullptr, backend_of(t.dy).preactivation_grad);
   const OwnCalls own_calls;
-  at::Tensor dx = t.dx, dweight = t.dweight;
-  if (dx.defined()) {
-    if (t.grad_shortcut.defined()) {
-      at::addmm_out(dx, t.grad_shortcut, dz, t.weight);
-    } else {
-      at::mm_out(dx, dz, t.weight);
-    }
-  }
-  if (!dweight.defined()) return;
+  const Path path = t.dx.defined() ? run_dgrad(b, t, dz) : Path::library;
+  at::Tensor dweight = t.dweight;
+  if (!dweight.defined()) return path;
   if (b.dweight_transposed) {
     at::mm_out(dweight, t.x.t(), dz);
   } else {
     at::mm_out(dweight, dz.t(), t.x);
   }
+  return path;
 }
 
 }  // namespace
@@ -82,16 +90,13 @@ WeightGradient::WeightGradient(int64_t out_features, int64_t in_features, bool c
   gradient = column_major ? storage.t() : storage;
 }
 
-void run_forward(Path path, const Operands& o, Activation activation, const at::Tensor& z,
-                 const at::Tensor& activated) {
+Path run_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated) {
   const void* bias = o.bias.defined() ? o.bias.const_data_ptr() : nullptr;
   const ConstRowMajor residual = o.residual.defined() ? row_major(o.residual) : ConstRowMajor{};
   GemmProblem p = forward_gemm(o.shape, matrix(o.x), matrix(o.weight), bias, activation, residual,
                                z.defined() ? mutable_row_major(z) : RowMajor{}, mutable_row_major(activated));
-  if (path == Path::fused) {
-    backend_of(o.x).gemm(p);
-    return;
-  }
+  const Path path = backend_of(o.x).gemm(p);
+  if (path != Path::library) return path;
   at::Tensor product = z.defined() ? z : activated;
   {
     const OwnCalls own_calls;
@@ -106,15 +111,13 @@ void run_forward(Path path, const Operands& o, Activation activation, const at::
   const bool is_finished =
       p.out.data == product.const_data_ptr() && activation == Activation::none && !p.addend.data && !p.bias;
   if (!is_finished) backend_of(o.x).epilogue(p, row_major(product));
+  return path;
 }
 
-void run_backward(Path path, const BackwardTensors& t, Activation activation) {
+Path run_backward(const BackwardTensors& t, Activation activation) {
   const LayerBackwardProblem b = problem_of(t, activation);
-  if (path == Path::library) {
-    run_backward_by_library(b, t);
-  } else {
-    backend_of(t.dy).layer_backward(b);
-  }
+  const Path path = backend_of(t.dy).layer_backward(b);
+  return path == Path::library ? run_backward_in_parts(b, t) : path;
 }
 
 }  // namespace fastlane

@@ -46,9 +46,8 @@ struct OwnCalls {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-// `activated` receives act(z) + residual: a whole tensor, or a slice of the concatenation's rows.
-void run_forward(Path path, const Operands& o, Activation activation, const at::Tensor& z,
-                 const at::Tensor& activated);
+// `activated` receives act(z) + residual: a whole tensor, or a slice of the concatenation's rows. Returns how.
+Path run_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated);
 
 // The operands and results of a backward as 2-D tensors; undefined where not needed.
 struct BackwardTensors {
@@ -57,6 +56,6 @@ struct BackwardTensors {
   bool dweight_transposed = false;
 };
 
-void run_backward(Path path, const BackwardTensors& t, Activation activation);
+Path run_backward(const BackwardTensors& t, Activation activation);
 
 }  // namespace fastlane

@@ -1,13 +1,17 @@
-// Which of two paths a call takes: one fused product, or the library's product and one fused pass over it.
+// Which path a call takes: one fused product, or the library's product and one fused pass over it.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 
 #include "../kernels/layer.h"
 
 namespace fastlane {
 
-enum class Path { fused, library };
+// `hopper` is the fused product of a CUDA GPU of capability 9.0; `fused` are this library's own kernels.
+enum class Path : uint8_t { fused, library, hopper };
+constexpr int kPaths = 3;
+constexpr const char* kPathNames[kPaths] = {"fused", "library", "hopper"};
 
 // What FASTLANE_PATH says; read once. Throws c10::ValueError if that is neither fused nor library.
 std::optional<Path> forced_path();

@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
@@ -17,12 +18,12 @@ bool is_set(const char* variable) {
   return value == "1";
 }
 
-std::atomic<int64_t> fused_forward{0};
-std::atomic<int64_t> fused_backward{0};
-std::atomic<int64_t> library_forward{0};
-std::atomic<int64_t> library_backward{0};
+using Counts = std::array<std::atomic<int64_t>, kPaths>;
+Counts forward_counts{}, backward_counts{};
 std::mutex fallback_mutex;
 std::map<std::string, int64_t> fallback;
+
+void count(Counts& counts, Path path) { counts[static_cast<size_t>(path)].fetch_add(1, std::memory_order_relaxed); }
 
 }  // namespace
 
@@ -31,10 +32,8 @@ bool disabled() {
   return value;
 }
 
-void count_fused_forward() { fused_forward.fetch_add(1, std::memory_order_relaxed); }
-void count_fused_backward() { fused_backward.fetch_add(1, std::memory_order_relaxed); }
-void count_library_forward() { library_forward.fetch_add(1, std::memory_order_relaxed); }
-void count_library_backward() { library_backward.fetch_add(1, std::memory_order_relaxed); }
+void count_forward(Path path) { count(forward_counts, path); }
+void count_backward(Path path) { count(backward_counts, path); }
 
 void leave_fused_path(const std::string& reason) {
   TORCH_CHECK(!is_set("FASTLANE_STRICT"), "FASTLANE_STRICT: this call would leave the fused path: ", reason,
@@ -45,15 +44,16 @@ void leave_fused_path(const std::string& reason) {
 
 Stats stats() {
   const std::lock_guard<std::mutex> lock(fallback_mutex);
-  return {fused_forward.load(), fused_backward.load(), library_forward.load(), library_backward.load(), fallback};
+  Stats result{{}, {}, fallback};
+  std::copy(forward_counts.begin(), forward_counts.end(), result.forward.begin());
+  std::copy(backward_counts.begin(), backward_counts.end(), result.backward.begin());
+  return result;
 }
 
 void reset_stats() {
   const std::lock_guard<std::mutex> lock(fallback_mutex);
-  fused_forward = 0;
-  fused_backward = 0;
-  library_forward = 0;
-  library_backward = 0;
+  for (Counts* counts : {&forward_counts, &backward_counts})
+    for (auto& n : *counts) n = 0;
   fallback.clear();
 }
 

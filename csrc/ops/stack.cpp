@@ -2,7 +2,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 
-#include <algorithm>
+#include <optional>
 
 #include "composition.h"
 #include "keeps_z.h"
@@ -36,20 +36,19 @@ struct StackSizes {
   StackSizes(const StackSizes&) = delete;
   StackSizes& operator=(const StackSizes&) = delete;
 
-  LayerShape shape(const StackLayer& l) const { return {problem.rows, l.in_features, l.out_features, problem.dtype}; }
-  bool is_one_kernel() const {
-    return layer_paths(backend.forward_path) == Path::fused && backend.is_narrow(problem);
+  bool is_one_kernel() const { return backend.is_one_kernel(problem); }
+};
+
+// The path of several products: the library's, if any of them is.
+class CommonPath {
+ public:
+  void add(Path path) {
+    if (!path_ || path == Path::library) path_ = path;
   }
-  // What counts: the library's, if any layer's product is.
-  Path counted_forward_path() const { return is_one_kernel() ? Path::fused : layer_paths(backend.forward_path); }
-  Path counted_backward_path() const { return is_one_kernel() ? Path::fused : layer_paths(backend.backward_path); }
+  Path path() const { return path_.value_or(Path::fused); }
 
  private:
-  Path layer_paths(Path (*path_of)(const LayerShape&)) const {
-    const bool any = std::any_of(layers.begin(), layers.end(),
-                                 [&](const StackLayer& l) { return path_of(shape(l)) == Path::library; });
-    return any ? Path::library : Path::fused;
-  }
+  std::optional<Path> path_;
 };
 
 // A stack on 2-D tensors, and what keeps its operands alive.
@@ -120,21 +119,22 @@ Operands operands_of(const Stack& s, size_t i, const at::Tensor& h, bool project
   return o;
 }
 
-at::Tensor projected(const Stack& s, size_t i, const at::Tensor& h) {
+at::Tensor projected(const Stack& s, size_t i, const at::Tensor& h, CommonPath& path) {
   const Operands o = operands_of(s, i, h, /*projection=*/true);
   at::Tensor result = at::empty({s.rows, o.shape.out_features}, h.options());
-  run_forward(s.backend.forward_path(o.shape), o, Activation::none, {}, result);
+  path.add(run_forward(o, Activation::none, {}, result));
   return result;
 }
 
 // What layer i adds to its activation; undefined where nothing.
-at::Tensor shortcut_of(const Stack& s, size_t i, const at::Tensor& h) {
-  if (s.parameters.projections[i].defined()) return projected(s, i, h);
+at::Tensor shortcut_of(const Stack& s, size_t i, const at::Tensor& h, CommonPath& path) {
+  if (s.parameters.projections[i].defined()) return projected(s, i, h, path);
   return s.layers[i].adds_input ? h : at::Tensor();
 }
 
 // y is 2-D; z holds every layer's, or is undefined.
-void run_by_layer(const Stack& s, const at::Tensor& y, const at::Tensor& z) {
+Path run_by_layer(const Stack& s, const at::Tensor& y, const at::Tensor& z) {
+  CommonPath path;
   at::Tensor h = s.x;
   if (s.concat()) {
     const OwnCalls own_calls;
@@ -144,14 +144,15 @@ void run_by_layer(const Stack& s, const at::Tensor& y, const at::Tensor& z) {
   for (size_t i = 0; i < s.layers.size(); ++i) {
     const StackLayer& l = s.layers[i];
     Operands o = operands_of(s, i, h, /*projection=*/false);
-    o.residual = shortcut_of(s, i, h);
+    o.residual = shortcut_of(s, i, h, path);
     const bool last = i + 1 == s.layers.size();
     const at::Tensor out = s.concat() ? y.narrow(1, l.in_features, l.out_features)
                            : last     ? y
                                       : at::empty({s.rows, l.out_features}, y.options());
-    run_forward(s.backend.forward_path(o.shape), o, s.activation, z.defined() ? s.z_of(z, i) : at::Tensor(), out);
+    path.add(run_forward(o, s.activation, z.defined() ? s.z_of(z, i) : at::Tensor(), out));
     h = s.concat() ? y.narrow(1, 0, l.in_features + l.out_features) : out;
   }
+  return path.path();
 }
 
 at::Tensor empty_z(const Stack& s) {
@@ -170,11 +171,11 @@ at::Tensor computed_z(const Stack& s) {
 at::Tensor run_stack(Stack& s, const at::Tensor& x, const at::Tensor& z) {
   at::Tensor y = empty_output(x, s.out_features());
   const at::Tensor rows = y.view({s.rows, s.out_features()});
-  s.counted_forward_path() == Path::fused ? policy::count_fused_forward() : policy::count_library_forward();
   if (!s.is_one_kernel()) {
-    run_by_layer(s, rows, z);
+    policy::count_forward(run_by_layer(s, rows, z));
     return y;
   }
+  policy::count_forward(Path::fused);
   if (z.defined()) s.set_z(z);
   s.problem.y = mutable_row_major(rows);
   s.backend.stack_forward(s.problem);
@@ -241,7 +242,7 @@ void run_as_one(Stack& s, const at::Tensor& grad, const OptionalTensor& z, Stack
 }
 
 // Every layer's input, from the zs.
-std::vector<at::Tensor> restored_inputs(const Stack& s, const at::Tensor& z) {
+std::vector<at::Tensor> restored_inputs(const Stack& s, const at::Tensor& z, CommonPath& path) {
   std::vector<at::Tensor> inputs{s.x};
   at::Tensor all;
   if (s.concat()) {
@@ -251,7 +252,7 @@ std::vector<at::Tensor> restored_inputs(const Stack& s, const at::Tensor& z) {
   }
   for (size_t i = 0; i + 1 < s.layers.size(); ++i) {
     const StackLayer& l = s.layers[i];
-    const at::Tensor addend = shortcut_of(s, i, inputs.back());
+    const at::Tensor addend = shortcut_of(s, i, inputs.back(), path);
     const at::Tensor out = s.concat() ? all.narrow(1, l.in_features, l.out_features)
                                       : at::empty({s.rows, l.out_features}, s.x.options());
     GemmProblem p;
@@ -264,8 +265,9 @@ std::vector<at::Tensor> restored_inputs(const Stack& s, const at::Tensor& z) {
   return inputs;
 }
 
-void run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, StackGradients& g) {
-  std::vector<at::Tensor> inputs = restored_inputs(s, z);
+Path run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, StackGradients& g) {
+  CommonPath path;
+  std::vector<at::Tensor> inputs = restored_inputs(s, z, path);
   const auto empty_dx = [&](size_t i) { return at::empty({s.rows, s.layers[i].in_features}, grad.options()); };
   const size_t first = g.first_needed();
   for (size_t i = s.layers.size(); i-- > first;) {
@@ -278,7 +280,7 @@ void run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, StackGra
       if (dx.defined()) t.dx = empty_dx(i);
       t.dweight = g.projections[i].storage, t.dweight_transposed = g.projections[i].transposed;
       t.db = g.projection_biases[i];
-      run_backward(s.backend.backward_path(s.shape(l)), t, Activation::none);
+      path.add(run_backward(t, Activation::none));
       const at::Tensor through_projection = t.dx;
       t = {};
       t.grad_shortcut = through_projection;
@@ -290,10 +292,11 @@ void run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, StackGra
     t.dy = s.concat() ? grad.narrow(1, l.in_features, l.out_features) : grad;
     t.z = s.z_of(z, i), t.x = inputs[i], t.weight = s.parameters.weights[i];
     t.dx = dx, t.dweight = g.weights[i].storage, t.dweight_transposed = g.weights[i].transposed, t.db = g.biases[i];
-    run_backward(s.backend.backward_path(s.shape(l)), t, s.activation);
+    path.add(run_backward(t, s.activation));
     grad = dx;
     inputs.pop_back();
   }
+  return path.path();
 }
 
 std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList weights,
@@ -308,11 +311,11 @@ std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const at
   Stack s(x, std::move(p), shortcut, parse_activation(activation_name));
   StackGradients gradients(x, s.parameters, s.rows, needed);
   const at::Tensor rows = with_unit_column_stride(flatten_leading(grad));
-  s.counted_backward_path() == Path::fused ? policy::count_fused_backward() : policy::count_library_backward();
   if (s.is_one_kernel()) {
     run_as_one(s, rows, z, gradients);
+    policy::count_backward(Path::fused);
   } else {
-    run_by_layer(s, rows, z ? *z : computed_z(s), gradients);
+    policy::count_backward(run_by_layer(s, rows, z ? *z : computed_z(s), gradients));
   }
   return gradients.in_order();
 }

@@ -246,13 +246,9 @@ def stats_since(before: dict[str, Any]) -> dict[str, Any]:
     """What ``fastlane_ext.stats()`` counted since ``before``, in the same form; fallbacks of zero left
     out."""
     after = fastlane_ext.stats()
-    fallback = {reason: n - before["fallback"].get(reason, 0) for reason, n in after["fallback"].items()}
-    return {
-        **{
-            path: {key: n - before[path].get(key, 0) for key, n in after[path].items()} for path in ("fused", "library")
-        },
-        "fallback": {reason: n for reason, n in fallback.items() if n},
-    }
+    since = {name: {key: n - before[name].get(key, 0) for key, n in counts.items()} for name, counts in after.items()}
+    since["fallback"] = {reason: n for reason, n in since["fallback"].items() if n}
+    return since
 
 
 def _dtype_of(contestant: Contestant) -> torch.dtype:

@@ -49,6 +49,7 @@ def render(result: dict[str, Any]) -> None:
         "kernels compiled": ", ".join(result["compiled_isas"]),
         "threads": str(result["threads"]),
         "CUDA": f"archs {archs}; {result['cuda_reason']}",
+        "Hopper kernels": f"{'yes' if result['hopper'] else 'no'}; {result['hopper_reason']}",
         "GPU": result["gpu"] or "none",
         "environment": set_variables or "none of " + ", ".join(VARIABLES),
     }

@@ -358,9 +358,10 @@ def groups(fused: Counter) -> list[tuple[str, Callable[[], list[Row]]]]:
 def path(calls: int) -> Row:
     """Whether ``stats()`` counted ``calls`` forwards and backwards on one of our paths, and no fallback."""
     counted = fastlane_ext.stats()
-    fewest = min(counted["fused"][name] + counted["library"][name] for name in ("forward", "backward"))
-    fallbacks = sum(counted["fallback"].values())
-    reasons = "; ".join(f"{reason} ({n})" for reason, n in counted["fallback"].items())
+    reasons_counted = counted.pop("fallback")
+    fewest = min(sum(path[name] for path in counted.values()) for name in ("forward", "backward"))
+    fallbacks = sum(reasons_counted.values())
+    reasons = "; ".join(f"{reason} ({n})" for reason, n in reasons_counted.items())
     missing = max(0, calls - fewest) + fallbacks
     row = _row("the fused path ran", "all", "all", "calls elsewhere", missing, None, 0, missing == 0)
     return {**row, "note": reasons or f"{calls} calls, {fewest} of them fused both ways"}

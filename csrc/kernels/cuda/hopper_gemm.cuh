@@ -1,0 +1,164 @@
+// The warp-specialised GEMM of CUTLASS's builders with this library's epilogues as visitor trees. An epilogue's node
+// computes on fragments of accumulators that are still in registers; TMA loads C and stores z and the result.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "cutlass/cutlass.h"
+#include "cutlass/epilogue/collective/collective_builder.hpp"
+#include "cutlass/epilogue/fusion/operations.hpp"
+#include "cutlass/gemm/collective/collective_builder.hpp"
+#include "cutlass/gemm/device/gemm_universal_adapter.h"
+#include "cutlass/gemm/kernel/gemm_universal.hpp"
+#include "hopper_activation.cuh"
+#include "hopper_launch.h"
+
+namespace fastlane::cuda::hopper {
+
+namespace fusion = cutlass::epilogue::fusion;
+using cute::_1;
+using cute::_128;
+using cute::_2;
+using cute::_256;
+using cute::Shape;
+using cute::Stride;
+
+constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
+using Cluster = Shape<_2, _1, _1>;
+using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
+using MainloopSchedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+using RowMajorLayout = cutlass::layout::RowMajor;
+template <class E>
+constexpr int kVector = kAccessBytes / sizeof(E);
+
+template <class E, class Cols>
+using Tile = Shape<_128, Cols, cute::Int<128 / sizeof(E)>>;
+
+template <template <class> class Op, class Out>
+using Compute = fusion::Sm90Compute<Op, Out, float, kRound>;
+
+// beta · C + Value, rounded to E. With beta = 0, C is not read.
+template <class E, class Value>
+using PlusAddend = fusion::Sm90EVT<Compute<cutlass::homogeneous_multiply_add, E>, fusion::Sm90ScalarBroadcast<float>,
+                                   fusion::Sm90SrcFetch<E>, Value>;
+
+template <class E, class TileShape>
+struct ForwardParts {
+  using Bias = fusion::Sm90RowBroadcast<0, TileShape, E, float>;
+  using Z = fusion::Sm90EVT<Compute<cutlass::plus, float>, Bias, fusion::Sm90AccFetch>;
+  using Descriptor = cutlass::epilogue::collective::detail::EpilogueDescriptor<
+      TileShape, cutlass::epilogue::collective::EpilogueTileAuto, E, E, EpilogueSchedule>;
+  using Aux = cutlass::epilogue::collective::detail::AuxStoreDescriptor<Descriptor, RowMajorLayout, E>;
+  using Store = fusion::Sm90AuxStore<Aux::Stages, typename Aux::EpilogueTile, E, kRound, typename Aux::Stride,
+                                     typename Aux::SmemLayoutAtom, typename Aux::CopyOpR2S>;
+};
+
+// Of rows that are contiguous; there is one batch.
+inline Stride<int64_t, _1, int64_t> row_major(int64_t row_stride) { return {row_stride, _1{}, 0}; }
+
+// act(acc + bias) + addend; acc + bias is stored as z on its way. One kernel serves all activations.
+template <class E, class TileShape, bool kStoresZ>
+struct ForwardEpilogue {
+  using Parts = ForwardParts<E, TileShape>;
+  using KeptZ =
+      std::conditional_t<kStoresZ, fusion::Sm90EVT<typename Parts::Store, typename Parts::Z>, typename Parts::Z>;
+  using Tree = PlusAddend<E, fusion::Sm90EVT<Compute<Activate, float>, KeptZ>>;
+
+  static typename Tree::Arguments arguments(const GemmProblem& p) {
+    const typename Parts::Z::Arguments z{{static_cast<const E*>(p.bias)}, {}, {}};
+    typename KeptZ::Arguments kept;
+    if constexpr (kStoresZ) {
+      kept = {z, {static_cast<E*>(p.z.data), row_major(p.z.row_stride)}};
+    } else {
+      kept = z;
+    }
+    return {{{p.addend.data ? 1.0f : 0.0f}}, {}, {kept, {p.activation}}, {}};
+  }
+};
+
+// acc + addend.
+template <class E>
+struct DgradEpilogue {
+  using Tree = PlusAddend<E, fusion::Sm90AccFetch>;
+
+  static typename Tree::Arguments arguments(const GemmProblem& p) {
+    return {{{p.addend.data ? 1.0f : 0.0f}}, {}, {}, {}};
+  }
+};
+
+template <class E, class TileShape, class LayoutB, class Epilogue>
+class Kernel {
+  using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, TileShape, Cluster,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, E, RowMajorLayout, kVector<E>, E, RowMajorLayout,
+      kVector<E>, EpilogueSchedule, typename Epilogue::Tree>::CollectiveOp;
+  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, E, RowMajorLayout, kVector<E>, E, LayoutB, kVector<E>,
+      float, TileShape, Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<sizeof(typename CollectiveEpilogue::SharedStorage)>,
+      MainloopSchedule>::CollectiveOp;
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
+      cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, CollectiveEpilogue>>;
+
+  // CUTLASS's B is n × k.
+  static typename Mainloop::StrideB stride_b(const GemmProblem& p) {
+    if constexpr (std::is_same_v<LayoutB, RowMajorLayout>) {
+      return {_1{}, p.b.row_stride, 0};
+    } else {
+      return row_major(p.b.col_stride);
+    }
+  }
+
+ public:
+  static bool run(const GemmProblem& p, int multiprocessors, Stream stream) {
+    typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                       {static_cast<int>(p.m), static_cast<int>(p.n), static_cast<int>(p.k), 1}};
+    arguments.mainloop = {static_cast<const E*>(p.a.data), row_major(p.a.row_stride), static_cast<const E*>(p.b.data),
+                          stride_b(p)};
+    // C's descriptor needs memory of the right shape even where C is not read.
+    const ConstRowMajor c = p.addend.data ? p.addend : ConstRowMajor{p.out.data, p.out.row_stride};
+    arguments.epilogue = {Epilogue::arguments(p), static_cast<const E*>(c.data), row_major(c.row_stride),
+                          static_cast<E*>(p.out.data), row_major(p.out.row_stride)};
+    arguments.hw_info.sm_count = multiprocessors;
+    if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess || Gemm::get_workspace_size(arguments) != 0)
+      return false;
+    Gemm gemm;
+    check(gemm.initialize(arguments, nullptr, stream), "initialize");
+    check(gemm.run(stream), "run");
+    return true;
+  }
+
+ private:
+  static void check(cutlass::Status status, const char* step) {
+    if (status == cutlass::Status::kSuccess) return;
+    const cudaError_t error = cudaGetLastError();
+    throw std::runtime_error(std::string("fastlane_ext: hopper_gemm: ") + step + ": " +
+                             cutlass::cutlassGetStatusString(status) + ", " + cudaGetErrorString(error) + " (" +
+                             __FILE__ + ":" + std::to_string(__LINE__) + ")");
+  }
+};
+
+template <class E, class TileShape>
+bool run_forward(const GemmProblem& p, int multiprocessors, Stream stream) {
+  using Along_k = cutlass::layout::ColumnMajor;
+  return p.z.data
+             ? Kernel<E, TileShape, Along_k, ForwardEpilogue<E, TileShape, true>>::run(p, multiprocessors, stream)
+             : Kernel<E, TileShape, Along_k, ForwardEpilogue<E, TileShape, false>>::run(p, multiprocessors, stream);
+}
+
+template <class E>
+bool run_forward(const GemmProblem& p, HopperTile tile, int multiprocessors, Stream stream) {
+  return tile == HopperTile::m128n256 ? run_forward<E, Tile<E, _256>>(p, multiprocessors, stream)
+                                      : run_forward<E, Tile<E, _128>>(p, multiprocessors, stream);
+}
+
+template <class E>
+bool run_dgrad(const GemmProblem& p, HopperTile tile, int multiprocessors, Stream stream) {
+  return tile == HopperTile::m128n256
+             ? Kernel<E, Tile<E, _256>, RowMajorLayout, DgradEpilogue<E>>::run(p, multiprocessors, stream)
+             : Kernel<E, Tile<E, _128>, RowMajorLayout, DgradEpilogue<E>>::run(p, multiprocessors, stream);
+}
+
+}  // namespace fastlane::cuda::hopper
