@@ -62,8 +62,9 @@ cuda-build: $(CUDA_VENV)/.requirements
 	mkdir -p $(CUDA_COPY)
 	find $(CUDA_COPY) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
 	tar c --exclude=./build --exclude='./.venv*' --exclude=./.git --exclude='*.so' . | tar x -C $(CUDA_COPY)
-	cd $(CUDA_COPY) && FASTLANE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" NVCC_APPEND_FLAGS=-Xptxas=-warning-as-error \
-	$(CUDA_BIN)/python -m pip install --no-build-isolation --no-deps --editable .
+	cd $(CUDA_COPY) && FASTLANE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" NVCC_APPEND_FLAGS=-Xptxas=-v \
+	$(CUDA_BIN)/python -m pip install --verbose --no-build-isolation --no-deps --editable . > build.log 2>&1 || { tail -n 40 build.log; exit 1; }
+	cd $(CUDA_COPY) && $(CUDA_BIN)/python tests/ptxas_report.py build.log
 	cd $(CUDA_COPY) && $(CUDA_BIN)/fastlane info && $(CUDA_BIN)/python -m pytest
 
 $(CUDA_VENV)/.requirements: requirements.txt
