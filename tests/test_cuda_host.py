@@ -62,7 +62,8 @@ def test_kernels_compile_without_spills(source, tmp_path):
 
 
 def test_the_ptxas_report_names_what_is_wrong():
-    kernel = "ptxas info    : Compiling entry function 'f' for 'sm_90a'\n    0 bytes stack frame, {} bytes spill stores, 0 bytes spill loads\n"
+    entry = "ptxas info    : Compiling entry function 'f' for 'sm_90a'\n"
+    kernel = entry + "    0 bytes stack frame, {} bytes spill stores, 0 bytes spill loads\n"
     assert ptxas_report.problems(kernel.format(0) * 2) == []
     assert ptxas_report.problems(kernel.format(0) + kernel.format(8)) == ["spills 8 + 0 bytes: f (sm_90a)"]
     assert len(ptxas_report.problems(kernel.format(0) + "ptxas info : (C7510) Potential Performance Loss: wgmma")) == 1
