@@ -57,7 +57,7 @@ CUDA_TORCH ?= 2.14.1
 CUDA_ARCHS ?= 8.0;9.0a+PTX
 CUDA_COPY = build/cuda
 CUDA_BIN = $(abspath $(CUDA_VENV))/bin
-CUDA_TOOLS = nvidia-cutlass==4.2.0.0 nvidia-cuda-cuobjdump==13.5.37
+CUDA_TOOLS = nvidia-cutlass==4.2.0.0 nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
 cuda-build: $(CUDA_VENV)/.requirements
 	mkdir -p $(CUDA_COPY)
 	find $(CUDA_COPY) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +

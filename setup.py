@@ -31,7 +31,7 @@ BUILD_RECORD = "_build_record.json"
 
 
 def relative_sources(with_cuda: bool, with_hopper: bool) -> list[str]:
-    left_out = {"cuda_absent.cpp"} if with_cuda else {"cuda.cpp", "hopper_absent.cpp"}
+    left_out = {"cuda_absent.cpp"} if with_cuda else {"cuda.cpp", "cuda_stack.cpp", "hopper_absent.cpp"}
     hopper_kernels = {path.name for path in (ROOT / "csrc").rglob("hopper*.c*")} - {"hopper_absent.cpp"}
     left_out |= {"hopper_absent.cpp"} if with_hopper else hopper_kernels
     patterns = ["*.cpp", "*.cu"] if with_cuda else ["*.cpp"]

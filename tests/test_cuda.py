@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import PATH
 from oracle import (
     ACTIVATIONS,
     ALL_LAYOUTS,
@@ -96,9 +97,7 @@ def test_gradcheck_and_gradgradcheck(activation):
 @each_shortcut
 @pytest.mark.parametrize("sizes", STACK_SIZES.values(), ids=STACK_SIZES)
 def test_stack(sizes, shortcut):
-    network = Network(sizes, shortcut)
-    for tensors in network.lists:
-        tensors[:] = [t if t is None else t.detach().cuda().requires_grad_() for t in tensors]
+    network = to_gpu(Network(sizes, shortcut))
     for shape in [(1,), (2, 3, 5), (130,), (0,), ()]:
         x, dy = (t.detach().cuda() for t in draw(network, shape, sizes))
         x.requires_grad_()
@@ -108,6 +107,82 @@ def test_stack(sizes, shortcut):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
     counts = [fl.stats()[path] for path in ("fused", "library", "hopper")]
     assert [sum(count[way] for count in counts) for way in ("forward", "backward")] == [10, 10]
+
+
+def to_gpu(network):
+    for tensors in network.lists:
+        tensors[:] = [t if t is None else t.detach().cuda().requires_grad_() for t in tensors]
+    return network
+
+
+NARROW_SIZES = {
+    "tiny": (3, 3, 3, 3, 3, 1),
+    "published": (25, 25, 43, 43, 54, 54),
+    "equal": (64,) * 9,
+    "more than fit at once": (64,) * 20,
+    "a hundred": (16,) * 101,
+    "128": (100, 128, 128, 7),
+}
+NARROW_ROWS = (1, 7, 64, 100, 3000)
+
+
+def narrow_dtypes():
+    return pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=dtype_name)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shortcut", ["identity", "none"])
+@narrow_dtypes()
+@pytest.mark.parametrize("sizes", NARROW_SIZES.values(), ids=NARROW_SIZES)
+def test_a_narrow_stack(sizes, dtype, shortcut, activation):
+    """The rule of oracle.py over all draws; one kernel wherever the widths allow it."""
+    fused, eager, scale = {}, {}, {}
+    for seed, rows in enumerate(NARROW_ROWS):
+        network = to_gpu(Network(sizes, shortcut, dtype=dtype, activation=activation, seed=seed))
+        with torch.no_grad():  # so that a hundred layers neither vanish nor explode
+            for weight in network.weights:
+                weight *= 0.3 if len(sizes) > 50 else 1
+        x, dy = (t.detach().cuda() for t in draw(network, (rows,), sizes))
+        x.requires_grad_()
+        exact = network.results(x, dy, reference, double=True)
+        for errors, kind in ((fused, fl), (eager, reference)):
+            for i, (got, want) in enumerate(zip(network.results(x, dy, kind), exact, strict=True)):
+                assert got.dtype == dtype and got.isfinite().all()
+                errors[i] = max(errors.get(i, 0.0), (got.double() - want).abs().max().item())
+                scale[i] = max(scale.get(i, 0.0), want.abs().max().item())
+    for i, error in fused.items():
+        assert error <= 2 * eager[i] + 2 * torch.finfo(dtype).eps * scale[i], (i, error, eager[i], scale[i])
+    if PATH != "library" and not (dtype == torch.float32 and max(sizes) > 64):
+        calls = {"forward": len(NARROW_ROWS), "backward": len(NARROW_ROWS)}
+        assert fl.stats()["fused"] == calls
+
+
+@narrow_dtypes()
+def test_a_narrow_stack_has_the_same_bits_however_it_runs(dtype):
+    sizes = (64,) * 9
+    network = to_gpu(Network(sizes, "identity", dtype=dtype))
+    x, dy = (t.detach().cuda() for t in draw(network, (5000,), sizes))
+    x.requires_grad_()
+    first = network.results(x, dy)
+    for options in ({}, {"recompute": True}):
+        for a, b in zip(network.results(x, dy, **options), first, strict=True):
+            assert torch.equal(a, b)
+    with torch.no_grad():
+        assert torch.equal(network.run(x), first[0])
+
+
+def test_subsets_of_a_narrow_stacks_gradients():
+    sizes = (16, 24, 24, 8)
+    network = to_gpu(Network(sizes, "identity", dtype=torch.bfloat16))
+    x, dy = (t.detach().cuda() for t in draw(network, (300,), sizes))
+    x.requires_grad_()
+    leaves = [x, *network.parameters]
+    expected = torch.autograd.grad(network.run(x), leaves, dy)
+    for i, leaf in enumerate(leaves):
+        for other in leaves:
+            other.requires_grad_(other is leaf)
+        (got,) = torch.autograd.grad(network.run(x), [leaf], dy)
+        assert torch.equal(got, expected[i]), i
 
 
 @pytest.mark.parametrize("kind", [fl.ExampleDeepNeuralNetwork, fl.ImprovedResidualNetwork])

@@ -43,10 +43,11 @@ def toolkit_home():
     return Path(home)
 
 
-def test_kernels_on_the_host(tmp_path):
+@pytest.mark.parametrize("name", ["kernels_test", "narrow_test"])
+def test_kernels_on_the_host(name, tmp_path):
     """Every line of the device code runs, with the toolkit's headers and without a GPU; see cuda_host/grid.h."""
     headers = toolkit_home() / "include"
-    run_program("kernels_test", tmp_path, "-std=c++20", "-Wno-unknown-pragmas", "-isystem", str(headers))
+    run_program(name, tmp_path, "-std=c++20", "-Wno-unknown-pragmas", "-isystem", str(headers))
 
 
 @pytest.mark.parametrize("source", SOURCES)

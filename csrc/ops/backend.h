@@ -16,7 +16,7 @@ struct Backend {
   // The passes around the library's products. The product may lie in z or out.
   void (*epilogue)(const GemmProblem&, const ConstRowMajor& product);
   void (*preactivation_grad)(const PreActivationGradProblem&);
-  // A narrow stack as one kernel; decided by sizes alone.
+  // A narrow stack as one kernel. Backward must find what forward found: decided by what no one changes in between.
   bool (*is_one_kernel)(const StackProblem&);
   void (*stack_forward)(const StackProblem&);
   void (*stack_backward)(const StackProblem&);

@@ -1,7 +1,6 @@
 // The CUDA key: on the current stream, a Hopper kernel where there is one for the product, otherwise the library's
 // GEMM and one pass around it.
 #include <ATen/Context.h>
-#include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
@@ -9,15 +8,11 @@
 #include "../kernels/cuda/elementwise.h"
 #include "../kernels/cuda/hopper.h"
 #include "backend.h"
+#include "cuda_stack.h"
 #include "register.h"
 
 namespace fastlane {
 namespace {
-
-cuda::Gpu current_gpu() {
-  const cudaDeviceProp& properties = *at::cuda::getCurrentDeviceProperties();
-  return {properties.major * 10 + properties.minor, properties.multiProcessorCount};
-}
 
 // fp32 operands are cut to 10 bits where torch may do so too.
 bool may_be_tf32() {
@@ -30,7 +25,7 @@ Path gemm(const GemmProblem& p) {
   if (forced == Path::library || !cuda::has_hopper_kernels()) return Path::library;
   const cuda::HopperKind kind = cuda::hopper_kind(p);
   if (kind == cuda::HopperKind::none || (p.dtype == DType::f32 && !may_be_tf32())) return Path::library;
-  const cuda::Gpu gpu = current_gpu();
+  const cuda::Gpu gpu = cuda::current_gpu();
   if (!(forced ? cuda::runs_hopper_kernels(gpu) : cuda::is_worth_a_hopper_kernel(p, gpu))) return Path::library;
   const cuda::HopperTile tile = cuda::hopper_tile(p, gpu);
   const bool ran = cuda::hopper_gemm(p, kind, tile, gpu.multiprocessors, c10::cuda::getCurrentCUDAStream());
@@ -60,13 +55,17 @@ void preactivation_grad(const PreActivationGradProblem& p) {
   cuda::preactivation_grad(p, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
 }
 
-bool never(const StackProblem&) { return false; }
-
 }  // namespace
 
 const Backend& cuda_backend() {
-  static constexpr Backend backend{forward, layer_backward, gemm,   epilogue, preactivation_grad,
-                                   never,   nullptr,        nullptr};
+  static constexpr Backend backend{forward,
+                                   layer_backward,
+                                   gemm,
+                                   epilogue,
+                                   preactivation_grad,
+                                   cuda_is_one_kernel,
+                                   cuda_stack_forward,
+                                   cuda_stack_backward};
   return backend;
 }
 

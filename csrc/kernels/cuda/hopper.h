@@ -8,13 +8,9 @@
 
 #include "elementwise.h"
 #include "geometry.h"
+#include "gpu.h"
 
 namespace fastlane::cuda {
-
-struct Gpu {
-  int capability = 0;  // 90 is compute capability 9.0
-  int multiprocessors = 0;
-};
 
 // Rows × columns of the result that a block computes at once.
 enum class HopperTile : uint8_t { m128n256, m128n128 };

@@ -1,0 +1,14 @@
+// What path choice asks of a GPU.
+#pragma once
+
+namespace fastlane::cuda {
+
+struct Gpu {
+  int capability = 0;  // 90 is compute capability 9.0
+  int multiprocessors = 0;
+};
+
+// The current device; throws std::runtime_error if there is none.
+Gpu current_gpu();
+
+}  // namespace fastlane::cuda

@@ -1,0 +1,56 @@
+#include "launch.cuh"
+#include "narrow_stack.cuh"
+#include "warp.cuh"
+
+namespace fastlane::cuda {
+namespace {
+
+template <class T, int kWidth>
+struct Kernels {
+  using type = T;
+  static constexpr auto forward = narrow_forward_kernel<T, kWidth, DeviceWarp>;
+  static constexpr auto backward = narrow_backward_kernel<T, kWidth, DeviceWarp>;
+};
+
+// Calls f(Kernels<T, kWidth>) for the types that the arguments name.
+template <class F>
+void with_kernels(DType dtype, int width, F f) {
+  const auto with_width = [&](auto zero) {
+    using T = decltype(zero);
+    if (width == 32) return f(Kernels<T, 32>{});
+    if (width == 64) return f(Kernels<T, 64>{});
+    if constexpr (!std::is_same_v<T, float>) return f(Kernels<T, 128>{});
+  };
+  if (dtype == DType::bf16) return with_width(__nv_bfloat16{});
+  if (dtype == DType::f16) return with_width(__half{});
+  with_width(float{});
+}
+
+template <class Kernel>
+void launch(Kernel kernel, const NarrowStack& stack, int width, DType dtype, Stream stream, const char* name) {
+  if (stack.rows == 0) return;
+  const auto bytes = static_cast<int>(narrow_shared_bytes(stack, width, dtype));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name, __FILE__, __LINE__);
+  kernel<<<static_cast<unsigned>(narrow_blocks(stack.rows)), kStackWarps * 32, bytes, stream>>>(stack);
+  FASTLANE_CHECK_LAUNCH(name);
+}
+
+}  // namespace
+
+void narrow_forward(const NarrowStack& stack, int width, DType dtype, Stream stream) {
+  with_kernels(dtype, width, [&](auto kernels) {
+    launch(decltype(kernels)::forward, stack, width, dtype, stream, "narrow_forward");
+  });
+}
+
+void narrow_backward(const NarrowStack& stack, int width, DType dtype, Stream stream) {
+  with_kernels(dtype, width, [&](auto kernels) {
+    launch(decltype(kernels)::backward, stack, width, dtype, stream, "narrow_backward");
+    if (!stack.partial_db) return;
+    narrow_bias_grad_kernel<typename decltype(kernels)::type>
+        <<<stack.count, dim3(kSumCols, kSumRows), 0, stream>>>(stack, width, narrow_partial_sums(stack.rows));
+    FASTLANE_CHECK_LAUNCH("narrow_bias_grad");
+  });
+}
+
+}  // namespace fastlane::cuda

@@ -1,0 +1,86 @@
+// A whole narrow stack as one kernel forward and one backward, on the tensor cores of sm_80 and newer. A warp takes
+// 16 rows through all layers: between layers their activations stay in its registers, since the accumulators of one
+// product lie as the next one's operand. Weights wait in shared memory, as many layers at a time as fit.
+//
+// Forward keeps each layer's output for backward instead of its z, which backward computes again: a product costs
+// less here than GELU.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "elementwise.h"
+#include "geometry.h"
+
+namespace fastlane::cuda {
+
+constexpr int64_t kMaxStackLayers = 128;  // so that all fit into a kernel's parameters
+constexpr int kStackWarps = 4, kWarpRows = 16, kStackRows = kStackWarps * kWarpRows;
+// Three fit on a multiprocessor by their registers, and by their weights where it has 227 KiB; the smallest lend a
+// block 99.
+constexpr int kStackBlocksAtOnce = 3;
+constexpr int64_t kWeightBytes = int64_t{75} << 10;
+// Enough for the largest GPUs; a constant, because it decides in which order db is summed.
+constexpr int64_t kMaxStackBlocks = 384;
+
+struct NarrowLayer {
+  ConstMatrix weight;  // out_features × in_features
+  const void* bias = nullptr;
+  void* kept = nullptr;  // rows × out_features: this layer's output
+  void* dz = nullptr;  // rows × out_features
+  void* db = nullptr;
+  int32_t in_features = 0, out_features = 0;
+  bool adds_input = false;
+};
+
+// Rows are rows × features, of unit column stride. Absent operands have a null data pointer.
+struct NarrowStack {
+  int64_t rows = 0;
+  int32_t count = 0;
+  int32_t first = 0;  // the layer at which backward ends
+  Activation activation = Activation::none;
+  ConstRowMajor x, dy;
+  RowMajor y, dx;
+  float* partial_db = nullptr;  // narrow_partial_sums × count × width
+  NarrowLayer layers[kMaxStackLayers];
+};
+
+// The columns that the kernel for these sizes computes with, or 0 if there is none. A thread holds three slices of a
+// warp's rows, which for 128 columns of 4 bytes would not fit its registers.
+inline int narrow_width(const StackProblem& p) {
+  if (p.concat || p.count > kMaxStackLayers || p.dtype == DType::f64) return 0;
+  int64_t widest = 1;
+  for (int64_t i = 0; i < p.count; ++i) {
+    const StackLayer& layer = p.layers[i];
+    if (layer.projection.data || layer.in_features == 0 || layer.out_features == 0) return 0;
+    widest = std::max({widest, layer.in_features, layer.out_features});
+  }
+  if (widest > (p.dtype == DType::f32 ? 64 : 128)) return 0;
+  return widest <= 32 ? 32 : widest <= 64 ? 64 : 128;
+}
+
+// Eight elements more than the columns keep a warp's reads of a weight in different banks.
+constexpr int weight_stride(int width) { return width + 8; }
+constexpr int64_t layer_bytes(int width, int64_t element) {
+  return width * weight_stride(width) * element + width * int64_t{sizeof(float)};
+}
+// Layers whose weights lie in shared memory at the same time.
+constexpr int layers_at_once(int width, int64_t element) {
+  return static_cast<int>(std::max<int64_t>(1, kWeightBytes / layer_bytes(width, element)));
+}
+inline int64_t narrow_shared_bytes(const NarrowStack& p, int width, DType dtype) {
+  const int64_t element = element_size(dtype);
+  return std::min<int64_t>(p.count, layers_at_once(width, element)) * layer_bytes(width, element);
+}
+
+inline int64_t narrow_tiles(int64_t rows) { return ceil_div(rows, kStackRows); }
+inline int64_t narrow_blocks(int64_t rows) { return std::min(kMaxStackBlocks, narrow_tiles(rows)); }
+// Each warp sums the db of its rows.
+inline int64_t narrow_partial_sums(int64_t rows) { return narrow_blocks(rows) * kStackWarps; }
+
+// On the given stream of the current device. A failed launch throws std::runtime_error with its file and line.
+void narrow_forward(const NarrowStack& stack, int width, DType dtype, Stream stream);
+void narrow_backward(const NarrowStack& stack, int width, DType dtype, Stream stream);
+
+}  // namespace fastlane::cuda

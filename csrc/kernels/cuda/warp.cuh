@@ -1,0 +1,43 @@
+// What a warp does together on the GPU; tests/cuda_host has the same for the host.
+#pragma once
+
+#include "device.cuh"
+
+namespace fastlane::cuda {
+
+// sums += A B for A of 16 rows and B of 8 columns, 16 (4-byte types: 8) along k. In the notation of PTX's mma with
+// lane = 4 g + t: sums[i] is row g + 8 (i / 2), column 2 t + i % 2.
+struct DeviceWarp {
+  static __device__ unsigned char* shared_memory() {
+    extern __shared__ __align__(16) unsigned char memory[];
+    return memory;
+  }
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define FASTLANE_MMA(shape_and_types)                                                                        \
+  asm("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                           \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#else
+// Compiled for such GPUs too, and never launched on them.
+#define FASTLANE_MMA(shape_and_types) __trap()
+#endif
+  static __device__ void multiply(__nv_bfloat16, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    FASTLANE_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+  }
+  static __device__ void multiply(__half, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    FASTLANE_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+  }
+  static __device__ void multiply(float, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    FASTLANE_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
+  }
+#undef FASTLANE_MMA
+
+  // The sum over the eight lanes of one t, in every one of them.
+  static __device__ float sum_over_rows(float x) {
+    for (int lanes = 4; lanes < 32; lanes *= 2) x += __shfl_xor_sync(0xffffffff, x, lanes);
+    return x;
+  }
+};
+
+}  // namespace fastlane::cuda

@@ -1,0 +1,14 @@
+// A narrow stack on CUDA: one kernel forward; backward one kernel, the library's wgrad of each layer, and one for db.
+#pragma once
+
+#include "../kernels/problem.h"
+
+namespace fastlane {
+
+bool cuda_is_one_kernel(const StackProblem& p);
+
+// What a layer's z holds here is its output (narrow_stack.h).
+void cuda_stack_forward(const StackProblem& p);
+void cuda_stack_backward(const StackProblem& p);
+
+}  // namespace fastlane
