@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: build for it, the `cuda` tests, compute-sanitizer, the benchmark.
-# Usage: benchmarks/gpu.sh FOLDER     (JSON and logs go there; PYTHON names the interpreter that has torch)
+# Usage: benchmarks/gpu.sh FOLDER     (JSON and logs go there; PYTHON names the interpreter that has torch;
+# FASTLANE_CUTLASS the folder of CUTLASS's headers, unless the wheel is installed)
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh FOLDER}
 python=${PYTHON:-python3}
@@ -28,14 +29,16 @@ test=("$python" -m pytest -q -p no:cacheprovider)
 FASTLANE_PATH=library step library-tests 75 "${test[@]}" -m cuda tests/test_cuda.py
 FASTLANE_PATH= step tests 75 "${test[@]}" -m cuda tests/test_cuda.py
 FASTLANE_PATH=fused step hopper-tests 60 "${test[@]}" -m hopper tests/test_cuda_hopper.py
-small='test_options or (test_stack and tiny) or (test_layouts and misaligned)'
+small='test_options or (test_stack and tiny) or (test_layouts and misaligned) or (test_a_narrow_stack and tiny)'
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 for tool in memcheck racecheck initcheck; do
   # initcheck must see every kernel: what the library wrote is not uninitialised.
   only=(--kernel-name kernel_substring=fastlane)
   [ "$tool" = initcheck ] && only=()
-  step "$tool" 35 "$sanitizer" --tool "$tool" --error-exitcode 9 "${only[@]}" \
-    "$python" -m pytest -q -m cuda tests/test_cuda.py -k "$small" -x -p no:cacheprovider
+  FASTLANE_PATH= step "$tool" 35 "$sanitizer" --tool "$tool" --error-exitcode 9 "${only[@]}" \
+    "${test[@]}" -m cuda tests/test_cuda.py -k "$small" -x
+  FASTLANE_PATH=fused step "$tool-hopper" 30 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+    "${test[@]}" -m hopper tests/test_cuda_hopper.py -k test_hopper_small -x
 done
 step benchmark 120 "$python" benchmarks/gpu_bench.py --json "$out/gpu.json"
 cat "$out/summary.txt"
