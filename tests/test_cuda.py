@@ -23,6 +23,7 @@ from oracle import (
 from test_layer_accuracy import repeated
 from test_stack import SIZES as STACK_SIZES
 from test_stack import Network, draw, each_shortcut, pooled_error
+from test_stack import assert_as_exact_as_eager as assert_network_as_exact_as_eager
 
 import fastlane_ext as fl
 from fastlane_ext import reference
@@ -135,19 +136,12 @@ def narrow_dtypes():
 @pytest.mark.parametrize("sizes", NARROW_SIZES.values(), ids=NARROW_SIZES)
 def test_a_narrow_stack(sizes, dtype, shortcut, activation):
     """The rule of oracle.py over all draws; one kernel wherever the widths allow it."""
-    fused, eager, scale = {}, {}, {}
+    runs = []
     for seed, rows in enumerate(NARROW_ROWS):
         network = to_gpu(Network(sizes, shortcut, dtype=dtype, activation=activation, seed=seed))
         x, dy = (t.detach().cuda() for t in draw(network, (rows,), sizes))
-        x.requires_grad_()
-        exact = network.results(x, dy, reference, double=True)
-        for errors, kind in ((fused, fl), (eager, reference)):
-            for i, (got, want) in enumerate(zip(network.results(x, dy, kind), exact, strict=True)):
-                assert got.dtype == dtype and got.isfinite().all()
-                errors[i] = max(errors.get(i, 0.0), (got.double() - want).abs().max().item())
-                scale[i] = max(scale.get(i, 0.0), want.abs().max().item())
-    for i, error in fused.items():
-        assert error <= 2 * eager[i] + 2 * torch.finfo(dtype).eps * scale[i], (i, error, eager[i], scale[i])
+        runs.append((network, x.requires_grad_(), dy))
+    assert_network_as_exact_as_eager(runs)
     if PATH != "library" and not (dtype == torch.float32 and max(sizes) > 64):
         calls = {"forward": len(NARROW_ROWS), "backward": len(NARROW_ROWS)}
         assert fl.stats()["fused"] == calls

@@ -211,25 +211,34 @@ struct StackWarp {
     }
   }
 
+  // Calls f(slice, tile, z) for each result tile of this layer's product.
+  template <class F>
+  __device__ void each_z(const Rows& h, int layer, F f) const {
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) {
+      if (s * S::kCols >= p.layers[layer].out_features) continue;
+#pragma unroll
+      for (int j = 0; j < S::kTiles; ++j) {
+        float z[4];
+        product(h, layer, s * S::kCols + j * 8, z);
+        f(s, j, z);
+      }
+    }
+  }
+
   // h of the next layer. What lies beyond its columns is zero: 0 · inf would be NaN.
   __device__ void forward(Rows& h, int layer) const {
     const NarrowLayer& l = p.layers[layer];
     Rows next;
+    each_z(h, layer, [&](int s, int j, const float (&z)[4]) {
+      float y[4];
 #pragma unroll
-    for (int s = 0; s < kSlices; ++s) {
-      if (s * S::kCols >= l.out_features) continue;
-#pragma unroll
-      for (int j = 0; j < S::kTiles; ++j) {
-        float c[4];
-        product(h, layer, s * S::kCols + j * 8, c);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float y = activated(p.activation, c[i]) + (l.adds_input ? widen(h[s].at(j, i)) : 0.0f);
-          c[i] = col_of(s, j, i) < l.out_features ? y : 0.0f;
-        }
-        next[s].set(j, c);
+      for (int i = 0; i < 4; ++i) {
+        y[i] = activated(p.activation, z[i]) + (l.adds_input ? widen(h[s].at(j, i)) : 0.0f);
+        if (col_of(s, j, i) >= l.out_features) y[i] = 0.0f;
       }
-    }
+      next[s].set(j, y);
+    });
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) h[s] = next[s];
   }
@@ -237,27 +246,20 @@ struct StackWarp {
   // dz from h and the gradient of the layer's output; the sums of its columns are added to this warp's.
   __device__ void backward_dz(const Rows& h, const Rows& dh, Rows& dz, int layer, float* db, bool first_tile) const {
     const NarrowLayer& l = p.layers[layer];
+    each_z(h, layer, [&](int s, int j, const float (&z)[4]) {
+      float grad[4];
 #pragma unroll
-    for (int s = 0; s < kSlices; ++s) {
-      if (s * S::kCols >= l.out_features) continue;
+      for (int i = 0; i < 4; ++i)
+        grad[i] = col_of(s, j, i) < l.out_features ? widen(dh[s].at(j, i)) * slope_of(p.activation, z[i]) : 0.0f;
+      dz[s].set(j, grad);
+      if (!db) return;
 #pragma unroll
-      for (int j = 0; j < S::kTiles; ++j) {
-        float c[4];
-        product(h, layer, s * S::kCols + j * 8, c);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          c[i] = col_of(s, j, i) < l.out_features ? widen(dh[s].at(j, i)) * slope_of(p.activation, c[i]) : 0.0f;
-        }
-        dz[s].set(j, c);
-        if (!db) continue;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float sum = Warp::sum_over_rows(c[i] + c[i + 2]);
-          float* const to = db + col_of(s, j, i);
-          if (g == 0) *to = first_tile ? sum : *to + sum;
-        }
+      for (int i = 0; i < 2; ++i) {
+        const float sum = Warp::sum_over_rows(grad[i] + grad[i + 2]);
+        float* const to = db + col_of(s, j, i);
+        if (g == 0) *to = first_tile ? sum : *to + sum;
       }
-    }
+    });
   }
   // The gradient of the layer's input, in place.
   __device__ void backward_dh(const Rows& dz, Rows& dh, int layer) const {
