@@ -103,14 +103,21 @@ def cuda_toolkit_version(home: str | None) -> str | None:
 def cuda_architectures(requested: str | None) -> list[str]:
     """The architectures to compile for: those of TORCH_CUDA_ARCH_LIST, or the default ones if it is not set.
 
-    Raises BuildError where an entry is not a compute capability of 7.5 or newer, such as "9.0a+PTX".
+    Entries are such as "9.0a+PTX". Raises BuildError where one is not a compute capability of 7.5 or newer, or asks for
+    PTX of one below 8.0.
     """
     entries = [entry for entry in re.split(r"[;\s]+", requested or "") if entry] or DEFAULT_CUDA_ARCHITECTURES.split(
         ";"
     )
     for entry in entries:
         match = re.fullmatch(r"(\d+)\.(\d+)[af]?(\+PTX)?", entry)
-        if match is None or (int(match.group(1)), int(match.group(2))) < (7, 5):
+        capability = match and (int(match.group(1)), int(match.group(2)))
+        if match and match.group(3) and (7, 5) <= capability < (8, 0):
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST: got '{entry}', expected +PTX at 8.0 or newer: later GPUs would compile code "
+                "without their tensor cores from it; write '7.5;8.0+PTX'"
+            )
+        if match is None or capability < (7, 5):
             raise BuildError(
                 f"TORCH_CUDA_ARCH_LIST: got '{entry}', expected compute capabilities of 7.5 or newer such as "
                 f"'{DEFAULT_CUDA_ARCHITECTURES}'; unset it for these"

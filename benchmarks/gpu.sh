@@ -23,23 +23,30 @@ capability=$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_de
 [ "$capability" = 9.0 ] && capability=9.0a
 export TORCH_CUDA_ARCH_LIST=$capability FASTLANE_CUDA=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 export PYTHONPATH=$PWD
-step build 200 "$python" setup.py build_ext --inplace || exit 1
+step build 150 "$python" setup.py build_ext --inplace || exit 1
 "$python" -m fastlane_ext info --json > "$out/info.json" || failed=1
+if [ "$capability" = 9.0a ] && ! grep -q '"hopper": true' "$out/info.json"; then
+  echo "no Hopper kernels in this build: set FASTLANE_CUTLASS" | tee -a "$out/summary.txt"
+  failed=1
+fi
 test=("$python" -m pytest -q -p no:cacheprovider)
-FASTLANE_PATH=library step library-tests 75 "${test[@]}" -m cuda tests/test_cuda.py
-FASTLANE_PATH= step tests 75 "${test[@]}" -m cuda tests/test_cuda.py
-FASTLANE_PATH=fused step hopper-tests 60 "${test[@]}" -m hopper tests/test_cuda_hopper.py
+FASTLANE_PATH=library step library-tests 50 "${test[@]}" -m cuda tests/test_cuda.py
+FASTLANE_PATH= step tests 60 "${test[@]}" -m cuda tests/test_cuda.py
+FASTLANE_PATH=fused step hopper-tests 40 "${test[@]}" -m hopper tests/test_cuda_hopper.py
 small='test_options or (test_stack and tiny) or (test_layouts and misaligned) or (test_a_narrow_stack and tiny)'
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+# Without torch's cache every tensor has an allocation of its own, whose ends the tools see.
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 for tool in memcheck racecheck initcheck; do
   # initcheck must see every kernel: what the library wrote is not uninitialised.
   only=(--kernel-name kernel_substring=fastlane)
   [ "$tool" = initcheck ] && only=()
-  FASTLANE_PATH= step "$tool" 35 "$sanitizer" --tool "$tool" --error-exitcode 9 "${only[@]}" \
+  FASTLANE_PATH= step "$tool" 30 "$sanitizer" --tool "$tool" --error-exitcode 9 "${only[@]}" \
     "${test[@]}" -m cuda tests/test_cuda.py -k "$small" -x
-  FASTLANE_PATH=fused step "$tool-hopper" 30 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+  FASTLANE_PATH=fused step "$tool-hopper" 20 "$sanitizer" --tool "$tool" --error-exitcode 9 \
     "${test[@]}" -m hopper tests/test_cuda_hopper.py -k test_hopper_small -x
 done
-step benchmark 120 "$python" benchmarks/gpu_bench.py --json "$out/gpu.json"
+unset PYTORCH_NO_CUDA_MEMORY_CACHING
+step benchmark 100 "$python" benchmarks/gpu_bench.py --json "$out/gpu.json"
 cat "$out/summary.txt"
 exit $failed

@@ -50,7 +50,7 @@ def stats() -> dict[str, dict[str, int]]:
     once, under the path it took or under the reason for which eager operations ran instead. The paths are
     ``"fused"``, this library's own kernels; ``"library"``, the machine's own GEMM, where it is expected to win, and
     one fused pass after it (also a network any of whose products took it); and ``"hopper"``, the fused CUDA product
-    for capability 9.0.
+    for capability 9.0. On CUDA dW is always the library's: backward counts by its dgrad.
 
     >>> reset_stats()
     >>> stats()["fused"], stats()["fallback"]

@@ -73,6 +73,8 @@ def test_cuda_architectures():
     for wrong in ("7.0", "sm_90", "Hopper", "9", "8.0,9.0"):
         with pytest.raises(BuildError, match="^TORCH_CUDA_ARCH_LIST: got '.*', expected compute capabilities"):
             cuda_architectures(wrong)
+    with pytest.raises(BuildError, match="^TORCH_CUDA_ARCH_LIST: got '7.5[+]PTX', expected [+]PTX at 8.0 or newer"):
+        cuda_architectures("7.5+PTX;9.0a")
 
 
 @pytest.mark.parametrize(

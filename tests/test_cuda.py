@@ -119,11 +119,12 @@ def to_gpu(network):
 NARROW_SIZES = {
     "tiny": (3, 3, 3, 3, 3, 1),
     "published": (25, 25, 43, 43, 54, 54),
+    "one layer": (20, 20),
     "equal": (64,) * 9,
     "more than fit at once": (64,) * 20,
     "128": (100, 128, 128, 7),
 }
-NARROW_ROWS = (1, 7, 64, 100, 3000)
+NARROW_ROWS = (0, 1, 7, 64, 100, 3000)
 
 
 def narrow_dtypes():
@@ -174,6 +175,21 @@ def test_a_hundred_narrow_layers(dtype):
     exact = network.results(x, dy, reference, double=True)
     fused, eager = (pooled_error(network.results(x, dy, kind), exact) for kind in (fl, reference))
     assert fused <= 2 * eager
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@narrow_dtypes()
+def test_layouts_of_a_narrow_stack(dtype, layout):
+    sizes = (24, 24, 40)
+    network = to_gpu(Network(sizes, "identity", dtype=dtype))
+    x, dy = (t.detach().cuda() for t in draw(network, (70,), sizes))
+    expected = network.results(x.requires_grad_(), dy)
+    change = LAYOUTS[layout]
+    network.weights = [change(w.detach()).requires_grad_() for w in network.weights]
+    network.biases = [change(b.detach()).requires_grad_() for b in network.biases]
+    got = network.results(change(x.detach()).requires_grad_(), change(dy))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_subsets_of_a_narrow_stacks_gradients():

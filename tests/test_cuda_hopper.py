@@ -1,4 +1,4 @@
-"""The fused CUDA products, with FASTLANE_PATH=fused on a GPU of capability 9.0: every product must take one."""
+"""The fused CUDA products, with FASTLANE_PATH=fused on a GPU of capability 9.0: forward and dgrad must take one."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ import fastlane_ext as fl
 
 pytestmark = [pytest.mark.hopper, pytest.mark.any_isa]
 
-# Rows, in, out: less than a tile, edges of both tiles and of the cluster of two, several waves.
-SIZES = [(8, 8, 8), (100, 72, 40), (128, 64, 256), (257, 136, 264), (1000, 520, 776), (5000, 256, 1024)]
+# Rows, in, out: less than a tile; edges of the small tile and the cluster of two; last, of the wide tile both ways.
+SIZES = [(8, 8, 8), (100, 72, 40), (128, 64, 256), (257, 136, 264), (1000, 520, 776), (5000, 1032, 1032)]
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -39,9 +39,11 @@ def test_hopper_small(options, residual):
     assert_every_product_was_fused()
 
 
+@pytest.mark.parametrize("size", [(300, 128, 192), SIZES[-1]], ids=["small tile", "wide tile"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_inference_gives_the_same_bits_as_training(dtype):
-    case = on_gpu(make_case((300,), 128, 192, dtype=dtype))
+def test_inference_gives_the_same_bits_as_training(dtype, size):
+    rows, *features = size
+    case = on_gpu(make_case((rows,), *features, dtype=dtype))
     expected = fl.linear_gelu_residual(case.x, case.weight, case.bias, case.residual_data)
     with torch.no_grad():
         got = fl.linear_gelu_residual(case.x, case.weight, case.bias, case.residual_data)
@@ -57,17 +59,22 @@ def test_same_bits_from_run_to_run():
             assert torch.equal(value, first[name]), name
 
 
-def test_tf32_where_torch_allows_it():
+@pytest.mark.parametrize("size", [(300, 128, 192), SIZES[-1]], ids=["small tile", "wide tile"])
+def test_tf32_where_torch_allows_it(size):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        case = on_gpu(make_case((300,), 128, 192))
+        rows, *features = size
+        case = on_gpu(make_case((rows,), *features))
+        operands = (case.x, case.weight, case.bias, case.residual_data)
         with torch.no_grad():
-            y = fl.linear_gelu_residual(case.x, case.weight, case.bias)
-        assert_every_product_was_fused(forward=1)
-        x, weight, bias = (t.double() for t in (case.x, case.weight, case.bias))
-        expected = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias))
+            y = fl.linear_gelu_residual(*operands)
+        trained = fl.linear_gelu_residual(*(t.detach().requires_grad_() for t in operands))
+        assert_every_product_was_fused(forward=2)
+        x, weight, bias, residual = (t.double() for t in operands)
+        expected = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias)) + residual
         assert (y - expected).abs().max() < 1e-2
+        assert torch.equal(trained, y)
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -34,11 +34,11 @@ Path gemm(const GemmProblem& p) {
 
 Path forward(const GemmProblem& p) {
   const Path path = gemm(p);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      path != Path::library || forced_path() != Path::fused,
-      "FASTLANE_PATH=fused: got a CUDA product that no fused kernel takes, expected one of ",
-      "16-bit or TF32 operands on a GPU of capability 9.0, in rows aligned to 16 bytes; unset "
-      "it or use library");
+  TORCH_CHECK_NOT_IMPLEMENTED(path != Path::library || forced_path() != Path::fused,
+                              "FASTLANE_PATH=fused: got a CUDA product that no fused kernel takes",
+                              cuda::has_hopper_kernels() ? "" : " in this build (build_info()['hopper_reason'])",
+                              ", expected 16-bit or TF32 operands on a GPU of capability 9.0, in rows aligned to 16 "
+                              "bytes; unset it or use library");
   return path;
 }
 

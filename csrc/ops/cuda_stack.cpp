@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "../kernels/cuda/gpu.h"
@@ -50,7 +51,11 @@ at::Tensor rows_of_layers(const StackProblem& p, Wanted wanted, Place place) {
 }
 
 at::Tensor matrix_at(const void* data, int64_t rows, int64_t cols, int64_t row_stride, DType dtype) {
-  return at::from_blob(const_cast<void*>(data), {rows, cols}, {row_stride, 1}, options_of(dtype));
+  return at::for_blob(const_cast<void*>(data), {rows, cols})
+      .strides({row_stride, 1})
+      .options(options_of(dtype))
+      .target_device({at::kCUDA, c10::cuda::current_device()})
+      .make_tensor();
 }
 
 void wgrad(const StackProblem& p, const cuda::NarrowStack& s, int64_t i) {
@@ -72,7 +77,8 @@ void wgrad(const StackProblem& p, const cuda::NarrowStack& s, int64_t i) {
 
 // Whether forward and backward agree must not follow from what a user may change in between.
 bool cuda_is_one_kernel(const StackProblem& p) {
-  return forced_path() != Path::library && cuda::narrow_width(p) > 0 && cuda::current_gpu().capability >= 80;
+  return p.rows > 0 && forced_path() != Path::library && cuda::narrow_width(p) > 0 &&
+         cuda::current_gpu().capability >= 80;
 }
 
 void cuda_stack_forward(const StackProblem& p) {

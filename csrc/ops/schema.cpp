@@ -24,7 +24,8 @@ TORCH_LIBRARY(fastlane, m) {
       "bool recompute=False) -> Tensor",
       tags);
   // z holds every layer's, one after the other; a backward without it computes it again. `needed` lists positions
-  // (stack.h), and the result the gradients there.
+  // (stack.h), and the result the gradients there. What z holds is between forward and backward of one device: a
+  // narrow stack on CUDA keeps its layers' outputs there (kernels/cuda/narrow_stack.h).
   m.def(
       "residual_stack_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] projections, "
       "Tensor?[] projection_biases, *, str shortcut, str activation) -> (Tensor y, Tensor z)",

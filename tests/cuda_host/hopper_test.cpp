@@ -67,6 +67,9 @@ void test_kinds() {
 void test_choice() {
   CHECK(hopper_tile(forward(4096, 4096, 4096), kH100) == HopperTile::m128n256);
   CHECK(hopper_tile(forward(1024, 4096, 1024), kH100) == HopperTile::m128n128);
+  CHECK(hopper_tile(forward(65536, 1024, 128), kH100) == HopperTile::m128n128);
+  CHECK(hopper_tile(forward(65536, 1024, 384), kH100) == HopperTile::m128n128);
+  CHECK(hopper_tile(forward(65536, 1024, 400), kH100) == HopperTile::m128n256);
   CHECK(is_worth_a_hopper_kernel(forward(32768, 768, 768), kH100));
   CHECK(is_worth_a_hopper_kernel(forward(1024, 4096, 1152), kH100));
   CHECK(!is_worth_a_hopper_kernel(forward(1024, 4096, 1024), kH100));

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <array>
+#include <cmath>
 #include <cstring>
 
 #include "grid.h"
@@ -35,11 +36,15 @@ struct HostWarp {
     constexpr unsigned kPerRegister = 4 / sizeof(T);
     for (unsigned i = 0; i < 4; ++i) {
       const unsigned row = lane / 4 + 8 * (i / 2), col = 2 * (lane % 4) + i % 2;
+      double sum = sums[i];
       for (unsigned k = 0; k < 8 * kPerRegister; ++k) {
         const unsigned t = k / kPerRegister % 4, high = k / (4 * kPerRegister);
         const uint32_t of_a = meeting.a[row % 8 * 4 + t][row / 8 + 2 * high], of_b = meeting.b[col * 4 + t][high];
-        sums[i] += element<T>(of_a, k % kPerRegister) * element<T>(of_b, k % kPerRegister);
+        sum += double{element<T>(of_a, k % kPerRegister)} * double{element<T>(of_b, k % kPerRegister)};
       }
+      // Tensor cores are said to round sums toward zero.
+      sums[i] = static_cast<float>(sum);
+      if (std::fabs(static_cast<double>(sums[i])) > std::fabs(sum)) sums[i] = std::nextafter(sums[i], 0.0f);
     }
     meeting.barrier.arrive_and_wait();
   }

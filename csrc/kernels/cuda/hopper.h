@@ -54,7 +54,8 @@ inline int64_t tiles(const GemmProblem& p, int64_t rows, int64_t cols) {
   return ceil_div(p.m, rows) * ceil_div(p.n, cols);
 }
 inline HopperTile hopper_tile(const GemmProblem& p, const Gpu& gpu) {
-  return tiles(p, 128, 256) >= gpu.multiprocessors ? HopperTile::m128n256 : HopperTile::m128n128;
+  const bool wastes_columns = ceil_div(p.n, 256) * 256 > ceil_div(p.n, 128) * 128;
+  return !wastes_columns && tiles(p, 128, 256) >= gpu.multiprocessors ? HopperTile::m128n256 : HopperTile::m128n128;
 }
 inline bool runs_hopper_kernels(const Gpu& gpu) { return gpu.capability == 90; }
 inline bool is_worth_a_hopper_kernel(const GemmProblem& p, const Gpu& gpu) {

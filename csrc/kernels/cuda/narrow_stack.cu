@@ -29,8 +29,10 @@ void with_kernels(DType dtype, int width, F f) {
 template <class Kernel>
 void launch(Kernel kernel, const NarrowStack& stack, int width, DType dtype, Stream stream, const char* name) {
   if (stack.rows == 0) return;
-  const auto bytes = static_cast<int>(narrow_shared_bytes(stack, width, dtype));
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name, __FILE__, __LINE__);
+  // Always the same limit: another thread may launch the kernel between this line and the next.
+  const auto limit = static_cast<int>(narrow_shared_bytes(kMaxStackLayers, width, dtype));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), name, __FILE__, __LINE__);
+  const auto bytes = static_cast<size_t>(narrow_shared_bytes(stack.count, width, dtype));
   kernel<<<static_cast<unsigned>(narrow_blocks(stack.rows)), kStackWarps * 32, bytes, stream>>>(stack);
   FASTLANE_CHECK_LAUNCH(name);
 }

@@ -76,33 +76,59 @@ struct Slice<float> {
   static __device__ int register_of(int i) { return i % 2 * 2 + i / 2; }
 };
 
-// sums += A B.
-template <class Warp, class T>
-__device__ void multiply_add(T type, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  Warp::multiply(type, sums, a, b);
-}
-// The 10 bits of a significand that TF32 keeps, and the rest; of what is not finite neither.
+// The result of a chain of mmas.
+template <class T>
+struct Sums {
+  float main[4] = {0, 0, 0, 0};
+
+  template <class Warp>
+  __device__ void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    Warp::multiply(T{}, main, a, b);
+  }
+  __device__ float operator[](int i) const { return main[i]; }
+};
+
+// The 10 bits of a significand that TF32 keeps, rounded so that what is left has either sign, and that rest. Of what is
+// not finite neither.
 template <int N>
 __device__ void split(const uint32_t (&x)[N], uint32_t (&high)[N], uint32_t (&low)[N]) {
+  constexpr uint32_t kExponent = 0x7f800000u, kKept = 0xffffe000u;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const bool finite = (x[i] & 0x7f800000u) != 0x7f800000u;
-    high[i] = finite ? x[i] & 0xffffe000u : 0u;
+    const uint32_t rounded = (x[i] + 0x1000u) & kKept;
+    const bool overflows = (rounded & kExponent) == kExponent, finite = (x[i] & kExponent) != kExponent;
+    high[i] = finite ? (overflows ? x[i] & kKept : rounded) : 0u;
     low[i] = finite ? bits_of(float_of(x[i]) - float_of(high[i])) : 0u;
   }
 }
-// fp32 as three products of TF32; the fourth, of both rests, is below the rounding of a sum. The instruction reads
-// the high bits of an operand by itself, and infinities take part in its product alone: times a rest of 0 they are
-// NaN.
-template <class Warp>
-__device__ void multiply_add(float type, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
-  split(a, a_high, a_low);
-  split(b, b_high, b_low);
-  Warp::multiply(type, sums, a_low, b_high);
-  Warp::multiply(type, sums, a_high, b_low);
-  Warp::multiply(type, sums, a, b);
-}
+// fp32 as three products of TF32; the fourth, of both rests, is below the rounding of a sum. The small ones have a sum of
+// their own, since tensor cores round sums toward zero. Infinities take part in the main product alone: times a rest of
+// 0 they are NaN.
+template <>
+struct Sums<float> {
+  float main[4] = {0, 0, 0, 0}, rest[4] = {0, 0, 0, 0};
+
+  template <class Warp>
+  __device__ void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+    split(a, a_high, a_low);
+    split(b, b_high, b_low);
+    Warp::multiply(float{}, rest, a_low, b_high);
+    Warp::multiply(float{}, rest, a_high, b_low);
+    keep_infinities(a, a_high);
+    keep_infinities(b, b_high);
+    Warp::multiply(float{}, main, a_high, b_high);
+  }
+  __device__ float operator[](int i) const { return main[i] + rest[i]; }
+
+ private:
+  template <int N>
+  static __device__ void keep_infinities(const uint32_t (&x)[N], uint32_t (&high)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if ((x[i] & 0x7f800000u) == 0x7f800000u) high[i] = x[i];
+  }
+};
 
 __device__ inline float activated(Activation activation, float z) {
   return activation == Activation::gelu        ? ExactGelu::value(z)
@@ -190,25 +216,27 @@ struct StackWarp {
   // z of eight columns.
   __device__ void product(const Rows& h, int layer, int first_col, float (&z)[4]) const {
     const float* const b = bias(layer) + first_col + 2 * t;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) z[i] = 0;
+    Sums<T> sums;
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
       uint32_t w[2];
       S::b_rows(weight(layer) + first_col * kStride + s * S::kCols, kStride, g, t, w);
-      multiply_add<Warp>(T{}, z, h[s].r, w);
+      sums.template multiply_add<Warp>(h[s].r, w);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) z[i] += b[i % 2];
+    for (int i = 0; i < 4; ++i) z[i] = sums[i] + b[i % 2];
   }
-  // sums += dz W, of eight columns.
-  __device__ void dgrad(const Rows& dz, int layer, int first_col, float (&sums)[4]) const {
+  // dh += dz W, of eight columns.
+  __device__ void dgrad(const Rows& dz, int layer, int first_col, float (&dh)[4]) const {
+    Sums<T> sums;
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
       uint32_t w[2];
       S::b_columns(weight(layer) + s * S::kCols * kStride + first_col, kStride, g, t, w);
-      multiply_add<Warp>(T{}, sums, dz[s].r, w);
+      sums.template multiply_add<Warp>(dz[s].r, w);
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dh[i] += sums[i];
   }
 
   // Calls f(slice, tile, z) for each result tile of this layer's product.
@@ -243,14 +271,19 @@ struct StackWarp {
     for (int s = 0; s < kSlices; ++s) h[s] = next[s];
   }
 
-  // dz from h and the gradient of the layer's output; the sums of its columns are added to this warp's.
-  __device__ void backward_dz(const Rows& h, const Rows& dh, Rows& dz, int layer, float* db, bool first_tile) const {
+  // dz from h and the gradient of the layer's output; the sums of its columns are added to this warp's. Rows beyond the
+  // last are masked too: there an infinite weight times h = 0 is NaN.
+  __device__ void backward_dz(const Rows& h, const Rows& dh, Rows& dz, int layer, int64_t row_tile, float* db,
+                              bool first_tile) const {
     const NarrowLayer& l = p.layers[layer];
+    const int64_t rows_left = p.rows - row_tile * kStackRows - warp * kWarpRows - g;
     each_z(h, layer, [&](int s, int j, const float (&z)[4]) {
       float grad[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        grad[i] = col_of(s, j, i) < l.out_features ? widen(dh[s].at(j, i)) * slope_of(p.activation, z[i]) : 0.0f;
+        grad[i] = col_of(s, j, i) < l.out_features && i / 2 * 8 < rows_left
+                      ? widen(dh[s].at(j, i)) * slope_of(p.activation, z[i])
+                      : 0.0f;
       dz[s].set(j, grad);
       if (!db) return;
 #pragma unroll
@@ -324,7 +357,7 @@ __global__ void __launch_bounds__(kStackWarps * 32, kStackBlocksAtOnce)
         warp.read(h, tile, p.layers[layer - 1].kept, l.in_features, l.in_features);
       }
       float* const db = l.db && partial_db ? partial_db + int64_t{layer} * kWidth : nullptr;
-      warp.backward_dz(h, dh, dz, layer, db, tile == blockIdx.x);
+      warp.backward_dz(h, dh, dz, layer, tile, db, tile == blockIdx.x);
       if (l.dz) warp.write(dz, tile, l.dz, l.out_features, l.out_features);
       if (layer > p.first || p.dx.data) warp.backward_dh(dz, dh, layer);
     }
