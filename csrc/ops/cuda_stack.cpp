@@ -54,7 +54,7 @@ at::Tensor matrix_at(const void* data, int64_t rows, int64_t cols, int64_t row_s
   return at::for_blob(const_cast<void*>(data), {rows, cols})
       .strides({row_stride, 1})
       .options(options_of(dtype))
-      .target_device({at::kCUDA, c10::cuda::current_device()})
+      .target_device(at::Device(at::kCUDA, c10::cuda::current_device()))
       .make_tensor();
 }
 
