@@ -142,10 +142,10 @@ class Kernel {
 
 template <class E, class TileShape>
 bool run_forward(const GemmProblem& p, int multiprocessors, Stream stream) {
-  using Along_k = cutlass::layout::ColumnMajor;
+  using AlongK = cutlass::layout::ColumnMajor;
   return p.z.data
-             ? Kernel<E, TileShape, Along_k, ForwardEpilogue<E, TileShape, true>>::run(p, multiprocessors, stream)
-             : Kernel<E, TileShape, Along_k, ForwardEpilogue<E, TileShape, false>>::run(p, multiprocessors, stream);
+             ? Kernel<E, TileShape, AlongK, ForwardEpilogue<E, TileShape, true>>::run(p, multiprocessors, stream)
+             : Kernel<E, TileShape, AlongK, ForwardEpilogue<E, TileShape, false>>::run(p, multiprocessors, stream);
 }
 
 template <class E>
