@@ -88,8 +88,8 @@ struct Sums {
   __device__ float operator[](int i) const { return main[i]; }
 };
 
-// The 10 bits of a significand that TF32 keeps, rounded so that what is left has either sign, and that rest. Of what is
-// not finite neither.
+// The 10 bits of a significand that TF32 keeps, rounded so that what is left has either sign, and that rest. Of what
+// is not finite neither.
 template <int N>
 __device__ void split(const uint32_t (&x)[N], uint32_t (&high)[N], uint32_t (&low)[N]) {
   constexpr uint32_t kExponent = 0x7f800000u, kKept = 0xffffe000u;
@@ -101,9 +101,9 @@ __device__ void split(const uint32_t (&x)[N], uint32_t (&high)[N], uint32_t (&lo
     low[i] = finite ? bits_of(float_of(x[i]) - float_of(high[i])) : 0u;
   }
 }
-// fp32 as three products of TF32; the fourth, of both rests, is below the rounding of a sum. The small ones have a sum of
-// their own, since tensor cores round sums toward zero. Infinities take part in the main product alone: times a rest of
-// 0 they are NaN.
+// fp32 as three products of TF32; the fourth, of both rests, is below the rounding of a sum. The small ones have a
+// sum of their own, since tensor cores round sums toward zero. Infinities take part in the main product alone: times
+// a rest of 0 they are NaN.
 template <>
 struct Sums<float> {
   float main[4] = {0, 0, 0, 0}, rest[4] = {0, 0, 0, 0};
@@ -271,8 +271,8 @@ struct StackWarp {
     for (int s = 0; s < kSlices; ++s) h[s] = next[s];
   }
 
-  // dz from h and the gradient of the layer's output; the sums of its columns are added to this warp's. Rows beyond the
-  // last are masked too: there an infinite weight times h = 0 is NaN.
+  // dz from h and the gradient of the layer's output; the sums of its columns are added to this warp's. Rows beyond
+  // the last are masked too: there an infinite weight times h = 0 is NaN.
   __device__ void backward_dz(const Rows& h, const Rows& dh, Rows& dz, int layer, int64_t row_tile, float* db,
                               bool first_tile) const {
     const NarrowLayer& l = p.layers[layer];
