@@ -13,7 +13,7 @@ using namespace fastlane::cuda;
 namespace {
 
 template <class T>
-constexpr double kUnit = std::is_same_v<T, float>           ? 1e-6
+constexpr double kUnit = std::is_same_v<T, float>           ? 4e-7
                          : std::is_same_v<T, __nv_bfloat16> ? 8e-3
                                                             : 1e-3;
 

@@ -28,7 +28,6 @@ void with_kernels(DType dtype, int width, F f) {
 
 template <class Kernel>
 void launch(Kernel kernel, const NarrowStack& stack, int width, DType dtype, Stream stream, const char* name) {
-  if (stack.rows == 0) return;
   // Always the same limit: another thread may launch the kernel between this line and the next.
   const auto limit = static_cast<int>(narrow_shared_bytes(kMaxStackLayers, width, dtype));
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), name, __FILE__, __LINE__);

@@ -81,7 +81,8 @@ inline int64_t narrow_blocks(int64_t rows) { return std::min(kMaxStackBlocks, na
 // Each warp sums the db of its rows.
 inline int64_t narrow_partial_sums(int64_t rows) { return narrow_blocks(rows) * kStackWarps; }
 
-// On the given stream of the current device. A failed launch throws std::runtime_error with its file and line.
+// Of at least one row, on the given stream of the current device. A failed launch throws std::runtime_error with its
+// file and line.
 void narrow_forward(const NarrowStack& stack, int width, DType dtype, Stream stream);
 void narrow_backward(const NarrowStack& stack, int width, DType dtype, Stream stream);
 
