@@ -27,6 +27,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("reset_stats", &fastlane::policy::reset_stats);
   m.def("leave_fused_path", &fastlane::policy::leave_fused_path);
+  m.def("is_disabled", [] { return fastlane::policy::why_disabled() != nullptr; });
+  m.def("disable", &fastlane::policy::disable);
   fastlane::prepare_network_calls();
   m.def("run_plain_network", &fastlane::run_plain_network);
 }

@@ -46,8 +46,8 @@ def cpu_isa() -> str:
 def stats() -> dict[str, dict[str, int]]:
     """Calls since the start of the process or the last `reset_stats`, in all threads.
 
-    ``{path: {"forward": n, "backward": n}, ..., "fallback": {reason: n}}``: a call of a layer or a network counts
-    once, under the path it took or under the reason for which eager operations ran instead. The paths are
+    ``{path: {"forward": n, "backward": n}, ..., "fallback": {reason: n}}``: a call of a layer, an MLP or a network
+    counts once, under the path it took or under the reason for which eager operations ran instead. The paths are
     ``"fused"``, this library's own kernels; ``"library"``, the machine's own GEMM, where it is expected to win, and
     one fused pass after it (also a network any of whose products took it); and ``"hopper"``, the fused CUDA product
     for capability 9.0. On CUDA dW is always the library's: backward counts by its dgrad.

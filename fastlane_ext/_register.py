@@ -70,6 +70,39 @@ def _vmap_residual(info, in_dims, x, weight, bias=None, residual=None, *, activa
     return y, 0
 
 
+def _vmap_mlp(
+    info,
+    in_dims,
+    x,
+    fc1_weight,
+    fc1_bias,
+    fc2_weight,
+    fc2_bias,
+    residual=None,
+    *,
+    activation="gelu",
+    recompute=False,
+):
+    x_dim, *parameter_dims, residual_dim = (*in_dims, None)[:6]
+    if all(dim is None for dim in parameter_dims):
+        rank = _logical_rank(x, x_dim)
+        if x_dim is None:
+            x, x_dim = x.expand(info.batch_size, *x.shape), 0
+        if residual is not None:
+            residual = _aligned(residual, residual_dim, rank)
+        options = {"activation": activation, "recompute": recompute}
+        parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        return torch.ops.fastlane.mlp_residual(_batch_first(x, x_dim), *parameters, residual, **options), 0
+    # Layer by layer, so that the rule above decides for each.
+    fc1_dims, fc2_dims = parameter_dims[:2], parameter_dims[2:]
+    hidden, dim = _vmap_residual(
+        info, (x_dim, *fc1_dims, None), x, fc1_weight, fc1_bias, None, activation=activation, recompute=recompute
+    )
+    return _vmap_residual(
+        info, (dim, *fc2_dims, residual_dim), hidden, fc2_weight, fc2_bias, residual, activation="none"
+    )
+
+
 def _vmap_concat(info, in_dims, x, weight, bias=None, *, activation="gelu"):
     x_dim, weight_dim, bias_dim = (*in_dims, None)[:3]
     _logical_rank(x, x_dim)
@@ -141,6 +174,7 @@ def _vmap_stack_backward(
 
 
 torch.library.register_vmap("fastlane::linear_gelu_residual", _vmap_residual)
+torch.library.register_vmap("fastlane::mlp_residual", _vmap_mlp)
 torch.library.register_vmap("fastlane::residual_stack_backward", _vmap_stack_backward)
 torch.library.register_vmap("fastlane::residual_stack", _vmap_stack)
 torch.library.register_vmap("fastlane::linear_gelu_concat", _vmap_concat)

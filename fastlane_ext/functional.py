@@ -143,25 +143,44 @@ def mlp_residual(
     residual: Tensor | None = None,
     *,
     activation: str = "gelu",
+    recompute: bool = False,
 ) -> Tensor:
-    """``residual + fc2(act(fc1(x)))``: the transformer block's MLP.
+    """``residual + fc2(act(fc1(x)))``, the transformer block's MLP, as one operation.
+
+    For backward it keeps x and fc1's output; the activated one is computed again where fc2's weight gradient
+    needs it.
 
     Args:
-        x: ``(..., in_features)``.
-        fc1_weight, fc1_bias: ``(hidden, in_features)`` and ``(hidden,)`` or None.
+        x: ``(..., in_features)``, any leading sizes, any strides; float32, float64, bfloat16 or float16.
+        fc1_weight, fc1_bias: ``(hidden, in_features)`` and ``(hidden,)`` or None. Any strides: a weight that is
+            stored ``(in, out)``, as transformers' ``Conv1D`` does, is passed as ``weight.t()``, is read where it
+            lies, and its gradient lies the same way.
         fc2_weight, fc2_bias: ``(out_features, hidden)`` and ``(out_features,)`` or None.
         residual: broadcasts to ``(..., out_features)``, or None to add nothing.
-        activation: as in `linear_gelu_residual`.
+        activation, recompute: as in `linear_gelu_residual`.
+
+    Returns:
+        ``(..., out_features)``, contiguous, x's dtype. In 16-bit dtypes the hidden activations are rounded, as
+        eager rounds them.
 
     Raises:
-        RuntimeError, ValueError: as `linear_gelu_residual` does.
+        RuntimeError, TypeError, ValueError: as `linear_gelu_residual` does.
 
     >>> x = torch.randn(10, 64)
     >>> mlp_residual(x, torch.randn(256, 64), None, torch.randn(64, 256), None, residual=x).shape
     torch.Size([10, 64])
     """
-    hidden = linear_gelu_residual(x, fc1_weight, fc1_bias, activation=activation)
-    return linear_gelu_residual(hidden, fc2_weight, fc2_bias, residual, activation="none")
+    check_tensor("x", x)
+    check_tensor("fc1_weight", fc1_weight)
+    check_tensor("fc1_bias", fc1_bias, optional=True)
+    check_tensor("fc2_weight", fc2_weight)
+    check_tensor("fc2_bias", fc2_bias, optional=True)
+    check_tensor("residual", residual, optional=True)
+    if not isinstance(activation, str):
+        check_choice("activation", activation, ACTIVATIONS)
+    return torch.ops.fastlane.mlp_residual.default(
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation=activation, recompute=recompute
+    )
 
 
 def record_fallback(reason: str) -> None:

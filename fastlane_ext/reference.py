@@ -157,6 +157,7 @@ def mlp_residual(
     residual: Tensor | None = None,
     *,
     activation: str = "gelu",
+    recompute: bool = False,
 ) -> Tensor:
     """``residual + fc2(act(fc1(x)))``, the MLP of a transformer block; without ``residual`` nothing is added.
 

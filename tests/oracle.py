@@ -275,6 +275,24 @@ def run_oracle(case: Case, real=None) -> dict[str, np.ndarray]:
 
 
 def assert_as_exact_as_eager(cases: list[Case]):
+    """`assert_no_less_exact` on layers."""
+
+    def scale_of(case, name, value):
+        scale = float(np.abs(value).max(initial=0))
+        if name == "dresidual" and case.grad.numel():
+            # A sum of n random terms passes through values √n times as large: no order of adding avoids that.
+            terms = case.grad.numel() / case.residual_of(case.x, case.residual_data).numel()
+            scale = max(scale, math.sqrt(terms) * float(case.grad.abs().max()))
+        return scale
+
+    assert_no_less_exact(cases, run_fused, run_eager, run_oracle, scale_of)
+
+
+def _largest(case, name, value):
+    return float(np.abs(value).max(initial=0))
+
+
+def assert_no_less_exact(cases, run_fused, run_eager, run_oracle, scale_of=_largest):
     """The promise: no error, in the output or a gradient, exceeds twice eager's own at the same dtype.
 
     Errors are pooled over the cases, so that the largest is one of thousands and not of three. Two units in
@@ -290,11 +308,7 @@ def assert_as_exact_as_eager(cases: list[Case]):
             for errors, result in ((fused_error, fused), (eager_error, eager)):
                 difference = np.abs(_as_numpy(result[name]) - value)
                 errors[name] = max(errors.get(name, 0.0), float(difference.max(initial=0)))
-            scale[name] = max(scale.get(name, 0.0), float(np.abs(value).max(initial=0)))
-            if name == "dresidual" and case.grad.numel():
-                # A sum of n random terms passes through values √n times as large: no order of adding avoids that.
-                terms = case.grad.numel() / case.residual_of(case.x, case.residual_data).numel()
-                scale[name] = max(scale[name], math.sqrt(terms) * float(case.grad.abs().max()))
+            scale[name] = max(scale.get(name, 0.0), scale_of(case, name, value))
     eps = torch.finfo(cases[0].x.dtype).eps
     for name in fused_error:
         limit = 2 * eager_error[name] + 2 * eps * scale[name]

@@ -12,7 +12,7 @@ FUNCTIONS = {
     "linear_gelu_residual": "x, weight, bias, residual, activation, recompute",
     "linear_gelu_concat": "x, weight, bias, activation",
     "residual_stack": "x, weights, biases, shortcut, projections, projection_biases, activation, recompute",
-    "mlp_residual": "x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation",
+    "mlp_residual": "x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation, recompute",
 }
 CLASSES = {
     "LinearGELUResidual": "in_features, out_features, bias, shortcut, activation, device, dtype",

@@ -50,6 +50,12 @@ struct GemmProblem {
   RowMajor z;  // m × n
   RowMajor slope;  // m × n: act′(z), float for 16-bit dtypes
   RowMajor out;  // m × n
+  // An operand that lies there as pre-activation: what is multiplied is act of it.
+  Activation a_activation = Activation::none, b_activation = Activation::none;
+  // With column_sums the epilogue is another: out = (A B) ⊙ act′(preactivation), column_sums = Σ_rows out. Without an
+  // activation preactivation is not read.
+  ConstRowMajor preactivation;  // m × n
+  void* column_sums = nullptr;  // n elements, summed before out is rounded
 };
 
 // dz = dy ⊙ act′(z) and, in the same pass, db = Σ_rows dz. Either result may be absent; without an
@@ -80,6 +86,37 @@ struct LayerBackwardProblem {
   RowMajor dweight;  // of the transpose where `dweight_transposed`
   bool dweight_transposed = false;
   void* db = nullptr;
+};
+
+// z = x W₁ᵀ + b₁;  y = act(z) W₂ᵀ + b₂ + residual. Absent operands have a null data pointer.
+struct MlpProblem {
+  int64_t rows = 0, in_features = 0, hidden = 0, out_features = 0;
+  DType dtype = DType::f32;  // of every operand
+  Activation activation = Activation::none;
+  ConstMatrix x;
+  ConstMatrix fc1_weight;  // hidden × in_features
+  const void* fc1_bias = nullptr;
+  ConstMatrix fc2_weight;  // out_features × hidden
+  const void* fc2_bias = nullptr;
+  ConstRowMajor residual;
+  RowMajor z, y;
+};
+
+// Its backward, the hidden activations computed again from z:
+//   dz = (dy W₂) ⊙ act′(z)    dx = dz W₁ + shortcut_grad    dW₁ = dzᵀ x    dW₂ = dyᵀ act(z)
+// and the biases' gradients, the sums of dz and dy over the rows. Absent results have a null data pointer; what only
+// they need is not read.
+struct MlpBackwardProblem {
+  int64_t rows = 0, in_features = 0, hidden = 0, out_features = 0;
+  DType dtype = DType::f32;  // of every operand
+  Activation activation = Activation::none;
+  ConstRowMajor dy, z;
+  ConstMatrix x, fc1_weight, fc2_weight;
+  ConstRowMajor shortcut_grad;
+  RowMajor dx;
+  RowMajor dfc1_weight, dfc2_weight;  // of the transposes where `…_transposed`
+  bool dfc1_transposed = false, dfc2_transposed = false;
+  void *dfc1_bias = nullptr, *dfc2_bias = nullptr;
 };
 
 // A layer of a stack, with what its backward gives. Absent operands have a null data pointer.

@@ -43,6 +43,19 @@ at::Tensor linear_gelu_concat(const at::Tensor& x, const at::Tensor& weight, con
   return at::cat({x, activated}, -1);
 }
 
+template <c10::DeviceType device>
+at::Tensor mlp_residual(const at::Tensor& x, const at::Tensor& fc1_weight, const OptionalTensor& fc1_bias,
+                        const at::Tensor& fc2_weight, const OptionalTensor& fc2_bias, const OptionalTensor& residual,
+                        std::string_view activation, bool recompute) {
+  const Autocast<device> autocast;
+  const at::Tensor low_x = autocast.cast(x);
+  const bool same_dtype = residual && residual->scalar_type() == low_x.scalar_type();
+  const at::Tensor y =
+      call_mlp_residual(low_x, autocast.cast(fc1_weight), autocast.cast(fc1_bias), autocast.cast(fc2_weight),
+                        autocast.cast(fc2_bias), same_dtype ? residual : OptionalTensor(), activation, recompute);
+  return residual && !same_dtype ? y + *residual : y;
+}
+
 // As eager's residual stream is wider than the products, the stack goes layer by layer, each with its own casts,
 // unless there is nothing wider than the low precision to keep.
 template <c10::DeviceType device>
@@ -79,11 +92,13 @@ at::Tensor residual_stack(const at::Tensor& x, at::TensorList weights, const Opt
 TORCH_LIBRARY_IMPL(fastlane, AutocastCPU, m) {
   m.impl("linear_gelu_residual", linear_gelu_residual<at::kCPU>);
   m.impl("linear_gelu_concat", linear_gelu_concat<at::kCPU>);
+  m.impl("mlp_residual", mlp_residual<at::kCPU>);
   m.impl("residual_stack", residual_stack<at::kCPU>);
 }
 TORCH_LIBRARY_IMPL(fastlane, AutocastCUDA, m) {
   m.impl("linear_gelu_residual", linear_gelu_residual<at::kCUDA>);
   m.impl("linear_gelu_concat", linear_gelu_concat<at::kCUDA>);
+  m.impl("mlp_residual", mlp_residual<at::kCUDA>);
   m.impl("residual_stack", residual_stack<at::kCUDA>);
 }
 

@@ -1,13 +1,9 @@
 // All differentiation policy: what is saved, which gradients are computed, and where the ATen composition takes over.
-#include <ATen/ExpandUtils.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/matmul.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
-
-#include <algorithm>
 
 #include "composition.h"
 #include "differentiation.h"
@@ -24,22 +20,6 @@ using torch::autograd::variable_list;
 // Where the layer's addend comes from. `identity` (the residual is x itself) lets dgrad add dy in its epilogue.
 enum class Shortcut : int64_t { tensor_or_none, identity, concat };
 
-Tensor flatten_leading(const Tensor& t) { return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); }
-
-// torch cuts a sum to one element by threads, so that its bits depend on their number; sums to a row it does not.
-Tensor sum_to_one(const Tensor& t) {
-  constexpr int64_t kRow = 4096;
-  const Tensor row = flatten_leading(t).sum(0, /*keepdim=*/false, at::kDouble);
-  const c10::SymInt missing = (kRow - row.sym_size(0) % kRow) % kRow;
-  const Tensor rows = at::constant_pad_nd_symint(row, {0, missing}).view({-1, kRow});
-  return rows.sum(0).sum().to(t.scalar_type());
-}
-
-Tensor residual_grad(const Tensor& dy, c10::SymIntArrayRef sizes) {
-  const bool one_element = std::all_of(sizes.begin(), sizes.end(), [](const c10::SymInt& s) { return s == 1; });
-  return one_element && dy.sym_numel() != 1 ? sum_to_one(dy).view_symint(sizes) : at::sum_to(dy, sizes);
-}
-
 struct Gradients {
   Tensor x, weight, bias;
 };
@@ -48,6 +28,7 @@ struct Gradients {
 Gradients composed_backward(const Tensor& grad_activated, const Tensor& grad_z, const Tensor& grad_shortcut,
                             const Tensor& z, const Tensor& x, const Tensor& weight, Activation activation,
                             bool need_x, bool need_weight, bool need_bias) {
+  using differentiation::flatten_leading;
   Tensor dz = grad_activated.defined() ? composition::preactivation_grad(grad_activated, z, activation) : Tensor();
   if (grad_z.defined()) dz = dz.defined() ? dz + grad_z : grad_z;
   Gradients g;
@@ -127,7 +108,7 @@ class LinearGelu : public torch::autograd::Function<LinearGelu> {
     }
     variable_list result(kForwardArguments);
     result[0] = g.x, result[1] = g.weight, result[2] = g.bias;
-    if (need_residual) result[3] = residual_grad(dy, residual_sizes->second.toSymIntVector());
+    if (need_residual) result[3] = differentiation::residual_grad(dy, residual_sizes->second.toSymIntVector());
     return result;
   }
 

@@ -13,6 +13,9 @@ struct Backend {
   Path (*gemm)(const GemmProblem&);
   Path (*layer_backward)(const LayerBackwardProblem&);
   Path (*dgrad)(const GemmProblem&);
+  // Where the library has any of an MLP's products it has all of them, layer by layer.
+  Path (*mlp_forward)(const MlpProblem&);
+  Path (*mlp_backward)(const MlpBackwardProblem&);
   // The passes around the library's products. The product may lie in z or out.
   void (*epilogue)(const GemmProblem&, const ConstRowMajor& product);
   void (*preactivation_grad)(const PreActivationGradProblem&);

@@ -65,21 +65,34 @@ inline void check_input(const char* op, const at::Tensor& x) {
   TORCH_CHECK(x.dim() >= 1, op, ": x is 0-D, expected (..., in_features); add a dimension with x.reshape(1)");
 }
 
+// What messages call the parameters of a linear layer.
+struct LinearNames {
+  const char *weight = "weight", *bias = "bias";
+};
+
+// The parameters of a layer with `in_features` inputs, which `source` has: x, or the weight of the layer before.
+inline void check_parameters(const char* op, const LinearNames& names, const at::Tensor& x, const at::Tensor& weight,
+                             const OptionalTensor& bias, const c10::SymInt& in_features, const char* source_name,
+                             const at::Tensor& source) {
+  check_like(op, names.weight, weight, "x", x);
+  TORCH_CHECK(weight.dim() == 2, op, ": ", names.weight, " has shape ", weight.sym_sizes(),
+              ", expected (out_features, in_features) like nn.Linear's");
+  TORCH_SYM_CHECK(weight.sym_size(1).sym_eq(in_features), op, ": ", names.weight, " has shape ", weight.sym_sizes(),
+                  ", expected (out_features, ", in_features, ") to fit ", source_name, " of shape ",
+                  source.sym_sizes(), "; pass it as nn.Linear stores it");
+  if (bias) {
+    check_like(op, names.bias, *bias, "x", x);
+    TORCH_CHECK(bias->dim() == 1, op, ": ", names.bias, " has shape ", bias->sym_sizes(), ", expected (",
+                weight.sym_size(0), ",), one element for each row of ", names.weight);
+    TORCH_SYM_CHECK(bias->sym_size(0).sym_eq(weight.sym_size(0)), op, ": ", names.bias, " has shape ",
+                    bias->sym_sizes(), ", expected (", weight.sym_size(0), ",), one element for each row of ",
+                    names.weight);
+  }
+}
+
 inline void check_linear(const char* op, const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   check_input(op, x);
-  check_like(op, "weight", weight, "x", x);
-  TORCH_CHECK(weight.dim() == 2, op, ": weight has shape ", weight.sym_sizes(),
-              ", expected (out_features, in_features) like nn.Linear's");
-  TORCH_SYM_CHECK(weight.sym_size(1).sym_eq(x.sym_size(-1)), op, ": weight has shape ", weight.sym_sizes(),
-                  ", expected (out_features, ", x.sym_size(-1), ") to fit x of shape ", x.sym_sizes(),
-                  "; pass it as nn.Linear stores it");
-  if (bias) {
-    check_like(op, "bias", *bias, "x", x);
-    TORCH_CHECK(bias->dim() == 1, op, ": bias has shape ", bias->sym_sizes(), ", expected (", weight.sym_size(0),
-                ",), one element for each row of weight");
-    TORCH_SYM_CHECK(bias->sym_size(0).sym_eq(weight.sym_size(0)), op, ": bias has shape ", bias->sym_sizes(),
-                    ", expected (", weight.sym_size(0), ",), one element for each row of weight");
-  }
+  check_parameters(op, {}, x, weight, bias, x.sym_size(-1), "x", x);
 }
 
 inline void check_residual(const char* op, const at::Tensor& x, const at::Tensor& weight,

@@ -34,6 +34,13 @@ inline at::Tensor linear_gelu_concat(const at::Tensor& x, const at::Tensor& weig
   return at::cat({x, activated(x, weight, bias, activation)}, -1);
 }
 
+inline at::Tensor mlp_residual(const at::Tensor& x, const at::Tensor& fc1_weight, const OptionalTensor& fc1_bias,
+                               const at::Tensor& fc2_weight, const OptionalTensor& fc2_bias,
+                               const OptionalTensor& residual, Activation activation) {
+  return linear_gelu_residual(activated(x, fc1_weight, fc1_bias, activation), fc2_weight, fc2_bias, residual,
+                              Activation::none);
+}
+
 inline at::Tensor preactivation_grad(const at::Tensor& grad_activated, const at::Tensor& z, Activation activation) {
   return activation == Activation::none ? grad_activated
                                         : at::gelu_backward(grad_activated, z, approximate(activation));

@@ -6,6 +6,7 @@
 
 #include "../kernels/cpu/dispatch.h"
 #include "../kernels/cpu/scratch.h"
+#include "../kernels/mlp.h"
 #include "../kernels/stack.h"
 #include "backend.h"
 #include "register.h"
@@ -52,6 +53,49 @@ Path layer_backward(const LayerBackwardProblem& b) {
 // Where the library has the backward it has all of it.
 Path dgrad(const GemmProblem&) { return Path::library; }
 
+// A block's hidden activations stay in the last-level cache, and in kept memory, from one product to the other. Each
+// block packs the weights anew, so it has rows enough to make that cheap. Cut evenly, no block is of few rows.
+int64_t mlp_block_rows(const MlpProblem& p) {
+  constexpr int64_t kMinRows = 512;
+  const int64_t row_bytes = std::max<int64_t>(1, p.hidden * element_size(p.dtype));
+  const int64_t most = std::max(kMinRows, caches().last / 2 / row_bytes);
+  const int64_t blocks = std::max<int64_t>(1, (p.rows + most - 1) / most);
+  return (p.rows + blocks - 1) / blocks;
+}
+Path mlp_forward(const MlpProblem& p) {
+  for (const LayerShape& shape : {fc1_shape(p), fc2_shape(p)})
+    if (cpu_forward_path(shape) == Path::library) return Path::library;
+  const int64_t block_rows = mlp_block_rows(p);
+  const Scratch memory(ScratchSlot::hidden, static_cast<size_t>(block_rows * p.hidden * element_size(p.dtype)));
+  for (int64_t row = 0; row < p.rows; row += block_rows) {
+    const MlpProblem block = rows_of(p, row, std::min(block_rows, p.rows - row));
+    run_gemm(fc1_gemm(block, {memory.as<void>(), p.hidden}));
+    run_gemm(fc2_gemm(block, {memory.as<void>(), p.hidden}));
+  }
+  return Path::fused;
+}
+
+Path mlp_backward(const MlpBackwardProblem& p) {
+  for (const LayerShape& shape : {fc1_shape(p), fc2_shape(p)})
+    if (cpu_backward_path(shape) == Path::library) return Path::library;
+  if (p.dfc2_bias) {
+    PreActivationGradProblem sums;
+    sums.rows = p.rows, sums.cols = p.out_features, sums.dtype = p.dtype, sums.dy = p.dy, sums.db = p.dfc2_bias;
+    preactivation_grad(sums);
+  }
+  if (p.dfc2_weight.data) run_gemm(fc2_wgrad_gemm(p));
+  if (!forms_dz(p)) return Path::fused;
+  // The kernel's epilogue has no variant without the sums, which cost next to nothing.
+  const int64_t bytes = p.hidden * element_size(p.dtype);
+  const Scratch memory(ScratchSlot::dz, static_cast<size_t>((p.dfc1_bias ? p.rows : p.rows + 1) * bytes));
+  void* const after_dz = memory.as<char>() + p.rows * bytes;
+  run_gemm(dz_gemm(p, {memory.as<void>(), p.hidden}, p.dfc1_bias ? p.dfc1_bias : after_dz));
+  const ConstMatrix dz{memory.as<void>(), p.hidden, 1};
+  if (p.dx.data) run_gemm(dgrad_gemm(fc1_shape(p), dz, p.fc1_weight, p.shortcut_grad, p.dx));
+  if (p.dfc1_weight.data) run_gemm(wgrad_gemm(fc1_shape(p), dz, p.x, p.dfc1_transposed, p.dfc1_weight));
+  return Path::fused;
+}
+
 bool is_one_kernel(const StackProblem& p) {
   const auto is_fused = [&](const StackLayer& l) {
     return cpu_forward_path({p.rows, l.in_features, l.out_features, p.dtype}) == Path::fused;
@@ -64,14 +108,15 @@ void stack_backward(const StackProblem& p) { kernels().stack_backward(p, torch_t
 }  // namespace
 
 const Backend& cpu_backend() {
-  static constexpr Backend backend{gemm,          layer_backward, dgrad,         epilogue, preactivation_grad,
-                                   is_one_kernel, stack_forward,  stack_backward};
+  static constexpr Backend backend{gemm,     layer_backward,     dgrad,         mlp_forward,   mlp_backward,
+                                   epilogue, preactivation_grad, is_one_kernel, stack_forward, stack_backward};
   return backend;
 }
 
 TORCH_LIBRARY_IMPL(fastlane, CPU, m) {
   register_layer_operators(m);
   register_stack_operators(m);
+  register_mlp_operators(m);
 }
 
 }  // namespace fastlane

@@ -44,6 +44,8 @@ Path forward(const GemmProblem& p) {
 
 // The products of a backward are separate kernels.
 Path layer_backward(const LayerBackwardProblem&) { return Path::library; }
+Path mlp_forward(const MlpProblem&) { return Path::library; }
+Path mlp_backward(const MlpBackwardProblem&) { return Path::library; }
 
 void epilogue(const GemmProblem& p, const ConstRowMajor& product) {
   cuda::epilogue(p, product, c10::cuda::getCurrentCUDAStream());
@@ -61,6 +63,8 @@ const Backend& cuda_backend() {
   static constexpr Backend backend{forward,
                                    layer_backward,
                                    gemm,
+                                   mlp_forward,
+                                   mlp_backward,
                                    epilogue,
                                    preactivation_grad,
                                    cuda_is_one_kernel,
@@ -72,6 +76,7 @@ const Backend& cuda_backend() {
 TORCH_LIBRARY_IMPL(fastlane, CUDA, m) {
   register_layer_operators(m);
   register_stack_operators(m);
+  register_mlp_operators(m);
 }
 
 }  // namespace fastlane

@@ -1,9 +1,12 @@
 // What the files of the Autograd key share: when a call leaves the fused path, and what is refused at once.
 #pragma once
 
+#include <ATen/ExpandUtils.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include <algorithm>
 #include <string_view>
 #include <utility>
 
@@ -23,7 +26,7 @@ inline std::string_view name_of(Activation activation) {
 
 // Why a call may not reach the fused kernels, or null.
 inline const char* reason_to_compose(at::TensorList tensors) {
-  if (policy::disabled()) return policy::kDisabled;
+  if (const char* reason = policy::why_disabled()) return reason;
   // What at::functorch::maybeCurrentDynamicLayer() tells; its header needs one that torch does not ship.
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode))
     return "a torch.func transform is active";
@@ -44,5 +47,26 @@ inline void check_backend(const char* op,
     if (t.defined()) check_dense(op, name, t);
   check_device(op, arguments.begin()->second);
 }
+
+// Differentiable, unlike layer_calls.h's.
+namespace differentiation {
+
+inline at::Tensor flatten_leading(const at::Tensor& t) { return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); }
+
+// torch cuts a sum to one element by threads, so that its bits depend on their number; sums to a row it does not.
+inline at::Tensor sum_to_one(const at::Tensor& t) {
+  constexpr int64_t kRow = 4096;
+  const at::Tensor row = flatten_leading(t).sum(0, /*keepdim=*/false, at::kDouble);
+  const c10::SymInt missing = (kRow - row.sym_size(0) % kRow) % kRow;
+  const at::Tensor rows = at::constant_pad_nd_symint(row, {0, missing}).view({-1, kRow});
+  return rows.sum(0).sum().to(t.scalar_type());
+}
+
+inline at::Tensor residual_grad(const at::Tensor& dy, c10::SymIntArrayRef sizes) {
+  const bool one_element = std::all_of(sizes.begin(), sizes.end(), [](const c10::SymInt& s) { return s == 1; });
+  return one_element && dy.sym_numel() != 1 ? sum_to_one(dy).view_symint(sizes) : at::sum_to(dy, sizes);
+}
+
+}  // namespace differentiation
 
 }  // namespace fastlane

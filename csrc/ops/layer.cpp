@@ -13,21 +13,6 @@
 namespace fastlane {
 namespace {
 
-Operands flatten_operands(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                          const OptionalTensor& residual) {
-  Operands o;
-  o.x = flatten_leading(x);
-  o.weight = weight;
-  if (bias) o.bias = bias->contiguous();
-  o.shape = {o.x.size(0), o.x.size(1), weight.size(0), dtype_of(x)};
-  if (residual) {
-    at::DimVector sizes(x.sizes().begin(), x.sizes().end() - 1);
-    sizes.push_back(weight.size(0));
-    o.residual = with_unit_column_stride(flatten_leading(residual->expand(sizes)));
-  }
-  return o;
-}
-
 using OutputAndZ = std::tuple<at::Tensor, at::Tensor>;
 
 // z is undefined unless asked for.
@@ -63,9 +48,9 @@ OutputAndZ forward_concat(const at::Tensor& x, const at::Tensor& weight, const O
 
 // Inference tensors come here without passing the autograd key, which asks for everything else.
 bool composes_because_disabled() {
-  if (!policy::disabled()) return false;
-  policy::leave_fused_path(policy::kDisabled);
-  return true;
+  const char* const reason = policy::why_disabled();
+  if (reason) policy::leave_fused_path(reason);
+  return reason != nullptr;
 }
 
 at::Tensor linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
@@ -91,13 +76,6 @@ std::tuple<at::Tensor, at::Tensor> linear_gelu_forward(const at::Tensor& x, cons
                 : forward_residual(x, weight, bias, residual, parsed, /*with_z=*/true);
 }
 
-at::Tensor recomputed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
-  const Operands o = flatten_operands(x, weight, bias, std::nullopt);
-  at::Tensor z = at::empty({o.shape.rows, o.shape.out_features}, x.options());
-  run_forward(o, Activation::none, {}, z);
-  return z;
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
     const at::Tensor& grad_activated, const OptionalTensor& saved_z, const OptionalTensor& x,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& grad_shortcut,
@@ -110,7 +88,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
   BackwardTensors t;
   t.dy = with_unit_column_stride(flatten_leading(grad_activated));
   if (activation != Activation::none)
-    t.z = saved_z ? with_unit_column_stride(flatten_leading(*saved_z)) : recomputed_z(*x, *weight, bias);
+    t.z = saved_z ? with_unit_column_stride(flatten_leading(*saved_z)) : computed_z(*x, *weight, bias);
   at::Tensor grad_x, grad_weight;
   if (need_x) {
     t.weight = *weight;

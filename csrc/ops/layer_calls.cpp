@@ -90,6 +90,30 @@ WeightGradient::WeightGradient(int64_t out_features, int64_t in_features, bool c
   gradient = column_major ? storage.t() : storage;
 }
 
+at::Tensor flatten_residual(const at::Tensor& residual, const at::Tensor& x, int64_t out_features) {
+  at::DimVector sizes(x.sizes().begin(), x.sizes().end() - 1);
+  sizes.push_back(out_features);
+  return with_unit_column_stride(flatten_leading(residual.expand(sizes)));
+}
+
+Operands flatten_operands(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& residual) {
+  Operands o;
+  o.x = flatten_leading(x);
+  o.weight = weight;
+  if (bias) o.bias = bias->contiguous();
+  if (residual) o.residual = flatten_residual(*residual, x, weight.size(0));
+  o.shape = {o.x.size(0), o.x.size(1), weight.size(0), dtype_of(x)};
+  return o;
+}
+
+at::Tensor computed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  const Operands o = flatten_operands(x, weight, bias, std::nullopt);
+  at::Tensor z = at::empty({o.shape.rows, o.shape.out_features}, x.options());
+  run_forward(o, Activation::none, {}, z);
+  return z;
+}
+
 Path run_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated) {
   const void* bias = o.bias.defined() ? o.bias.const_data_ptr() : nullptr;
   const ConstRowMajor residual = o.residual.defined() ? row_major(o.residual) : ConstRowMajor{};

@@ -40,6 +40,15 @@ struct Operands {
   LayerShape shape;
 };
 
+Operands flatten_operands(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& residual);
+
+// Expanded to (leading sizes of x..., out_features), then flattened, with unit column stride.
+at::Tensor flatten_residual(const at::Tensor& residual, const at::Tensor& x, int64_t out_features);
+
+// x Wᵀ + b, (rows, out_features).
+at::Tensor computed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias);
+
 // An ATen call inside an operator is not the user's, to be cast or differentiated.
 struct OwnCalls {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;

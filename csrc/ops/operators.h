@@ -61,6 +61,45 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> call_linear_gelu_backward(
   return op.call(grad_activated, z, x, weight, bias, grad_shortcut, activation, weight_column_major, output_mask);
 }
 
+inline at::Tensor call_mlp_residual(const at::Tensor& x, const at::Tensor& fc1_weight, const OptionalTensor& fc1_bias,
+                                    const at::Tensor& fc2_weight, const OptionalTensor& fc2_bias,
+                                    const OptionalTensor& residual, std::string_view activation, bool recompute) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fastlane::mlp_residual", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                            const OptionalTensor&, const OptionalTensor&, std::string_view, bool)>();
+  return op.call(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation, recompute);
+}
+
+inline std::tuple<at::Tensor, at::Tensor> call_mlp_forward(
+    const at::Tensor& x, const at::Tensor& fc1_weight, const OptionalTensor& fc1_bias, const at::Tensor& fc2_weight,
+    const OptionalTensor& fc2_bias, const OptionalTensor& residual, std::string_view activation) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastlane::mlp_forward", "")
+                             .typed<std::tuple<at::Tensor, at::Tensor>(
+                                 const at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&,
+                                 const OptionalTensor&, const OptionalTensor&, std::string_view)>();
+  return op.call(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation);
+}
+
+using MlpGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+inline MlpGradients call_mlp_backward(const at::Tensor& grad, const OptionalTensor& z, const OptionalTensor& x,
+                                      const OptionalTensor& fc1_weight, const OptionalTensor& fc1_bias,
+                                      const OptionalTensor& fc2_weight, const OptionalTensor& grad_shortcut,
+                                      std::string_view activation, bool fc1_column_major, bool fc2_column_major,
+                                      std::array<bool, 5> output_mask) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fastlane::mlp_backward", "")
+          .typed<MlpGradients(const at::Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                              const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string_view,
+                              bool, bool, std::array<bool, 5>)>();
+  return op.call(grad, z, x, fc1_weight, fc1_bias, fc2_weight, grad_shortcut, activation, fc1_column_major,
+                 fc2_column_major, output_mask);
+}
+
 inline at::Tensor call_residual_stack(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
                                       const OptionalTensors& projections, const OptionalTensors& projection_biases,
                                       std::string_view shortcut, std::string_view activation, bool recompute) {

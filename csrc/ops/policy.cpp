@@ -20,6 +20,7 @@ bool is_set(const char* variable) {
 
 using Counts = std::array<std::atomic<int64_t>, kPaths>;
 Counts forward_counts{}, backward_counts{};
+thread_local int disabled_blocks = 0;
 std::mutex fallback_mutex;
 std::map<std::string, int64_t> fallback;
 
@@ -27,10 +28,12 @@ void count(Counts& counts, Path path) { counts[static_cast<size_t>(path)].fetch_
 
 }  // namespace
 
-bool disabled() {
-  static const bool value = is_set("FASTLANE_DISABLE");
-  return value;
+const char* why_disabled() {
+  static const bool by_variable = is_set("FASTLANE_DISABLE");
+  if (by_variable) return "FASTLANE_DISABLE is set";
+  return disabled_blocks > 0 ? "fastlane_ext.disabled() is active" : nullptr;
 }
+void disable(bool on) { disabled_blocks += on ? 1 : -1; }
 
 void count_forward(Path path) { count(forward_counts, path); }
 void count_backward(Path path) { count(backward_counts, path); }

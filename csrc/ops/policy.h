@@ -10,9 +10,10 @@
 
 namespace fastlane::policy {
 
-// FASTLANE_DISABLE=1: every call runs the eager composition. Read once.
-bool disabled();
-inline constexpr char kDisabled[] = "FASTLANE_DISABLE is set";
+// Why every call of this thread runs the eager composition, or null: FASTLANE_DISABLE=1, which is read once, or a
+// Python block that says so.
+const char* why_disabled();
+void disable(bool on);  // nests
 
 void count_forward(Path path);
 void count_backward(Path path);

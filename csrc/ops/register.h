@@ -7,5 +7,6 @@ namespace fastlane {
 
 void register_layer_operators(torch::Library& m);
 void register_stack_operators(torch::Library& m);
+void register_mlp_operators(torch::Library& m);
 
 }  // namespace fastlane

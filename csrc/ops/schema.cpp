@@ -1,7 +1,7 @@
 #include <torch/library.h>
 
-// Of the layer and of the stack the public operators come first. The _forward and _backward ones are what they become
-// once autograd has decided what to save: they appear in compiled graphs and have no derivative of their own.
+// Of the layer, the MLP and the stack the public operators come first. The _forward and _backward ones are what they
+// become once autograd has decided what to save: they appear in compiled graphs and have no derivative of their own.
 TORCH_LIBRARY(fastlane, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
@@ -17,6 +17,20 @@ TORCH_LIBRARY(fastlane, m) {
       "linear_gelu_backward(Tensor grad_activated, Tensor? z, Tensor? x, Tensor? weight, Tensor? bias, "
       "Tensor? grad_shortcut, *, str activation, bool weight_column_major, bool[3] output_mask) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+      tags);
+  m.def(
+      "mlp_residual(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+      "Tensor? residual=None, *, str activation='gelu', bool recompute=False) -> Tensor",
+      tags);
+  m.def(
+      "mlp_forward(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+      "Tensor? residual, *, str activation) -> (Tensor y, Tensor z)",
+      tags);
+  m.def(
+      "mlp_backward(Tensor grad, Tensor? z, Tensor? x, Tensor? fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, "
+      "Tensor? grad_shortcut, *, str activation, bool fc1_column_major, bool fc2_column_major, bool[5] output_mask) "
+      "-> (Tensor grad_x, Tensor grad_fc1_weight, Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor "
+      "grad_fc2_bias)",
       tags);
   m.def(
       "residual_stack(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] projections, "

@@ -39,18 +39,6 @@ struct StackSizes {
   bool is_one_kernel() const { return backend.is_one_kernel(problem); }
 };
 
-// The path of several products: the library's, if any of them is.
-class CommonPath {
- public:
-  void add(Path path) {
-    if (!path_ || path == Path::library) path_ = path;
-  }
-  Path path() const { return path_.value_or(Path::fused); }
-
- private:
-  std::optional<Path> path_;
-};
-
 // A stack on 2-D tensors, and what keeps its operands alive.
 struct Stack : StackSizes {
   StackParameters parameters;
@@ -191,8 +179,8 @@ at::Tensor residual_stack(const at::Tensor& x, at::TensorList weights, const Opt
   check_stack(x, p, shortcut);
   const c10::OptionalDeviceGuard guard(x.device());
   // Inference tensors come here without passing the autograd key.
-  if (policy::disabled()) {
-    policy::leave_fused_path(policy::kDisabled);
+  if (const char* reason = policy::why_disabled()) {
+    policy::leave_fused_path(reason);
     return composition::residual_stack(x, p, shortcut, activation);
   }
   Stack s(x, std::move(p), shortcut, activation);

@@ -34,7 +34,8 @@ constexpr int64_t kFirstEpilogue = kFirstLayerBackward + kLayerBackwardCases;
 constexpr int64_t kStackCases = 804;
 constexpr int64_t kFirstStackForward = kFirstEpilogue + kEpilogueCases;
 constexpr int64_t kFirstStackBackward = kFirstStackForward + kStackCases;
-constexpr int64_t kCases = kFirstStackBackward + kStackCases;
+constexpr int64_t kFirstGradientGemm = kFirstStackBackward + kStackCases, kGradientGemmCases = 2028;
+constexpr int64_t kCases = kFirstGradientGemm + kGradientGemmCases;
 
 constexpr int64_t kSizes[] = {0,  1,  2,  3,  5,  7,  8,  11,  12,  13,  15, 16,
                               17, 24, 31, 33, 48, 63, 65, 100, 129, 193, 385};
@@ -103,6 +104,48 @@ void gemm_case(int64_t number) {
   expected = activated(expected, c.activation, c.format);
   add(expected, addend, c.roundoff);
   out.check(expected);
+}
+
+// An operand that is act of what lies there, the epilogue that multiplies by act′ and sums the columns, or both.
+void gradient_gemm_case(int64_t number) {
+  Case c("gradient_gemm", number);
+  c.kind = c.kind == Kind::integers ? c.kind : Kind::normal;
+  const int64_t own = number - kFirstGradientGemm;
+  constexpr int64_t fixed = sizeof kGemmShapes / sizeof *kGemmShapes;
+  const auto [m, n, k] = own < 4 * fixed ? kGemmShapes[own / 4] : draw_shape(c.rng);
+  c.describe("m", m), c.describe("n", n), c.describe("k", k);
+  const Operand a = c.input("a", m, k, layout(own % kLayouts, m, k, c.rng), 1);
+  const Operand b = c.input("b", k, n, layout(own / kLayouts % kLayouts, k, n, c.rng),
+                            2 / std::sqrt(static_cast<Real>(std::max<int64_t>(1, k))));
+  const int64_t which = c.rng.below(3);
+  const bool with_gradient = which == 0 || c.rng.one_in(2), has_z = with_gradient && c.activation != Activation::none;
+  const Operand z = has_z ? c.input("z", m, n, row_layout(m, n, c.rng), 2) : c.absent("z");
+  const Output out(c, "out", m, n, true), sums(c, "column_sums", 1, n, with_gradient);
+
+  GemmProblem p;
+  p.m = m, p.n = n, p.k = k, p.dtype = c.dtype;
+  p.a = a.matrix(), p.b = b.matrix(), p.preactivation = z.row_major();
+  if (with_gradient) p.activation = c.activation;
+  if (which == 1) p.a_activation = c.activation;
+  if (which == 2) p.b_activation = c.activation;
+  run_twice(c, [&](size_t run, const Parallel& parallel) {
+    GemmProblem own_problem = p;
+    own_problem.out = out.of_run(run).mutable_row_major(), own_problem.column_sums = sums.of_run(run).data;
+    kernels().gemm(own_problem, parallel);
+  });
+
+  // 16-bit activations may be rounded, or taken for zero where they are denormal.
+  const auto multiplied = [&](const Operand& operand, Activation activation) {
+    Approx values(operand);
+    if (activation == Activation::none) return values;
+    values = rounded(activated(values, activation, c.format), c.format);
+    for (Real& error : values.error) error += c.format.min_normal;
+    return values;
+  };
+  Approx expected = product(multiplied(a, p.a_activation), multiplied(b, p.b_activation).transposed(), c.roundoff);
+  if (with_gradient) expected = preactivation_grad(expected, Approx(z), c.activation, c.format, c.roundoff);
+  out.check(expected);
+  if (with_gradient) sums.check(column_sums(expected, c.roundoff));
 }
 
 void preactivation_grad_case(int64_t number) {
@@ -244,7 +287,8 @@ bool run_case(int64_t number) {
                    : number < kFirstLayerBackward ? preactivation_grad_case
                    : number < kFirstStackForward  ? epilogue_case
                    : number < kFirstStackBackward ? stack_forward_case
-                                                  : stack_backward_case;
+                   : number < kFirstGradientGemm  ? stack_backward_case
+                                                  : gradient_gemm_case;
   run(number);
   return true;
 }

@@ -35,7 +35,7 @@ namespace {
 // Everything but products of bf16 matrices is AVX-512's.
 void gemm(const GemmProblem& p, const Parallel& parallel) {
   if (p.dtype != DType::bf16) return avx512_kernels()->gemm(p, parallel);
-  if (p.m != 0 && p.n != 0) run_gemm<BFloat16>(p, parallel);
+  run_gemm<BFloat16>(p, parallel);
 }
 
 void epilogue(const GemmProblem& p, const ConstRowMajor& product, const Parallel& parallel) {

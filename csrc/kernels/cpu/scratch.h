@@ -13,6 +13,7 @@ enum class ScratchSlot {
   slab_sums,
   column_sums,
   dz,
+  hidden,
   packed_x,
   stack_layout,
   stack_rows,

@@ -50,7 +50,24 @@ struct Bf16PairProduct {
     return {*p, k_left > 1 ? p[k_stride] : BFloat16{0}};
   }
 
+  static constexpr int64_t kUnitsOfTwo = V::width;
+  static FASTLANE_INLINE void load_values(const Unit* p, int64_t count, V (&v)[2]) {
+    const __m512i pairs = _mm512_maskz_loadu_epi32(first_lanes(count), p);
+    v[0] = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+    v[1] = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+  }
+  static FASTLANE_INLINE void store_values(Unit* p, const V (&v)[2], int64_t count) {
+    const __m512i first = round_bits(v[0]), second = _mm512_slli_epi32(round_bits(v[1]), 16);
+    _mm512_mask_storeu_epi32(p, first_lanes(count), _mm512_or_si512(first, second));
+  }
+
  private:
+  static FASTLANE_INLINE __mmask16 first_lanes(int64_t count) {
+    return count >= V::width ? static_cast<__mmask16>(~0u) : static_cast<__mmask16>((1u << count) - 1);
+  }
+  static FASTLANE_INLINE __m512i round_bits(V a) {
+    return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+  }
   static FASTLANE_INLINE __m512i widen_bits(const BFloat16* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
