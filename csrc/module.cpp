@@ -6,6 +6,8 @@
 #include "kernels/cpu/dispatch.h"
 #include "network_call.h"
 #include "ops/policy.h"
+#include "plain_module.h"
+#include "plan_call.h"
 
 namespace py = pybind11;
 
@@ -29,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("leave_fused_path", &fastlane::policy::leave_fused_path);
   m.def("is_disabled", [] { return fastlane::policy::why_disabled() != nullptr; });
   m.def("disable", &fastlane::policy::disable);
-  fastlane::prepare_network_calls();
+  fastlane::python::prepare();
   m.def("run_plain_network", &fastlane::run_plain_network);
+  m.def("is_unchanged", &fastlane::is_unchanged);
 }

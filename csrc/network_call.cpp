@@ -11,101 +11,16 @@
 #include <vector>
 
 #include "ops/operators.h"
+#include "plain_module.h"
 
 namespace fastlane {
 namespace {
 
 namespace py = pybind11;
+using namespace python;
 
-// Never freed: the interpreter may be gone before static objects are.
-struct Torch {
-  PyObject *module_list, *sequential, *linear, *gelu, *identity;
-  PyObject* module_globals;  // of torch.nn.modules.module, with the hooks for all modules
-
-  static const Torch& get() {
-    static const Torch* const torch = [] {
-      const auto attribute = [](const char* module, const char* name) {
-        return py::module_::import(module).attr(name).cast<py::object>().release().ptr();
-      };
-      return new Torch{attribute("torch.nn", "ModuleList"), attribute("torch.nn", "Sequential"),
-                       attribute("torch.nn", "Linear"),     attribute("torch.nn", "GELU"),
-                       attribute("torch.nn", "Identity"),   attribute("torch.nn.modules.module", "__dict__")};
-    }();
-    return *torch;
-  }
-};
-
-// A key of a dict, interned once.
-class Key {
- public:
-  explicit Key(const char* name) : name_(PyUnicode_InternFromString(name)) {}
-
-  // Borrowed; null where absent.
-  PyObject* in(PyObject* dict) const {
-    if (!dict || !PyDict_Check(dict)) return nullptr;
-    PyObject* const value = PyDict_GetItemWithError(dict, name_);
-    if (!value && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
-  bool is_empty_in(PyObject* dict) const {
-    PyObject* const value = in(dict);
-    return value && PyDict_Check(value) && PyDict_Size(value) == 0;
-  }
-
- private:
-  PyObject* name_;
-};
-
-struct Keys {
-  Key modules{"_modules"}, parameters{"_parameters"}, layers{"layers"}, projections{"projections"};
-  Key shortcut{"shortcut"}, weight{"weight"}, bias{"bias"}, approximate{"approximate"}, forward{"forward"};
-  Key hooks[4]{Key("_forward_hooks"), Key("_forward_pre_hooks"), Key("_backward_hooks"), Key("_backward_pre_hooks")};
-  Key global_hooks[4]{Key("_global_forward_hooks"), Key("_global_forward_pre_hooks"), Key("_global_backward_hooks"),
-                      Key("_global_backward_pre_hooks")};
-
-  static const Keys& get() {
-    static const Keys* const keys = new Keys;
-    return *keys;
-  }
-};
-
-// The object's own dict, while the object lives; null where it has none.
-PyObject* dict_of(PyObject* object) {
-  const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
-  if (!dict) PyErr_Clear();
-  return dict.ptr();
-}
-
-bool under_global_hooks() {
-  for (const Key& key : Keys::get().global_hooks)
-    if (!key.is_empty_in(Torch::get().module_globals)) return true;
-  return false;
-}
-
-// Null if the module is not exactly of `kind`, has hooks or a forward of its own.
-PyObject* plain_dict(PyObject* module, PyObject* kind) {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != kind) return nullptr;
-  PyObject* const dict = dict_of(module);
-  for (const Key& key : Keys::get().hooks)
-    if (!key.is_empty_in(dict)) return nullptr;
-  return Keys::get().forward.in(dict) ? nullptr : dict;
-}
-
-// A plain tensor or parameter; undefined for None. False for anything else.
-bool read_tensor(PyObject* object, at::Tensor& tensor) {
-  if (object == Py_None) return true;
-  if (!object || !THPVariable_CheckExact(object)) return false;
-  tensor = THPVariable_Unpack(object);
-  return true;
-}
-
-bool read_linear(PyObject* module, at::Tensor& weight, at::Tensor& bias) {
-  PyObject* const dict = plain_dict(module, Torch::get().linear);
-  PyObject* const parameters = Keys::get().parameters.in(dict);
-  // A plain attribute goes before a parameter of its name.
-  if (Keys::get().weight.in(dict) || Keys::get().bias.in(dict)) return false;
-  return read_tensor(Keys::get().weight.in(parameters), weight) && weight.defined() &&
-         read_tensor(Keys::get().bias.in(parameters), bias);
+bool read_plain_linear(PyObject* module, at::Tensor& weight, at::Tensor& bias) {
+  return read_linear(plain_dict(module, Torch::get().linear), weight, bias);
 }
 
 // The activation's name; empty where it is none of ours.
@@ -149,14 +64,14 @@ struct PlainNetwork {
     if (activation.empty()) activation = own_activation;
     if (own_activation.empty() || own_activation != activation) return false;
     at::Tensor weight, bias;
-    if (!read_linear(linear, weight, bias)) return false;
+    if (!read_plain_linear(linear, weight, bias)) return false;
     weights.push_back(std::move(weight));
     biases.push_back(optional(bias));
     return true;
   }
   bool read_projection(PyObject* projection) {
     at::Tensor weight, bias;
-    if (projection != Py_None && !read_linear(projection, weight, bias)) return false;
+    if (projection != Py_None && !read_plain_linear(projection, weight, bias)) return false;
     projections.push_back(optional(weight));
     projection_biases.push_back(optional(bias));
     return true;
@@ -185,11 +100,6 @@ bool read_network(PyObject* network, PlainNetwork& plain) {
 }
 
 }  // namespace
-
-void prepare_network_calls() {
-  Torch::get();
-  Keys::get();
-}
 
 py::object run_plain_network(const py::handle& network, const py::handle& x) {
   HANDLE_TH_ERRORS

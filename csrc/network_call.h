@@ -9,7 +9,4 @@ namespace fastlane {
 // the network was built with, or where anything watches Python calls. Python then looks what is to be done.
 pybind11::object run_plain_network(const pybind11::handle& network, const pybind11::handle& x);
 
-// To be called while the module is imported: later an import could let go of the interpreter's lock amid a call.
-void prepare_network_calls();
-
 }  // namespace fastlane

@@ -1,9 +1,11 @@
 """fastlane_ext: ``shortcut + GELU(x Wᵀ + b)`` as one fused PyTorch operation, forward and backward."""
 
 from . import reference
+from ._activations import register_activation
 from ._info import build_info, cpu_isa, reset_stats, stats
 from ._load import build_record as _build_record
 from .functional import linear_gelu_concat, linear_gelu_residual, mlp_residual, residual_stack
+from .fusion import FusionReport, disabled, explain, fuse, unfuse
 from .gradients import GradientReport, gradient_report, print_gradients
 from .modules import LinearGELUResidual, ResidualMLP
 from .networks import DeepNeuralNet, ExampleDeepNeuralNetwork, ImprovedResidualNetwork, ResidualNetwork
@@ -13,6 +15,7 @@ __version__: str = _build_record["version"]
 __all__ = [
     "DeepNeuralNet",
     "ExampleDeepNeuralNetwork",
+    "FusionReport",
     "GradientReport",
     "ImprovedResidualNetwork",
     "LinearGELUResidual",
@@ -20,13 +23,18 @@ __all__ = [
     "ResidualNetwork",
     "build_info",
     "cpu_isa",
+    "disabled",
+    "explain",
+    "fuse",
     "gradient_report",
     "linear_gelu_concat",
     "linear_gelu_residual",
     "mlp_residual",
     "print_gradients",
     "reference",
+    "register_activation",
     "reset_stats",
     "residual_stack",
     "stats",
+    "unfuse",
 ]

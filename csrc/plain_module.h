@@ -1,0 +1,84 @@
+// What modules are, read from their dicts: whether a child is just its class, and its parameters.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+namespace fastlane::python {
+
+namespace py = pybind11;
+
+// Never freed: the interpreter may be gone before static objects are.
+struct Torch {
+  PyObject *module_list, *sequential, *linear, *gelu, *identity;
+  PyObject* module_globals;  // of torch.nn.modules.module, with the hooks for all modules
+
+  static const Torch& get() {
+    static const Torch* const torch = [] {
+      const auto attribute = [](const char* module, const char* name) {
+        return py::module_::import(module).attr(name).cast<py::object>().release().ptr();
+      };
+      return new Torch{attribute("torch.nn", "ModuleList"), attribute("torch.nn", "Sequential"),
+                       attribute("torch.nn", "Linear"),     attribute("torch.nn", "GELU"),
+                       attribute("torch.nn", "Identity"),   attribute("torch.nn.modules.module", "__dict__")};
+    }();
+    return *torch;
+  }
+};
+
+// A key of a dict, interned once.
+class Key {
+ public:
+  explicit Key(const char* name) : name_(PyUnicode_InternFromString(name)) {}
+
+  // Borrowed; null where absent.
+  PyObject* in(PyObject* dict) const {
+    if (!dict || !PyDict_Check(dict)) return nullptr;
+    PyObject* const value = PyDict_GetItemWithError(dict, name_);
+    if (!value && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+  bool is_empty_in(PyObject* dict) const {
+    PyObject* const value = in(dict);
+    return value && PyDict_Check(value) && PyDict_Size(value) == 0;
+  }
+
+ private:
+  PyObject* name_;
+};
+
+struct Keys {
+  Key modules{"_modules"}, parameters{"_parameters"}, layers{"layers"}, projections{"projections"};
+  Key shortcut{"shortcut"}, training{"training"}, p{"p"}, weight{"weight"}, bias{"bias"}, approximate{"approximate"}, forward{"forward"};
+  Key hooks[4]{Key("_forward_hooks"), Key("_forward_pre_hooks"), Key("_backward_hooks"), Key("_backward_pre_hooks")};
+  Key global_hooks[4]{Key("_global_forward_hooks"), Key("_global_forward_pre_hooks"), Key("_global_backward_hooks"),
+                      Key("_global_backward_pre_hooks")};
+
+  static const Keys& get() {
+    static const Keys* const keys = new Keys;
+    return *keys;
+  }
+};
+
+// To be called while the module is imported: later an import could let go of the interpreter's lock amid a call.
+inline void prepare() {
+  Torch::get();
+  Keys::get();
+}
+
+// The object's own dict, while the object lives; null where it has none.
+PyObject* dict_of(PyObject* object);
+
+// Whether a hook is registered for all modules.
+bool under_global_hooks();
+
+// Null if the module is not exactly of `kind`, has hooks or a forward of its own.
+PyObject* plain_dict(PyObject* module, PyObject* kind);
+
+// A plain tensor or parameter; undefined for None. False for anything else.
+bool read_tensor(PyObject* object, at::Tensor& tensor);
+
+// Of a linear layer's dict, its parameters. False if they are no plain tensors, or hidden by attributes.
+bool read_linear(PyObject* dict, at::Tensor& weight, at::Tensor& bias);
+
+}  // namespace fastlane::python

@@ -1,0 +1,12 @@
+// The question that a fused module asks at every call (fastlane_ext/fused_classes.py), without Python in between.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fastlane {
+
+// Whether fused operations are enabled and every child is what the plan found: `found` holds fastlane_ext._plan.Child
+// tuples, `children` is the module's dict of children. False may also mean that Python has to look closer.
+bool is_unchanged(const pybind11::handle& children, const pybind11::handle& found);
+
+}  // namespace fastlane

@@ -1,0 +1,53 @@
+"""The linear layers that `fuse` knows: ``nn.Linear`` and transformers' ``Conv1D``, whose weight is stored (in, out)."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _conv1d() -> type[nn.Module] | None:
+    # A model with such layers has imported it; nobody else shall.
+    module = sys.modules.get("transformers.pytorch_utils")
+    return getattr(module, "Conv1D", None)
+
+
+def class_name(kind: type) -> str:
+    """The class's name, with its module unless that is torch.nn: an adapter may be called Linear too."""
+    return kind.__name__ if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}.{kind.__name__}"
+
+
+def linear_class(kind: type) -> type[nn.Module] | None:
+    """``nn.Linear`` or ``Conv1D`` if ``kind`` is exactly one of them, fused or not."""
+    kind = getattr(kind, "_fastlane_original", kind)
+    return kind if kind is nn.Linear or (kind is _conv1d() and kind is not None) else None
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    return linear_class(type(module)) is not None
+
+
+def weight_and_bias(module: nn.Module, transposed: bool) -> tuple[Tensor, Tensor | None]:
+    """The parameters of such a layer, the weight as ``(out_features, in_features)``."""
+    parameters = module._parameters
+    weight = parameters["weight"]
+    return (weight.t() if transposed else weight), parameters["bias"]
+
+
+def why_parameters_unfit(module: nn.Module) -> str | None:
+    """None if the kernels take the layer's parameters, else why not."""
+    for name in ("weight", "bias"):
+        tensor = module._parameters.get(name)
+        if tensor is None and name == "bias" and "bias" in module._parameters:
+            continue
+        if type(tensor) is not nn.Parameter:
+            return f"has a {name} that is a {type(tensor).__name__}"
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"has a {name} of {tensor.dtype}"
+        if tensor.layout is not torch.strided:
+            return f"has a {name} of layout {tensor.layout}"
+    return None

@@ -1,0 +1,202 @@
+"""Classes of modules that `fuse` has fused: each a subclass of the module's own class, with another forward.
+
+They are made when they are first asked for, also by pickle: a class is found under a name that says where its
+original is. At every call the forward looks whether the children still are what the plan was read from, and runs
+the original forward where they are not.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _register  # noqa: F401  (registers the batching rules)
+from ._linears import class_name, linear_class, weight_and_bias
+from ._load import library
+from ._plain import under_global_hooks
+from ._plan import Call, Child, Fused, Plan, Role
+from .functional import record_fallback
+
+PLAN = "_fastlane_plan"
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+_ACTIVE = "is active"
+
+
+def _why_touched(module: nn.Module) -> str | None:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks"
+    return "has a forward of its own" if "forward" in module.__dict__ else None
+
+
+def _why_unfit_parameters(linear: nn.Module) -> str | None:
+    for name in ("weight", "bias"):
+        tensor = linear._parameters.get(name)
+        if type(tensor) not in _PLAIN_TENSORS and (tensor is not None or name == "weight"):
+            return f"has a {name} that is no plain parameter"
+        if name in linear.__dict__:
+            return f"has an attribute in place of its {name}"
+    return None
+
+
+def _why_changed(child: nn.Module | None, found: Child) -> str | None:
+    kind = type(child)
+    if found.role == Role.LINEAR:
+        if linear_class(kind) is not linear_class(found.kind):
+            return f"is a {class_name(kind)}, not a plain {found.kind.__name__}"
+        return _why_unfit_parameters(child) or _why_touched(child)
+    if kind is not found.kind:
+        return f"is a {class_name(kind)}, not a {class_name(found.kind)}"
+    if kind is nn.GELU and child.approximate != found.approximate:
+        return f"is a GELU with approximate={child.approximate!r}"
+    reason = _why_touched(child)
+    if reason is None and kind is nn.Dropout and child.training and child.p != 0:
+        reason = _ACTIVE
+    return reason
+
+
+def why_changed(module: nn.Module, plan: Plan, *, ignore_dropout: bool = False) -> str | None:
+    """Why the plan is no longer true of the module's children, or None.
+
+    The same question as csrc/plan_call.cpp's ``is_unchanged``, which answers faster but gives no reason.
+    """
+    reason = under_global_hooks()
+    if reason is not None:
+        return reason
+    for found in plan.children:
+        reason = _why_changed(module._modules.get(found.name), found)
+        if reason is not None and not (ignore_dropout and reason is _ACTIVE):
+            return f"{found.name} {reason}"
+    return None
+
+
+def _run_fused(children: dict[str, nn.Module], step: Fused, values: list[Any]) -> Tensor:
+    x = values[step.source]
+    fc1, fc2 = step.fc1, step.fc2
+    residual = late = None
+    if step.residual is not None:
+        residual = values[step.residual]
+        # What eager broadcasts or promotes further than the kernels do is added afterwards.
+        if residual.dtype != x.dtype or residual.shape[:-1] != x.shape[:-1]:
+            residual, late = None, residual
+    parameters = weight_and_bias(children[fc1.name], fc1.transposed)
+    if fc2 is None:
+        y = torch.ops.fastlane.linear_gelu_residual.default(x, *parameters, residual, activation=step.activation)
+    else:
+        parameters += weight_and_bias(children[fc2.name], fc2.transposed)
+        y = torch.ops.fastlane.mlp_residual.default(x, *parameters, residual, activation=step.activation)
+    return y if late is None else y + late
+
+
+def _is_inactive_dropout(child: nn.Module) -> bool:
+    return type(child) is nn.Dropout and not (child.training and child.p != 0) and _why_touched(child) is None
+
+
+def _execute(children: dict[str, nn.Module], plan: Plan, arguments: tuple[Any, ...]) -> Any:
+    values = [*arguments, *[None] * (plan.values - len(arguments))]
+    for step in plan.steps:
+        kind = type(step)
+        if kind is Fused:
+            values[step.target] = _run_fused(children, step, values)
+        elif kind is Call:
+            child = children[step.name]
+            inputs = [values[source] for source in step.sources]
+            values[step.target] = inputs[0] if _is_inactive_dropout(child) else child(*inputs)
+        else:
+            values[step.target] = values[step.left] + values[step.right]
+    return values[plan.output]
+
+
+def _arguments(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], compiling: bool) -> tuple[Any, ...] | None:
+    if kwargs:
+        rest = plan.inputs[len(args) :]
+        if len(rest) != len(kwargs) or any(name not in kwargs for name in rest):
+            return None
+        args = (*args, *(kwargs[name] for name in rest))
+    if len(args) != len(plan.inputs):
+        return None
+    if not compiling:
+        for value in args:
+            if type(value) not in _PLAIN_TENSORS:
+                return None
+    return args
+
+
+def _container_forward(original: type[nn.Module]):
+    eager = original.forward
+
+    @functools.wraps(eager)
+    def forward(self, *args, **kwargs):
+        plan, children, compiling = self.__dict__[PLAN], self._modules, torch.compiler.is_compiling()
+        arguments = _arguments(plan, args, kwargs, compiling)
+        if arguments is not None and original.forward is eager:
+            if not compiling and library.is_unchanged(children, plan.children):
+                return _execute(children, plan, arguments)
+            reason = why_changed(self, plan)
+            if reason is None and (compiling or not library.is_disabled()):
+                return _execute(children, plan, arguments)
+        elif arguments is None:
+            reason = "its arguments are not plain tensors, one for each input"
+        else:
+            reason = "its class has another forward"
+        if compiling or not library.is_disabled():
+            record_fallback(f"{original.__name__}: {reason}")
+        return original.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _linear_forward(original: type[nn.Module]):
+    eager, transposed = original.forward, original is not nn.Linear
+
+    @functools.wraps(eager)
+    def forward(self, *args, **kwargs):
+        if not torch.compiler.is_compiling() and library.is_disabled():
+            return original.forward(self, *args, **kwargs)
+        if len(args) != 1 or kwargs or not (torch.compiler.is_compiling() or type(args[0]) in _PLAIN_TENSORS):
+            reason = "its argument is not one plain tensor"
+        elif original.forward is not eager:
+            reason = "its class has another forward"
+        else:
+            reason = _why_unfit_parameters(self)
+            if reason is None:
+                parameters = weight_and_bias(self, transposed)
+                return torch.ops.fastlane.linear_gelu_residual.default(args[0], *parameters, activation="none")
+        record_fallback(f"{original.__name__}: {reason}")
+        return original.forward(self, *args, **kwargs)
+
+    return forward
+
+
+_SEPARATOR = "|"
+
+
+@functools.cache
+def fused_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``original`` whose instances run fused."""
+    if "<locals>" in original.__qualname__:
+        name = original.__qualname__
+    else:
+        name = f"{original.__module__}{_SEPARATOR}{original.__qualname__}".replace(".", ":")
+    namespace = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": original.__doc__,
+        "_fastlane_original": original,
+        "_get_name": lambda self: f"{original.__name__}[fused]",
+        "forward": (_linear_forward if linear_class(original) else _container_forward)(original),
+    }
+    return type(original)(original.__name__, (original,), namespace)
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    module, separator, qualname = name.partition(_SEPARATOR)
+    if not separator:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = importlib.import_module(module.replace(":", "."))
+    for part in qualname.split(":"):
+        found = getattr(found, part)
+    return fused_class(found)

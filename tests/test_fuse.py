@@ -1,0 +1,601 @@
+"""`fuse` on modules that somebody else wrote: what it finds, what it leaves alone, and that nothing else changes."""
+
+import copy
+import io
+import json
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import fastlane_ext as fl
+from fastlane_ext import fused_classes, reference
+
+FALLBACK = pytest.mark.expects_fallback
+
+
+class NamedMlp(nn.Module):
+    """timm's shape: an identity where a norm could be, two dropouts."""
+
+    def __init__(self, width=12, hidden=20, act=None, dropout=0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = act or nn.GELU()
+        self.drop1 = nn.Dropout(dropout)
+        self.norm = nn.Identity()
+        self.fc2 = nn.Linear(hidden, width)
+        self.drop2 = nn.Dropout(dropout)
+
+    def forward(self, x):
+        x = self.drop1(self.act(self.fc1(x)))
+        return self.drop2(self.fc2(self.norm(x)))
+
+
+class FunctionalMlp(nn.Module):
+    def __init__(self, approximate="tanh"):
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20, bias=False), nn.Linear(20, 12, bias=False)
+        self.approximate = approximate
+
+    def forward(self, hidden_states):
+        return self.down(F.gelu(self.up(hidden_states), approximate=self.approximate))
+
+
+class ResidualOutput(nn.Module):
+    """BERT's shape: the residual is another input, and a norm follows."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.dense, self.dropout, self.norm = nn.Linear(12, 8), nn.Dropout(dropout), nn.LayerNorm(8)
+
+    def forward(self, hidden, residual):
+        return self.norm(self.dropout(self.dense(hidden)) + residual)
+
+
+class Block(nn.Module):
+    """A residual inside the container's own forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc1, self.act, self.fc2 = nn.LayerNorm(12), nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12)
+
+    def forward(self, x):
+        return x + self.fc2(self.act(self.fc1(self.norm(x))))
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down, self.act = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(20, 12), nn.GELU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Conditional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x))) if x.sum() > 0 else x
+
+
+class NoisyInTraining(NamedMlp):
+    def forward(self, x):
+        y = super().forward(x)
+        return self.drop2(y) if self.training else y
+
+
+def sequential(*modules):
+    return nn.Sequential(*modules)
+
+
+PATTERNS = {
+    "sequential": (lambda: sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12)), ["Linear→GELU→Linear"]),
+    "layers": (
+        lambda: sequential(nn.Linear(12, 9), nn.GELU(), nn.LayerNorm(9), nn.Linear(9, 7), nn.GELU("tanh"), nn.Tanh()),
+        ["Linear→GELU", "Linear→GELU(tanh)"],
+    ),
+    "three": (
+        lambda: sequential(nn.Linear(12, 9), nn.GELU(), nn.Linear(9, 7), nn.GELU(), nn.Dropout(0.5), nn.Linear(7, 5)),
+        ["Linear→GELU", "Linear→GELU→Linear"],
+    ),
+    "named": (NamedMlp, ["Linear→GELU→Linear"]),
+    "functional": (FunctionalMlp, ["Linear→GELU(tanh)→Linear"]),
+    "functional_exact": (lambda: FunctionalMlp("none"), ["Linear→GELU→Linear"]),
+    "block": (Block, ["Linear→GELU→Linear+residual"]),
+    "nested": (lambda: sequential(NamedMlp(), sequential(Block(), nn.Tanh())), ["Linear→GELU→Linear"] * 2),
+}
+
+
+def patterns(report):
+    return [site.pattern.removesuffix("+residual") for site in report.fused]
+
+
+def outputs_and_gradients(model, *inputs):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    y = model(*leaves)
+    wanted = [*leaves, *model.parameters()]
+    return [y, *torch.autograd.grad(y, wanted, torch.ones_like(y) + y.detach())]
+
+
+def assert_same_results(model, fused, *inputs, **tolerances):
+    for expected, got in zip(outputs_and_gradients(model, *inputs), outputs_and_gradients(fused, *inputs), strict=True):
+        torch.testing.assert_close(got, expected, **(tolerances or {"rtol": 1e-4, "atol": 1e-5}))
+
+
+def fused_calls():
+    stats = fl.stats()
+    return sum(stats[path]["forward"] for path in ("fused", "library", "hopper"))
+
+
+@pytest.mark.parametrize(("make", "expected"), PATTERNS.values(), ids=PATTERNS)
+def test_patterns(make, expected):
+    model = make().eval()
+    fused = copy.deepcopy(model)
+    report = fl.fuse(fused)
+    assert patterns(report) == [pattern.removesuffix("+residual") for pattern in expected], report
+    assert not report.refused
+    calls = fused_calls()
+    assert_same_results(model, fused, torch.randn(3, 5, 12))
+    assert fused_calls() - calls == len(expected)
+
+
+def test_a_residual_that_is_another_input():
+    model = ResidualOutput()
+    fused = copy.deepcopy(model)
+    report = fl.fuse(fused)
+    assert [site.pattern for site in report.fused] == ["Linear+residual"]
+    hidden = torch.randn(4, 12)
+    calls = fused_calls()
+    assert_same_results(model, fused, hidden, torch.randn(4, 8))
+    assert fused_calls() == calls + 1
+    # What the kernels do not broadcast or promote is added afterwards.
+    assert_same_results(model, fused, hidden, torch.randn(3, 4, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(hidden, torch.ones(4, 8).bfloat16()), fused(hidden, torch.ones(4, 8).bfloat16())
+        )
+
+
+def test_keyword_arguments():
+    model = FunctionalMlp()
+    x = torch.randn(2, 12)
+    expected = model(x)
+    fl.fuse(model)
+    torch.testing.assert_close(model(hidden_states=x), expected)
+    output = ResidualOutput()
+    expected = output(x, residual=torch.ones(2, 8))
+    fl.fuse(output)
+    torch.testing.assert_close(output(x, residual=torch.ones(2, 8)), expected)
+
+
+class ExactByErf(nn.Module):
+    def forward(self, x):
+        return x * 0.5 * (1.0 + torch.erf(x / 2**0.5))
+
+
+class TanhByHand(nn.Module):
+    def forward(self, x):
+        return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+
+
+class Clipped(nn.Module):
+    def forward(self, x):
+        return torch.clip(F.gelu(x), -10, 10)
+
+
+class Quick(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class NeedsAnotherDevice(nn.Module):
+    def forward(self, x):
+        if x.dtype == torch.float64:
+            raise RuntimeError("float32 only")
+        return F.gelu(x)
+
+
+@pytest.mark.parametrize(
+    ("act", "pattern"),
+    [(nn.GELU(), "GELU"), (nn.GELU("tanh"), "GELU(tanh)"), (ExactByErf(), "GELU"), (TanhByHand(), "GELU(tanh)")],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_activations_are_known_by_their_values(act, pattern):
+    model = NamedMlp(act=act)
+    fused = copy.deepcopy(model)
+    assert patterns(fl.fuse(fused)) == [f"Linear→{pattern}→Linear"]
+    assert_same_results(model, fused, torch.randn(7, 12))
+
+
+@pytest.mark.parametrize("act", [Quick(), Clipped(), nn.ReLU(), nn.SiLU(), nn.PReLU()], ids=lambda a: type(a).__name__)
+def test_other_activations_are_left_alone_with_a_reason(act):
+    model = NamedMlp(act=act)
+    with pytest.warns(UserWarning, match=type(act).__name__):
+        report = fl.fuse(model)
+    assert type(model) is NamedMlp and "forward" not in vars(model)
+    assert [site.reason for site in report] == [f"act is a {type(act).__name__}, which computes no GELU"]
+
+
+def test_register_activation():
+    model = NamedMlp(act=NeedsAnotherDevice())
+    assert not fl.explain(model).fused
+    fl.register_activation(NeedsAnotherDevice, "gelu")
+    assert patterns(fl.explain(model)) == ["Linear→GELU→Linear"]
+    with pytest.raises(ValueError, match="form: got 'relu'"):
+        fl.register_activation(Quick, "relu")
+    with pytest.raises(TypeError, match="cls: got"):
+        fl.register_activation(Quick(), "gelu")
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Gated(), "its forward also computes mul"),
+        (Conditional(), "its forward cannot be traced"),
+        (NoisyInTraining(), "one thing in training and another in evaluation"),
+        (nn.TransformerEncoderLayer(12, 2, 20, activation="gelu"), "its forward cannot be traced"),
+        (nn.TransformerEncoderLayer(12, 2, 20, activation=nn.GELU()), "its forward cannot be traced"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_forwards_that_are_refused_with_the_reason(model, reason):
+    before = type(model)
+    with pytest.warns(UserWarning, match="nothing runs fused"):
+        report = fl.fuse(model)
+    assert len(report) == 1 and reason in report.sites[0].reason
+    assert type(model) is before
+
+
+def test_nothing_to_find():
+    with pytest.warns(UserWarning, match="no Linear next to a GELU"):
+        report = fl.fuse(nn.Sequential(nn.Linear(3, 3), nn.Conv2d(1, 1, 1)))
+    assert len(report) == 0
+
+
+def test_nothing_of_the_model_changes_but_its_class():
+    model = nn.Sequential(NamedMlp(), NamedMlp())
+    ids = {name: id(p) for name, p in model.named_parameters()}
+    keys, modules = list(model.state_dict()), [id(m) for m in model.modules()]
+    seen = []
+    model[0].register_forward_hook(lambda *_: seen.append("hook"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.random.fork_rng():
+        before = torch.get_rng_state()
+        fl.fuse(model)
+        assert torch.equal(before, torch.get_rng_state())
+    assert ids == {name: id(p) for name, p in model.named_parameters()}
+    assert keys == list(model.state_dict()) and modules == [id(m) for m in model.modules()]
+    assert isinstance(model[0], NamedMlp) and type(model[0]) is not NamedMlp
+    assert repr(model[0]).startswith("NamedMlp[fused](")
+    weight = model[0].fc1.weight.clone()
+    model(torch.randn(2, 12)).sum().backward()
+    optimizer.step()
+    assert seen == ["hook"] and not torch.equal(weight, model[0].fc1.weight)
+    NamedMlp().load_state_dict(model[0].state_dict())
+    model[1].load_state_dict(NamedMlp().state_dict())
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch.save", "deepcopy"])
+def test_copies(way):
+    model = nn.Sequential(NamedMlp(), FunctionalMlp())
+    fl.fuse(model)
+    if way == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    elif way == "torch.save":
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        other = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    else:
+        other = copy.deepcopy(model)
+    assert type(other[0]) is type(model[0])
+    x = torch.randn(4, 12)
+    calls = fused_calls()
+    assert torch.equal(other(x), model(x))
+    assert fused_calls() == calls + 4
+    assert fl.unfuse(other) == 2 and fl.explain(model).fused
+
+
+def test_classes_are_importable():
+    kind = fused_classes.fused_class(NamedMlp)
+    assert getattr(fused_classes, kind.__qualname__) is kind
+    assert fused_classes.fused_class(nn.Sequential).__module__ == fused_classes.__name__
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        fused_classes.nonsense  # noqa: B018
+
+
+def test_unfuse_restores_exactly():
+    model = nn.Sequential(NamedMlp(), ResidualOutput(), reference.ResidualMLP(12, 20), nn.Linear(12, 4))
+    before = [(type(m), set(vars(m))) for m in model.modules()]
+    fl.fuse(model)
+    assert fl.unfuse(model) == 3
+    assert before == [(type(m), set(vars(m))) for m in model.modules()]
+    assert fl.unfuse(model) == 0
+
+
+def test_fusing_twice_is_fusing_once():
+    model = nn.Sequential(NamedMlp(), Block())
+    first = fl.fuse(model)
+    classes = [type(m) for m in model]
+    second = fl.fuse(model)
+    assert [type(m) for m in model] == classes
+    assert [site.fused for site in second] == [site.fused for site in first] == [True, True]
+
+
+def changes():
+    def replaced(model):
+        model.fc1 = nn.Sequential(model.fc1)
+
+    def subclassed(model):
+        class Adapter(nn.Linear):
+            def forward(self, x):
+                return super().forward(x) + 1
+
+        model.fc2.__class__ = Adapter
+
+    return {
+        "child replaced": (replaced, "fc1 is a Sequential, not a plain Linear"),
+        "child subclassed": (subclassed, "fc2 is a test_fuse.Adapter, not a plain Linear"),
+        "forward hook": (lambda m: m.fc1.register_forward_hook(lambda *a: a[2] * 2), "fc1 has hooks"),
+        "pre-hook": (lambda m: m.act.register_forward_pre_hook(lambda _, a: (a[0] * 2,)), "act has hooks"),
+        "own forward": (lambda m: setattr(m.fc2, "forward", lambda x: x[..., :12]), "fc2 has a forward of its own"),
+        "activation replaced": (lambda m: setattr(m, "act", nn.ReLU()), "act is a ReLU, not a GELU"),
+        "activation changed": (
+            lambda m: setattr(m.act, "approximate", "tanh"),
+            "act is a GELU with approximate='tanh'",
+        ),
+        "dropout active": (lambda m: setattr(m.drop1, "p", 0.5), "drop1 is active"),
+        "norm in place of identity": (lambda m: setattr(m, "norm", nn.LayerNorm(20)), "norm is a LayerNorm"),
+        "pruned": (lambda m: prune.l1_unstructured(m.fc1, "weight", amount=3), "fc1 has a weight that is no plain"),
+        "parametrised": (lambda m: parametrizations.weight_norm(m.fc2), "fc2 is a ParametrizedLinear"),
+        "weight_norm": (lambda m: nn.utils.weight_norm(m.fc1), "fc1 has a weight that is no plain parameter"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(("change", "reason"), changes().values(), ids=changes())
+def test_changes_after_fusing_are_honoured(change, reason):
+    model = NamedMlp()
+    fused = copy.deepcopy(model)
+    fl.fuse(fused)
+    change(model)
+    change(fused)
+    x = torch.randn(5, 12)
+    fl.reset_stats()
+    torch.manual_seed(1)
+    expected = model(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(fused(x), expected, rtol=0, atol=0)
+    (counted,) = fl.stats()["fallback"]
+    fl.reset_stats()
+    assert counted.startswith(f"NamedMlp: {reason}")
+    assert [site.fused for site in fl.explain(fused)] == ["active" in reason]
+
+
+def test_the_last_dropout_may_be_active():
+    """It is called as a module, with the random numbers that eager draws."""
+    model = NamedMlp()
+    model.drop2.p = 0.5
+    fused = copy.deepcopy(model)
+    fl.fuse(fused)
+    x = torch.randn(5, 12)
+    torch.manual_seed(1)
+    expected = model(x)
+    torch.manual_seed(1)
+    calls = fused_calls()
+    torch.testing.assert_close(fused(x), expected)
+    assert fused_calls() == calls + 1
+
+
+@FALLBACK("NamedMlp: is under a hook registered for all modules")
+def test_global_hooks():
+    model = NamedMlp()
+    fl.fuse(model)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        model(torch.randn(2, 12))
+    finally:
+        handle.remove()
+    assert seen.count("Linear") == 2
+
+
+@FALLBACK("NamedMlp: its class has another forward")
+def test_the_class_gets_another_forward(monkeypatch):
+    model = NamedMlp()
+    fl.fuse(model)
+    monkeypatch.setattr(NamedMlp, "forward", lambda self, x: x + 1)
+    assert torch.equal(model(torch.zeros(1, 12)), torch.ones(1, 12))
+
+
+@FALLBACK("NamedMlp: its arguments are not plain tensors, one for each input")
+def test_other_arguments():
+    class Logged(torch.Tensor):
+        pass
+
+    model = NamedMlp()
+    fl.fuse(model)
+    x = torch.randn(2, 12)
+    assert isinstance(model(x.as_subclass(Logged)), Logged)
+    with pytest.raises(TypeError):
+        model(x, x)
+
+
+@FALLBACK("a torch.func transform is active")
+def test_function_transforms():
+    model = NamedMlp().double()
+    x = torch.randn(3, 12, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+    loss = lambda p, x: torch.func.functional_call(model, p, (x,)).square().sum()  # noqa: E731
+    expected = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    fl.fuse(model)
+    got = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    torch.testing.assert_close(got, expected)
+
+
+def test_disabled():
+    model = NamedMlp()
+    x = torch.randn(2, 12)
+    expected = model(x)
+    fl.fuse(model)
+    fl.reset_stats()
+    with fl.disabled():
+        with fl.disabled():
+            pass
+        assert torch.equal(model(x), expected)
+        fl.linear_gelu_residual(x, model.fc1.weight)
+    assert fl.stats()["fused"]["forward"] == 0
+    assert fl.stats()["fallback"] == {"fastlane_ext.disabled() is active": 1}
+    fl.reset_stats()
+    model(x)
+    assert fused_calls() == 1
+
+
+def test_dry_run_filter_and_strict():
+    model = nn.Sequential(NamedMlp(), Gated())
+    assert len(fl.fuse(model, dry_run=True).fused) == 1 and type(model[0]) is NamedMlp
+    with pytest.raises(RuntimeError, match="strict=True, and 1 sites are refused"):
+        fl.fuse(model, strict=True)
+    assert type(model[0]) is NamedMlp
+    seen = []
+
+    def only_linear(name, module):
+        seen.append((name, type(module)))
+        return False
+
+    with pytest.warns(UserWarning, match="left out by filter_fn"):
+        fl.fuse(model, filter_fn=only_linear)
+    assert seen == [("0", NamedMlp)] and type(model[0]) is NamedMlp
+
+
+def test_report():
+    model = nn.Sequential(NamedMlp(), Gated())
+    report = fl.fuse(model)
+    report.assert_fused(1)
+    with pytest.raises(AssertionError, match="expected 2 fused sites, got 1"):
+        report.assert_fused(2)
+    text = str(report)
+    assert text.splitlines()[-1] == report.summary() == "Sequential: 1 of 2 sites fused"
+    assert "its forward also computes mul" in text
+    data = json.loads(report.to_json())
+    assert data["fused"] == 1 and [site["name"] for site in data["sites"]] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": [nn.Linear(2, 2)]}, "model: got a list"),
+        ({"filter_fn": 3}, "filter_fn: got 3"),
+        ({"linears": "yes"}, "linears: got 'yes'"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        fl.fuse(**{"model": NamedMlp(), **arguments})
+
+
+def test_reference_networks_become_the_fused_ones():
+    model = nn.Sequential(
+        reference.ExampleDeepNeuralNetwork([4, 4, 4]),
+        reference.ImprovedResidualNetwork([4, 5, 4]),
+        reference.ResidualMLP(4, 9),
+        reference.LinearGELUResidual(4, 4),
+    )
+    fused = copy.deepcopy(model)
+    fl.fuse(fused).assert_fused(4)
+    assert [type(m) for m in fused] == [
+        fl.ExampleDeepNeuralNetwork,
+        fl.ImprovedResidualNetwork,
+        fl.ResidualMLP,
+        fl.LinearGELUResidual,
+    ]
+    assert_same_results(model, fused, torch.randn(3, 4))
+
+
+def test_linears_are_measured():
+    model = nn.Sequential(nn.Linear(256, 512), nn.LayerNorm(512), nn.Linear(512, 256, bias=False), NamedMlp(256, 512))
+    fused = copy.deepcopy(model)
+    report = fl.fuse(fused, linears=True)
+    assert [site.name for site in report] == ["0", "2", "3"]
+    for site in report.sites[:2]:
+        assert site.measured["library_ms"] > 0 and site.measured["fused_ms"] > 0
+        assert site.fused == (site.measured["library_ms"] >= 1.05 * site.measured["fused_ms"])
+        assert site.fused or "the library is as fast" in site.reason
+    assert_same_results(model, fused, torch.randn(4, 256))
+    fl.unfuse(fused)
+    assert type(fused[0]) is nn.Linear
+
+
+@pytest.fixture
+def linears_always_win(monkeypatch):
+    from fastlane_ext import fusion
+
+    monkeypatch.setattr(fusion, "_measured", lambda *_: {"library_ms": 2.0, "fused_ms": 1.0})
+
+
+def test_a_fused_linear_is_a_linear(linears_always_win):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+    fused = copy.deepcopy(model)
+    fl.fuse(fused, linears=True).assert_fused(2)
+    assert isinstance(fused[0], nn.Linear) and fused[0].in_features == 6
+    calls = fused_calls()
+    assert_same_results(model, fused, torch.randn(4, 6))
+    assert fused_calls() == calls + 2
+    assert torch.equal(pickle.loads(pickle.dumps(fused))(torch.ones(2, 6)), fused(torch.ones(2, 6)))
+    fused[0].register_forward_hook(lambda *a: a[2] + 1)
+    model[0].register_forward_hook(lambda *a: a[2] + 1)
+    assert_same_results(model, fused, torch.randn(4, 6))
+
+
+@FALLBACK("Linear: has a weight that is no plain parameter")
+def test_a_pruned_fused_linear(linears_always_win):
+    model = nn.Linear(6, 8)
+    fl.fuse(model, linears=True)
+    prune.l1_unstructured(model, "weight", amount=5)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(model(x), F.linear(x, model.weight, model.bias))
+
+
+def test_a_container_of_fused_linears(linears_always_win):
+    """Fused one by one before, as the MLP afterwards."""
+    model = NamedMlp()
+    for linear in (model.fc1, model.fc2):
+        fl.fuse(linear, linears=True)
+    report = fl.fuse(model)
+    assert patterns(report) == ["Linear→GELU→Linear"]
+    calls = fused_calls()
+    model(torch.randn(2, 12))
+    assert fused_calls() == calls + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [NamedMlp, Block, FunctionalMlp], ids=lambda make: make.__name__)
+def test_compile_fullgraph(make):
+    model = make()
+    fused = copy.deepcopy(model)
+    fl.fuse(fused)
+    compiled = torch.compile(fused, fullgraph=True, dynamic=True)
+    for rows in (2, 5):
+        assert_same_results(model, compiled, torch.randn(rows, 12))
+
+
+def test_bytes_held_for_backward():
+    from test_mlp import bytes_held
+
+    model = NamedMlp(64, 256)
+    weights = 4 * 64 * 256
+    eager = bytes_held(model, torch.randn(128, 64)) - weights
+    fl.fuse(model)
+    assert bytes_held(model, torch.randn(128, 64)) - weights <= 0.6 * eager
+
+
+def test_no_warning_where_something_is_fused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fl.fuse(NamedMlp())
