@@ -58,6 +58,8 @@ CUDA_ARCHS ?= 8.0;9.0a+PTX
 CUDA_COPY = build/cuda
 CUDA_BIN = $(abspath $(CUDA_VENV))/bin
 CUDA_TOOLS = nvidia-cutlass==4.2.0.0 nvidia-cuda-cuobjdump==13.5.37 nvidia-cuda-nvdisasm==13.5.37
+# timm needs torchvision, which fits one release of torch only; the tests of its models run here.
+CUDA_TIMM = torchvision==0.29.1 timm==1.0.31
 cuda-build: $(CUDA_VENV)/.requirements
 	mkdir -p $(CUDA_COPY)
 	find $(CUDA_COPY) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
@@ -71,7 +73,7 @@ $(CUDA_VENV)/.requirements: requirements.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
 	sed 's/^torch==.*/torch==$(CUDA_TORCH)/' requirements.txt > $(CUDA_VENV)/requirements.txt
 	$(CUDA_BIN)/python -m pip install --quiet --requirement $(CUDA_VENV)/requirements.txt
-	$(CUDA_BIN)/python -m pip install --quiet --no-deps $(CUDA_TOOLS)
+	$(CUDA_BIN)/python -m pip install --quiet --no-deps $(CUDA_TOOLS) $(CUDA_TIMM)
 	touch $@
 
 # The README's table and plots: measured on this machine, now, three runs. Leave it alone meanwhile; half an hour.
@@ -92,6 +94,7 @@ bench-gelu: $(VENV)/.built
 report: $(VENV)/.built
 	$(BIN)/python benchmarks/report.py $(RESULTS) --suite layer --threads $$(nproc) --readme README.md --plot docs/bench.png
 	$(BIN)/python benchmarks/report.py $(RESULTS) --suite networks --threads $$(nproc) --readme README.md --plot docs/bench-networks.png
+	$(BIN)/python benchmarks/report.py $(RESULTS) --suite models --threads $$(nproc) --readme README.md --plot docs/bench-models.png
 	$(BIN)/python benchmarks/report.py $(RESULTS) --readme benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/report.py $(GELU_RESULTS) --readme benchmarks/RESULTS.md
 

@@ -7,7 +7,8 @@
 Reads what ``fastlane bench --json`` writes and what pytest-benchmark writes for the files beside this
 one; several files are put together, and a row that several of them measured becomes the median of its
 runs. Losing rows stay in. ``--threads`` and ``--suite`` choose rows by
-what was run, never by result. ``--suite networks`` and the JSON of ``bench_gelu.py`` have markers of their own.
+what was run, never by result. ``--suite networks``, ``--suite models`` and the JSON of ``bench_gelu.py`` have markers
+of their own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 START, END = "<!-- benchmark table start -->", "<!-- benchmark table end -->"
 NETWORKS_START, NETWORKS_END = "<!-- networks table start -->", "<!-- networks table end -->"
+MODELS_START, MODELS_END = "<!-- models table start -->", "<!-- models table end -->"
 GELU_START, GELU_END = "<!-- GELU table start -->", "<!-- GELU table end -->"
 GELU_KIND = "fastlane-bench-gelu"
 LABELS = {
@@ -78,8 +80,10 @@ def _median_of_runs(rows: Sequence[Document]) -> Document:
     }
     limit["bound_by"] = max(bounds, key=lambda name: bounds[name])
     limit["seconds"] = bounds[limit["bound_by"]]
+    shares = [row["mlp_share"] for row in rows if "mlp_share" in row]
     return {
         **rows[0],
+        **({"mlp_share": statistics.median(shares)} if shares else {}),
         "results": results,
         "over_fused": medians([row["over_fused"] for row in rows]),
         "limit": limit,
@@ -206,7 +210,21 @@ def markdown(document: Document) -> str:
             " → ".join("–" if peak is None else _bytes(peak) for peak in peaks),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines + _absences(document["rows"])) + "\n"
+    return "\n".join(lines + _facts(document["rows"]) + _absences(document["rows"])) + "\n"
+
+
+def _facts(rows: Sequence[Document]) -> list[str]:
+    """What some cases say beside their times."""
+    lines = []
+    for row in rows:
+        place = f"{row['case']} {row['dtype']}, {row['threads']} thread{'' if row['threads'] == 1 else 's'}"
+        if "mlp_share" in row:
+            lines.append(f"- {place}: before, the MLPs had {row['mlp_share']:.0%} of the forward's time.")
+        if "held_bytes" in row:
+            eager, fused = row["held_bytes"]["eager"], row["held_bytes"]["fused"]
+            held = f"{_bytes(eager)} → {_bytes(fused)}, {fused / eager:.2f} of it"
+            lines.append(f"- {place}: held for backward, eager → fused: {held}.")
+    return ["", *lines] if lines else []
 
 
 def _absences(rows: Sequence[Document]) -> list[str]:
@@ -397,7 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--readme", type=Path, metavar="PATH", help="rewrite the table between the markers of PATH")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="save a picture of the ratios")
-    parser.add_argument("--suite", choices=("layer", "networks"), help="only this suite")
+    parser.add_argument("--suite", choices=("layer", "networks", "models"), help="only this suite")
     parser.add_argument("--threads", type=int, action="append", help="only this number of threads (repeatable)")
     args = parser.parse_args(argv)
     try:
@@ -408,8 +426,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             table, markers = gelu_markdown(gelu), (GELU_START, GELU_END)
         else:
             document = choose(load(args.results), args.suite, args.threads)
-            networks = args.suite == "networks"
-            table, markers = markdown(document), (NETWORKS_START, NETWORKS_END) if networks else (START, END)
+            own_markers = {"networks": (NETWORKS_START, NETWORKS_END), "models": (MODELS_START, MODELS_END)}
+            table, markers = markdown(document), own_markers.get(args.suite, (START, END))
             if args.plot:
                 plot(document, args.plot)
         if args.readme:

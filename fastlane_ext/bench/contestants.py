@@ -41,7 +41,7 @@ class Contestant:
     same_formula: bool = True
 
 
-def _contestant(
+def contestant(
     name: str, run: Callable[[], Tensor], leaves: Sequence[Tensor], backward: Callable[[Tensor], None]
 ) -> Contestant:
     def step() -> None:
@@ -52,7 +52,7 @@ def _contestant(
     return Contestant(name, run, step, leaves, same_formula=name not in _LINEAR_ALONE)
 
 
-def _onednn_linear(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor | None, str], Tensor] | Skipped:
+def onednn_linear(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor | None, str], Tensor] | Skipped:
     # What torch.compile's freezing pass emits: the weight is reordered once, GELU rides in the epilogue.
     ops = torch.ops.mkldnn
     try:
@@ -66,7 +66,7 @@ def _onednn_linear(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor | None
     return linear
 
 
-def _onednn_contestants(alone: Call | Skipped, whole: Call | Skipped) -> list[Contestant]:
+def onednn_contestants(alone: Call | Skipped, whole: Call | Skipped) -> list[Contestant]:
     return [
         Contestant("onednn_linear", alone, _NO_BACKWARD, same_formula=False),
         Contestant("onednn", whole, _NO_BACKWARD),
@@ -109,18 +109,18 @@ def layer_contestants(
     fused = fastlane_ext.linear_gelu_residual
     compiled_composition = torch.compile(composition, dynamic=False)
     out = [
-        _contestant("eager", lambda: composition(x, weight, bias, residual), leaves, backward),
-        _contestant("compile", lambda: compiled_composition(x, weight, bias, residual), leaves, backward),
-        _contestant("linear", lambda: F.linear(x, weight, bias), [x, weight, bias], backward),
+        contestant("eager", lambda: composition(x, weight, bias, residual), leaves, backward),
+        contestant("compile", lambda: compiled_composition(x, weight, bias, residual), leaves, backward),
+        contestant("linear", lambda: F.linear(x, weight, bias), [x, weight, bias], backward),
     ]
     if not compiled:
         out[1] = Contestant("compile", NO_COMPILE, NO_COMPILE)
-    packed = _onednn_linear(weight, rows)
+    packed = onednn_linear(weight, rows)
     if isinstance(packed, Skipped):
-        out += _onednn_contestants(packed, packed)
+        out += onednn_contestants(packed, packed)
     else:
-        out += _onednn_contestants(lambda: packed(x, bias, "none"), lambda: packed(x, bias, "gelu") + residual)
-    out.append(_contestant("fused", lambda: fused(x, weight, bias, residual), leaves, backward))
+        out += onednn_contestants(lambda: packed(x, bias, "none"), lambda: packed(x, bias, "gelu") + residual)
+    out.append(contestant("fused", lambda: fused(x, weight, bias, residual), leaves, backward))
     return out
 
 
@@ -130,11 +130,11 @@ def _onednn_network(model: reference.ResidualNetwork, x: Tensor) -> list[Contest
     for index, layer in enumerate(model.layers):
         linear: nn.Linear = layer[0]
         projection = model.projections[index] if model.projections is not None else None
-        run = _onednn_linear(linear.weight, rows)
-        project = None if projection is None else _onednn_linear(projection.weight, rows)
+        run = onednn_linear(linear.weight, rows)
+        project = None if projection is None else onednn_linear(projection.weight, rows)
         for packed in (run, project):
             if isinstance(packed, Skipped):
-                return _onednn_contestants(packed, packed)
+                return onednn_contestants(packed, packed)
         layers.append((run, linear.bias, project, projection))
 
     def forward() -> Tensor:
@@ -155,7 +155,7 @@ def _onednn_network(model: reference.ResidualNetwork, x: Tensor) -> list[Contest
             h = run(h, bias, "none")
         return h
 
-    return _onednn_contestants(_NO_CHAIN if model.shortcut == "concat" else chain, forward)
+    return onednn_contestants(_NO_CHAIN if model.shortcut == "concat" else chain, forward)
 
 
 def network_contestants(
@@ -185,8 +185,8 @@ def network_contestants(
 
     parameters, fused_parameters = list(eager.parameters()), list(fused.parameters())
     out = [
-        _contestant("eager", lambda: eager(x), parameters, backward),
-        _contestant("compile", lambda: compiled_eager(x), parameters, backward),
+        contestant("eager", lambda: eager(x), parameters, backward),
+        contestant("compile", lambda: compiled_eager(x), parameters, backward),
     ]
     if not compiled:
         out[1] = Contestant("compile", NO_COMPILE, NO_COMPILE)
@@ -201,9 +201,9 @@ def network_contestants(
                 h = F.linear(h, linear.weight, linear.bias)
             return h
 
-        out.append(_contestant("linear", chain, [p for m in linears for p in m.parameters()], backward))
+        out.append(contestant("linear", chain, [p for m in linears for p in m.parameters()], backward))
     out += _onednn_network(eager, x)
-    out.append(_contestant("fused", lambda: fused(x), fused_parameters, backward))
+    out.append(contestant("fused", lambda: fused(x), fused_parameters, backward))
     return out
 
 

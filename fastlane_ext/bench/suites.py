@@ -17,7 +17,7 @@ import torch
 
 import fastlane_ext
 
-from . import contestants, machine, protocol
+from . import contestants, machine, model_contestants, protocol
 
 FORWARD, STEP = "forward", "forward+backward"
 MODES = (FORWARD, STEP)
@@ -110,7 +110,86 @@ class Network:
         return 2 * rows * (3 * products - first), (forward + backward) * self.dtype.itemsize
 
 
-Case = Layer | Network
+@dataclass(frozen=True)
+class Mlp:
+    """A transformer's MLP, ``x + fc2(gelu(fc1(x)))``."""
+
+    rows: int
+    width: int
+    hidden: int
+    dtype: torch.dtype = torch.float32
+    quick: bool = False
+    suite = "models"
+
+    @property
+    def title(self) -> str:
+        return f"MLP {self.width}→{self.hidden}→{self.width}, {self.rows:,} tokens"
+
+    def contestants(self, compiled: bool) -> list[contestants.Contestant]:
+        return model_contestants.mlp_contestants(self.rows, self.width, self.hidden, self.dtype, compiled=compiled)
+
+    def work(self, mode: str) -> tuple[int, int]:
+        """(floating-point operations, bytes) of an ideal pass: hidden activations stay in cache.
+
+        Forward reads x and the parameters and writes y. A training step also writes z and reads it again, reads
+        dy, x and the weights, and writes dx and the parameters' gradients.
+        """
+        weights = 2 * self.width * self.hidden
+        parameters = weights + self.width + self.hidden
+        forward = 2 * self.rows * self.width + parameters
+        if mode == FORWARD:
+            return 2 * self.rows * weights, forward * self.dtype.itemsize
+        backward = 2 * self.rows * self.hidden + 3 * self.rows * self.width + weights + parameters
+        return 6 * self.rows * weights, (forward + backward) * self.dtype.itemsize
+
+    def facts(self, mode: str, field: Sequence[contestants.Contestant]) -> dict[str, Any]:
+        """Of a step, what eager and fused hold for backward."""
+        if mode == FORWARD:
+            return {}
+        chosen = [c for c in field if c.name in ("eager", "fused") and not isinstance(c.forward, protocol.Skipped)]
+        return {"held_bytes": {c.name: model_contestants.held_bytes(c.forward, c.leaves[1:]) for c in chosen}}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A whole model before and after ``fuse(model, linears=linears)``."""
+
+    label: str
+    architecture: model_contestants.Architecture
+    batch: int
+    tokens: int
+    width: int
+    layers: int
+    other_weights: int  # that every token meets, beside the blocks' 12 · width²
+    linears: bool = False
+    dtype: torch.dtype = torch.float32
+    quick: bool = False
+    suite = "models"
+
+    @property
+    def title(self) -> str:
+        return self.label + (", linears=True" if self.linears else "")
+
+    def contestants(self, compiled: bool) -> list[contestants.Contestant]:
+        return model_contestants.model_contestants(self.architecture, self.linears, self.dtype, compiled=compiled)
+
+    def work(self, mode: str) -> tuple[int, int]:
+        """(floating-point operations, bytes) of an ideal pass: the linear layers and attention's two products;
+        parameters read once in forward, read again and their gradients written in a step.
+        """
+        weights = self.layers * 12 * self.width**2 + self.other_weights
+        attention = 4 * self.layers * self.tokens**2 * self.width
+        flops, moved = self.batch * (2 * self.tokens * weights + attention), weights * self.dtype.itemsize
+        return (flops, moved) if mode == FORWARD else (3 * flops, 3 * moved)
+
+    def facts(self, mode: str, field: Sequence[contestants.Contestant]) -> dict[str, Any]:
+        """Of forward, the part of eager's time that the MLPs had."""
+        if mode != FORWARD or self.linears or not model_contestants.has_transformers():
+            return {}
+        return {"mlp_share": model_contestants.mlp_share(self.architecture)}
+
+
+Case = Layer | Network | Mlp | Model
 
 LAYERS: tuple[Layer, ...] = (
     Layer(1024, 1024, 1024, quick=True),
@@ -146,7 +225,26 @@ NETWORKS: tuple[Network, ...] = (
     Network("4 layers of 1024, 512 rows", (1024,) * 5, (512, 1024)),
     Network("8 layers of 64, 65,536 rows", (64,) * 9, (65536, 64), dtype=torch.bfloat16),
 )
-SUITES: dict[str, tuple[Case, ...]] = {"layer": LAYERS, "networks": NETWORKS, "all": (*LAYERS, *NETWORKS)}
+_GPT2 = Model(
+    "GPT-2 small, 256 tokens", model_contestants.GPT2_SMALL, 1, 256, width=768, layers=12, other_weights=768 * 50257
+)
+_VIT = Model("ViT-small, 4 images", model_contestants.VIT_SMALL, 4, 197, width=384, layers=12, other_weights=384 * 768)
+MODELS: tuple[Mlp | Model, ...] = (
+    Mlp(1024, 768, 3072, quick=True),
+    Mlp(256, 768, 3072),
+    Mlp(8, 768, 3072),
+    Mlp(1024, 768, 3072, torch.bfloat16),
+    _GPT2,
+    replace(_GPT2, linears=True),
+    _VIT,
+    replace(_VIT, linears=True),
+)
+SUITES: dict[str, tuple[Case, ...]] = {
+    "layer": LAYERS,
+    "networks": NETWORKS,
+    "models": MODELS,
+    "all": (*LAYERS, *NETWORKS, *MODELS),
+}
 
 
 @dataclass(frozen=True)
@@ -168,7 +266,8 @@ def plan(
     dtype: torch.dtype | None = None,
     quick: bool = False,
 ) -> list[Job]:
-    """The jobs of a suite (``"layer"``, ``"networks"`` or ``"all"``), each case at each number of threads.
+    """The jobs of a suite, a key of ``SUITES``: each case at each number of threads. transformers
+    ``"all"`` leaves its models out.
 
     ``threads`` defaults to one and all. ``dtype`` runs every shape in that one instead of the listed
     ones; ``quick`` keeps a few cases. ValueError for an unknown suite or a thread count out of range.
@@ -184,6 +283,8 @@ def plan(
         if not 1 <= count <= MAX_THREADS:
             raise ValueError(f"threads: got {count}, expected 1 to {MAX_THREADS}")
     cases = [case for case in SUITES[suite] if case.quick or not quick]
+    if suite == "all" and not model_contestants.has_transformers():
+        cases = [case for case in cases if not isinstance(case, Model)]
     if dtype is not None:
         cases = list(dict.fromkeys(replace(case, dtype=dtype, quick=False) for case in cases))
     return [Job(case, count) for count in counts for case in cases]
@@ -266,6 +367,7 @@ class Prepared:
             "part_of_limit": {name: bounds[bound_by] / t for name, t in times.items()},
             "path": self.path(mode),
             "busy_cores": busy_cores,
+            **(case.facts(mode, self.contestants) if isinstance(case, Mlp | Model) else {}),
         }
 
 
