@@ -2,6 +2,8 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "ops/checks.h"
+
 namespace fastlane::python {
 
 PyObject* dict_of(PyObject* object) {
@@ -31,13 +33,19 @@ bool read_tensor(PyObject* object, at::Tensor& tensor) {
   return true;
 }
 
+namespace {
+
+bool has_kernel_format(const at::Tensor& t) { return t.layout() == at::kStrided && has_kernel_dtype(t); }
+
+}  // namespace
+
 bool read_linear(PyObject* dict, at::Tensor& weight, at::Tensor& bias) {
   const Keys& keys = Keys::get();
   PyObject* const parameters = keys.parameters.in(dict);
   // A plain attribute goes before a parameter of its name.
   if (keys.weight.in(dict) || keys.bias.in(dict)) return false;
-  return read_tensor(keys.weight.in(parameters), weight) && weight.defined() &&
-         read_tensor(keys.bias.in(parameters), bias);
+  return read_tensor(keys.weight.in(parameters), weight) && weight.defined() && has_kernel_format(weight) &&
+         read_tensor(keys.bias.in(parameters), bias) && (!bias.defined() || has_kernel_format(bias));
 }
 
 }  // namespace fastlane::python

@@ -49,7 +49,8 @@ class Key {
 
 struct Keys {
   Key modules{"_modules"}, parameters{"_parameters"}, layers{"layers"}, projections{"projections"};
-  Key shortcut{"shortcut"}, training{"training"}, p{"p"}, weight{"weight"}, bias{"bias"}, approximate{"approximate"}, forward{"forward"};
+  Key shortcut{"shortcut"}, training{"training"}, p{"p"}, weight{"weight"}, bias{"bias"}, approximate{"approximate"},
+      forward{"forward"};
   Key hooks[4]{Key("_forward_hooks"), Key("_forward_pre_hooks"), Key("_backward_hooks"), Key("_backward_pre_hooks")};
   Key global_hooks[4]{Key("_global_forward_hooks"), Key("_global_forward_pre_hooks"), Key("_global_backward_hooks"),
                       Key("_global_backward_pre_hooks")};
@@ -78,7 +79,8 @@ PyObject* plain_dict(PyObject* module, PyObject* kind);
 // A plain tensor or parameter; undefined for None. False for anything else.
 bool read_tensor(PyObject* object, at::Tensor& tensor);
 
-// Of a linear layer's dict, its parameters. False if they are no plain tensors, or hidden by attributes.
+// Of a linear layer's dict, its parameters. False if they are no plain tensors that kernels take, or hidden by
+// attributes.
 bool read_linear(PyObject* dict, at::Tensor& weight, at::Tensor& bias);
 
 }  // namespace fastlane::python

@@ -5,8 +5,9 @@
 
 namespace fastlane {
 
-// Whether fused operations are enabled and every child is what the plan found: `found` holds fastlane_ext._plan.Child
-// tuples, `children` is the module's dict of children. False may also mean that Python has to look closer.
-bool is_unchanged(const pybind11::handle& children, const pybind11::handle& found);
+// Whether fused operations are enabled and the children are what the plan found: `children` is the module's dict of
+// them, `order` None or the names that it must have, `found` a tuple of fastlane_ext._plan.Child. False may also mean
+// that Python has to look closer.
+bool is_unchanged(const pybind11::handle& children, const pybind11::handle& order, const pybind11::handle& found);
 
 }  // namespace fastlane

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._arguments import bad, check_choice
+from ._straight_line import why_not_straight
 
 _FORMS = ("gelu", "gelu_tanh")
 _registered: dict[type[nn.Module], str] = {}
@@ -40,11 +45,11 @@ def _probe() -> tuple[Tensor, dict[str, Tensor]]:
     return x, {"gelu": x * cdf, "gelu_tanh": F.gelu(x, approximate="tanh")}
 
 
-def form_of_values(call) -> str | None:
-    """The form whose values ``call`` returns on a grid in float64, or None."""
+def form_of_values(call: Callable[[Tensor], Any]) -> str | None:
+    """The form whose values ``call`` returns on a grid in float64, or None. Leaves torch's random numbers alone."""
     x, expected = _probe()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             y = call(x.clone())
     except Exception:
         return None
@@ -57,12 +62,54 @@ def form_of_values(call) -> str | None:
     return None
 
 
+_CONSTANTS = (bool, int, float, str, type(None))
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+_NO_STATE = (*_CONSTANTS, *_FUNCTIONS)
+
+
+def state_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The activation's own attributes, on which its values may depend."""
+    return tuple((name, value) for name, value in vars(module).items() if not _is_of_every_module(name))
+
+
+def _is_of_every_module(name: str) -> bool:
+    return name == "training" or name in _EMPTY_MODULE
+
+
+_EMPTY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _form_in_mode(module: nn.Module, training: bool) -> str | None:
+    # On a copy, so that nothing of the model changes.
+    stand_in = copy.copy(module)
+    stand_in.__dict__ = {**vars(module), "training": training}
+    return form_of_values(stand_in.forward)
+
+
+def _may_change(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind is not nn.GELU and why_not_straight(kind.forward) is not None:
+        return True
+    return not all(isinstance(value, _NO_STATE) for _, value in state_of(module))
+
+
 def form_of_module(module: nn.Module) -> str | None:
-    """``"gelu"``, ``"gelu_tanh"``, or None for a module that computes something else or has a state."""
-    if type(module) in _registered:
-        return _registered[type(module)]
-    if module._modules or module._parameters or module._buffers or not type(module).__module__:
+    """``"gelu"``, ``"gelu_tanh"``, or None for a module that computes something else, or not always the same."""
+    kind = type(module)
+    if kind in _registered:
+        return _registered[kind]
+    if module._modules or module._parameters or module._buffers or isinstance(module, (nn.Dropout, nn.Identity)):
         return None
-    if isinstance(module, (nn.Dropout, nn.Identity)):
+    if _may_change(module):
         return None
-    return form_of_values(module)
+    # In both modes, since some ask `self.training`.
+    forms = {_form_in_mode(module, training) for training in (True, False)}
+    return forms.pop() if len(forms) == 1 else None
+
+
+def why_no_gelu(module: nn.Module) -> str:
+    """Of a module with no form, what to say of it."""
+    has_state = module._modules or module._parameters or module._buffers
+    if not has_state and _form_in_mode(module, training=False):
+        return "whose values may change (it branches or has a state); register_activation() can vouch for it"
+    return "which computes no GELU"

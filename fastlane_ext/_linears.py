@@ -7,7 +7,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
-KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 def _conv1d() -> type[nn.Module] | None:
@@ -38,16 +39,18 @@ def weight_and_bias(module: nn.Module, transposed: bool) -> tuple[Tensor, Tensor
     return (weight.t() if transposed else weight), parameters["bias"]
 
 
-def why_parameters_unfit(module: nn.Module) -> str | None:
+def why_parameters_unfit(linear: nn.Module) -> str | None:
     """None if the kernels take the layer's parameters, else why not."""
     for name in ("weight", "bias"):
-        tensor = module._parameters.get(name)
-        if tensor is None and name == "bias" and "bias" in module._parameters:
+        tensor = linear._parameters.get(name)
+        if name in linear.__dict__:
+            return f"has an attribute in place of its {name}"
+        if tensor is None and name == "bias":
             continue
-        if type(tensor) is not nn.Parameter:
-            return f"has a {name} that is a {type(tensor).__name__}"
-        if tensor.dtype not in KERNEL_DTYPES:
-            return f"has a {name} of {tensor.dtype}"
-        if tensor.layout is not torch.strided:
+        if type(tensor) not in PLAIN_TENSORS:
+            return f"has a {name} that is no plain parameter"
+        if tensor.layout is not torch.strided or tensor.is_nested:
             return f"has a {name} of layout {tensor.layout}"
+        if tensor.dtype not in _KERNEL_DTYPES:
+            return f"has a {name} of {tensor.dtype}"
     return None

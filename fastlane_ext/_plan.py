@@ -1,24 +1,25 @@
 """What a container's forward computes, as far as the fused operations can stand in for it.
 
-The forward is traced with torch.fx, its direct children being leaves, and the graph is read: nothing is
-concluded from a class's name. The result is a list of steps on numbered values, plain data that is pickled
-and copied with the module; children appear by name, and are looked up at every call.
+Read from the forward's record (_trace.py); nothing is concluded from a class's name. A plan is a list of steps on
+numbered values, plain data that is pickled and copied with the module; children appear by name, and are looked up
+at every call.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
-from ._activations import form_of_module, form_of_values
+from ._activations import form_of_module, form_of_values, state_of
 from ._linears import is_linear, linear_class
+from ._trace import Node, Refused, follow
+
+__all__ = ["Add", "Call", "Child", "Fused", "Plan", "Refused", "Role", "gelu_children", "other_activation", "read_plan"]
 
 
 class Role(IntEnum):
@@ -30,12 +31,19 @@ class Role(IntEnum):
 
 
 class Child(NamedTuple):
-    """A child as the plan found it: its class, and of a GELU ``approximate``. A tuple, which C++ reads."""
+    """A child as the plan found it: its class, the class's forward, and an activation's attributes. A tuple, which
+    C++ reads.
+    """
 
     name: str
     role: int
     kind: type
-    approximate: str | None = None
+    forward: Callable[..., Any]
+    state: tuple[tuple[str, Any], ...] = ()
+
+
+DROPOUTS = (nn.Dropout, nn.Identity)
+"""What does nothing to its input, or nothing in evaluation: these very classes, no subclass."""
 
 
 @dataclass(frozen=True)
@@ -96,147 +104,93 @@ class Plan:
     output: int
     values: int
     children: tuple[Child, ...]  # of all fused steps
+    order: tuple[str, ...] | None = None  # of a Sequential, whose children's names are its forward
+    constants: tuple[tuple[str, Any], ...] = ()  # attributes of the container that its forward reads
 
     @property
     def fused(self) -> tuple[Fused, ...]:
         return tuple(step for step in self.steps if isinstance(step, Fused))
 
 
-class Refused(Exception):
-    """Why a forward has no plan."""
-
-
-class _ChildrenAreLeaves(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _trace(module: nn.Module) -> fx.Graph:
-    graphs = []
-    training = module.training
-    try:
-        # What a forward decides by `self.training` is frozen by a trace: it must decide the same both ways.
-        for mode in (True, False):
-            module.training = mode
-            graphs.append(_ChildrenAreLeaves().trace(module))
-    except Exception as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Refused(f"its forward cannot be traced: {text}") from error
-    finally:
-        module.training = training
-    if str(graphs[0]) != str(graphs[1]):
-        raise Refused("its forward does one thing in training and another in evaluation")
-    return graphs[0]
-
-
-_ADDITIONS = (operator.add, operator.iadd, torch.add)
-
-
 class _Reader:
-    """Reads one graph. Nodes that a fused step absorbs get no value of their own."""
+    """Reads one record. Nodes that a fused step absorbs get no value of their own."""
 
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.nodes = list(graph.nodes)
-        self.absorbed: set[fx.Node] = set()
-        self.values: dict[fx.Node, int] = {}
-        self.inputs: list[str] = []
+        self.record = follow(module)
+        self.absorbed: set[Node] = set()
+        self.values: dict[Node, int] = {}
         self.steps: list[Fused | Call | Add] = []
         self.children: list[Child] = []
 
     def plan(self) -> Plan:
-        output = None
-        for node in self.nodes:
-            if node in self.absorbed:
-                continue
-            if node.op == "placeholder":
-                if node.args:
-                    if node.users:
-                        raise Refused(f"its forward has a default for {node.target!r}")
-                    continue
-                if node.target.startswith("*"):
-                    raise Refused("its forward takes any number of arguments")
-                self.inputs.append(node.target)
-                self._new_value(node)
-            elif node.op == "output":
-                if not isinstance(node.args[0], fx.Node):
-                    raise Refused("its forward returns something else than one tensor")
-                output = self.values[node.args[0]]
-            else:
+        for node in self.record.nodes:
+            if node not in self.absorbed:
                 self._read(node)
-        if output is None:
-            raise Refused("its forward returns nothing")
-        return Plan(tuple(self.inputs), tuple(self.steps), output, len(self.values), tuple(self.children))
+        inputs = tuple(node.name for node in self.record.nodes if node.kind == "input")
+        is_sequential = type(self.module).forward is nn.Sequential.forward
+        return Plan(
+            inputs,
+            tuple(self.steps),
+            self.values[self.record.output],
+            len(self.values),
+            tuple(self.children),
+            tuple(self.module._modules) if is_sequential else None,
+            tuple(self.record.constants.items()),
+        )
 
-    def _new_value(self, node: fx.Node) -> int:
+    def _new_value(self, node: Node) -> int:
         return self.values.setdefault(node, len(self.values))
 
-    def _read(self, node: fx.Node) -> None:
-        child = self._child(node)
-        if child is not None and is_linear(child) and self._is_unary(node):
+    def _read(self, node: Node) -> None:
+        if node.kind == "input":
+            self._new_value(node)
+            return
+        if is_linear(self._child(node)) and len(node.arguments) == 1:
             fused = self._fused_from(node)
             if fused is not None:
                 self.steps.append(fused)
                 return
-        if child is not None and not node.kwargs and all(isinstance(arg, fx.Node) for arg in node.args):
-            sources = tuple(self.values[arg] for arg in node.args)
-            self.steps.append(Call(node.target, sources, self._new_value(node)))
-        elif self._is_addition(node):
-            left, right = (self.values[arg] for arg in node.args)
-            self.steps.append(Add(left, right, self._new_value(node)))
+        sources = tuple(self.values[argument] for argument in node.arguments)
+        if node.kind == "call":
+            self.steps.append(Call(node.name, sources, self._new_value(node)))
+        elif node.kind == "add":
+            self.steps.append(Add(*sources, self._new_value(node)))
         else:
-            what = getattr(node.target, "__name__", node.target)
-            raise Refused(f"its forward also computes {what}")
+            raise Refused("its forward computes a GELU of what is no linear layer")
 
-    def _child(self, node: fx.Node) -> nn.Module | None:
-        # Grandchildren are reached through children that may be exchanged: only direct ones are followed.
-        return self.module._modules.get(node.target) if node.op == "call_module" else None
+    def _child(self, node: Node) -> nn.Module | None:
+        return self.module._modules.get(node.name) if node.kind == "call" else None
 
-    @staticmethod
-    def _is_unary(node: fx.Node) -> bool:
-        return len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
-
-    @staticmethod
-    def _is_addition(node: fx.Node) -> bool:
-        return (
-            node.op == "call_function"
-            and node.target in _ADDITIONS
-            and len(node.args) == 2
-            and not node.kwargs
-            and all(isinstance(arg, fx.Node) for arg in node.args)
-        )
-
-    def _activation(self, node: fx.Node) -> str | None:
+    def _activation(self, node: Node) -> str | None:
+        if len(node.arguments) != 1:
+            return None
+        if node.kind == "gelu":
+            return form_of_values(lambda x: F.gelu(x, **node.options))
         child = self._child(node)
-        if child is not None and self._is_unary(node):
-            return form_of_module(child)
-        if node.op == "call_function" and node.target is F.gelu and len(node.args) == 1:
-            options = dict(node.kwargs)
-            if not any(isinstance(value, fx.Node) for value in options.values()):
-                return form_of_values(lambda x: F.gelu(x, **options))
-        return None
+        return None if child is None else form_of_module(child)
 
-    def _only_user(self, node: fx.Node) -> fx.Node | None:
-        return next(iter(node.users)) if len(node.users) == 1 else None
+    def _only_user(self, node: Node) -> Node | None:
+        return node.users[0] if len(node.users) == 1 and node is not self.record.output else None
 
-    def _precedes_gelu(self, linear: fx.Node) -> bool:
+    def _precedes_gelu(self, linear: Node) -> bool:
         # Such a layer is better fused with its own activation.
         user = self._only_user(linear)
         return user is not None and self._activation(user) is not None
 
-    def _skip_dropouts(self, node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
+    def _skip_dropouts(self, node: Node) -> tuple[list[Node], Node | None]:
         """Dropouts and identities that follow ``node`` and alone use each other's results; who uses the last."""
-        passed: list[fx.Node] = []
+        passed: list[Node] = []
         user = self._only_user(node)
-        while user is not None and isinstance(self._child(user), (nn.Dropout, nn.Identity)) and self._is_unary(user):
+        while user is not None and type(self._child(user)) in DROPOUTS:
             passed.append(user)
             user = self._only_user(user)
         return passed, user
 
-    def _linear(self, node: fx.Node) -> Linear:
-        return Linear(node.target, linear_class(type(self._child(node))) is not nn.Linear)
+    def _linear(self, node: Node) -> Linear:
+        return Linear(node.name, linear_class(type(self._child(node))) is not nn.Linear)
 
-    def _fused_from(self, linear: fx.Node) -> Fused | None:
+    def _fused_from(self, linear: Node) -> Fused | None:
         nodes, fc2, activation, residual = [linear], None, None, None
         user = self._only_user(linear)
         if user is not None:
@@ -244,16 +198,15 @@ class _Reader:
         if activation is not None:
             nodes.append(user)
             passed, user = self._skip_dropouts(user)
-            child = self._child(user) if user is not None else None
-            if child is not None and is_linear(child) and self._is_unary(user) and not self._precedes_gelu(user):
+            if user is not None and is_linear(self._child(user)) and not self._precedes_gelu(user):
                 fc2 = user
                 nodes += [*passed, user]
         if activation is None or fc2 is not None:
             passed, user = self._skip_dropouts(nodes[-1])
-            if user is not None and self._is_addition(user):
+            if user is not None and user.kind == "add":
                 value = (passed or nodes)[-1]
-                other = user.args[1] if user.args[0] is value else user.args[0]
-                if other is not value and other in self.values:
+                other = user.arguments[1] if user.arguments[0] is value else user.arguments[0]
+                if other in self.values:
                     residual = self.values[other]
                     nodes += [*passed, user]
         if activation is None and residual is None:
@@ -261,7 +214,7 @@ class _Reader:
         self.absorbed.update(nodes)
         self._remember(nodes)
         return Fused(
-            self.values[linear.args[0]],
+            self.values[linear.arguments[0]],
             self._new_value(nodes[-1]),
             self._linear(linear),
             activation or "none",
@@ -269,20 +222,19 @@ class _Reader:
             residual,
         )
 
-    def _remember(self, nodes: list[fx.Node]) -> None:
+    def _remember(self, nodes: list[Node]) -> None:
         for node in nodes:
             child = self._child(node)
             if child is None:
                 continue
             kind = type(child)
             if is_linear(child):
-                role = Role.LINEAR
-            elif isinstance(child, (nn.Dropout, nn.Identity)):
-                role = Role.DROPOUT
+                found = Child(node.name, int(Role.LINEAR), kind, kind.forward)
+            elif kind in DROPOUTS:
+                found = Child(node.name, int(Role.DROPOUT), kind, kind.forward)
             else:
-                role = Role.ACTIVATION
-            approximate = child.approximate if kind is nn.GELU else None
-            self.children.append(Child(node.target, int(role), kind, approximate))
+                found = Child(node.name, int(Role.ACTIVATION), kind, kind.forward, state_of(child))
+            self.children.append(found)
 
 
 def other_activation(module: nn.Module, plan: Plan) -> str | None:
@@ -295,7 +247,7 @@ def other_activation(module: nn.Module, plan: Plan) -> str | None:
 
     for step in calls.values():
         before = called_before(step) if is_linear(children[step.name]) else None
-        while before is not None and isinstance(children[before.name], (nn.Dropout, nn.Identity)):
+        while before is not None and type(children[before.name]) in DROPOUTS:
             before = called_before(before)
         first = called_before(before) if before is not None else None
         if first is not None and is_linear(children[first.name]) and _may_activate(children[before.name]):
@@ -310,7 +262,7 @@ def _may_activate(module: nn.Module) -> bool:
 
 def read_plan(module: nn.Module) -> Plan:
     """The plan of ``module``'s forward. Refused, with the reason, where it has none."""
-    return _Reader(module, _trace(module)).plan()
+    return _Reader(module).plan()
 
 
 def gelu_children(module: nn.Module) -> Iterable[str]:

@@ -95,9 +95,13 @@ def _vmap_mlp(
         return torch.ops.fastlane.mlp_residual(_batch_first(x, x_dim), *parameters, residual, **options), 0
     # Layer by layer, so that the rule above decides for each.
     fc1_dims, fc2_dims = parameter_dims[:2], parameter_dims[2:]
-    hidden, dim = _vmap_residual(
-        info, (x_dim, *fc1_dims, None), x, fc1_weight, fc1_bias, None, activation=activation, recompute=recompute
-    )
+    if all(dim is None for dim in (x_dim, *fc1_dims)):
+        hidden = torch.ops.fastlane.linear_gelu_residual(x, fc1_weight, fc1_bias, activation=activation)
+        dim = None
+    else:
+        hidden, dim = _vmap_residual(
+            info, (x_dim, *fc1_dims, None), x, fc1_weight, fc1_bias, None, activation=activation, recompute=recompute
+        )
     return _vmap_residual(
         info, (dim, *fc2_dims, residual_dim), hidden, fc2_weight, fc2_bias, residual, activation="none"
     )

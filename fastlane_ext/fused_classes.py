@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _register  # noqa: F401  (registers the batching rules)
-from ._linears import class_name, linear_class, weight_and_bias
+from ._linears import PLAIN_TENSORS, class_name, linear_class, weight_and_bias, why_parameters_unfit
 from ._load import library
 from ._plain import under_global_hooks
 from ._plan import Call, Child, Fused, Plan, Role
 from .functional import record_fallback
 
 PLAN = "_fastlane_plan"
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
 _ACTIVE = "is active"
 
 
@@ -32,27 +32,19 @@ def _why_touched(module: nn.Module) -> str | None:
     return "has a forward of its own" if "forward" in module.__dict__ else None
 
 
-def _why_unfit_parameters(linear: nn.Module) -> str | None:
-    for name in ("weight", "bias"):
-        tensor = linear._parameters.get(name)
-        if type(tensor) not in _PLAIN_TENSORS and (tensor is not None or name == "weight"):
-            return f"has a {name} that is no plain parameter"
-        if name in linear.__dict__:
-            return f"has an attribute in place of its {name}"
-    return None
-
-
 def _why_changed(child: nn.Module | None, found: Child) -> str | None:
     kind = type(child)
-    if found.role == Role.LINEAR:
-        if linear_class(kind) is not linear_class(found.kind):
-            return f"is a {class_name(kind)}, not a plain {found.kind.__name__}"
-        return _why_unfit_parameters(child) or _why_touched(child)
-    if kind is not found.kind:
-        return f"is a {class_name(kind)}, not a {class_name(found.kind)}"
-    if kind is nn.GELU and child.approximate != found.approximate:
-        return f"is a GELU with approximate={child.approximate!r}"
+    is_same_linear = found.role == Role.LINEAR and linear_class(kind) is linear_class(found.kind)
+    if kind is not found.kind and not is_same_linear:
+        return f"is a {class_name(kind)}, not a{' plain' if found.role == Role.LINEAR else ''} {class_name(found.kind)}"
+    if kind.forward is not found.forward and not is_same_linear:
+        return f"is a {class_name(kind)}, whose class has another forward now"
     reason = _why_touched(child)
+    if reason is None and found.role == Role.LINEAR:
+        reason = why_parameters_unfit(child)
+    for name, value in found.state:
+        if reason is None and (name not in child.__dict__ or child.__dict__[name] != value):
+            reason = f"has another {name} now: {child.__dict__.get(name)!r}"
     if reason is None and kind is nn.Dropout and child.training and child.p != 0:
         reason = _ACTIVE
     return reason
@@ -61,11 +53,17 @@ def _why_changed(child: nn.Module | None, found: Child) -> str | None:
 def why_changed(module: nn.Module, plan: Plan, *, ignore_dropout: bool = False) -> str | None:
     """Why the plan is no longer true of the module's children, or None.
 
-    The same question as csrc/plan_call.cpp's ``is_unchanged``, which answers faster but gives no reason.
+    csrc/plan_call.cpp's ``is_unchanged`` asks the same faster, but gives no reason, and where it says no this decides:
+    a linear layer that `fuse` took by itself since is still one.
     """
     reason = under_global_hooks()
     if reason is not None:
         return reason
+    if plan.order is not None and tuple(module._modules) != plan.order:
+        return "its children are others now"
+    for name, value in plan.constants:
+        if module.__dict__.get(name) != value:
+            return f"has another {name} now: {module.__dict__.get(name)!r}"
     for found in plan.children:
         reason = _why_changed(module._modules.get(found.name), found)
         if reason is not None and not (ignore_dropout and reason is _ACTIVE):
@@ -80,7 +78,9 @@ def _run_fused(children: dict[str, nn.Module], step: Fused, values: list[Any]) -
     if step.residual is not None:
         residual = values[step.residual]
         # What eager broadcasts or promotes further than the kernels do is added afterwards.
-        if residual.dtype != x.dtype or residual.shape[:-1] != x.shape[:-1]:
+        last = children[(fc2 or fc1).name]._parameters["weight"]
+        width = last.shape[1] if (fc2 or fc1).transposed else last.shape[0]
+        if residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], width):
             residual, late = None, residual
     parameters = weight_and_bias(children[fc1.name], fc1.transposed)
     if fc2 is None:
@@ -120,7 +120,7 @@ def _arguments(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], compil
         return None
     if not compiling:
         for value in args:
-            if type(value) not in _PLAIN_TENSORS:
+            if type(value) not in PLAIN_TENSORS or value.is_nested:
                 return None
     return args
 
@@ -130,20 +130,23 @@ def _container_forward(original: type[nn.Module]):
 
     @functools.wraps(eager)
     def forward(self, *args, **kwargs):
-        plan, children, compiling = self.__dict__[PLAN], self._modules, torch.compiler.is_compiling()
+        # Who makes a new instance of this class (a slice of a Sequential, for one) makes one that nobody fused.
+        plan, compiling = self.__dict__.get(PLAN), torch.compiler.is_compiling()
+        if plan is None or (not compiling and library.is_disabled()):
+            return original.forward(self, *args, **kwargs)
+        children = self._modules
         arguments = _arguments(plan, args, kwargs, compiling)
-        if arguments is not None and original.forward is eager:
-            if not compiling and library.is_unchanged(children, plan.children):
-                return _execute(children, plan, arguments)
-            reason = why_changed(self, plan)
-            if reason is None and (compiling or not library.is_disabled()):
-                return _execute(children, plan, arguments)
-        elif arguments is None:
+        if arguments is None:
             reason = "its arguments are not plain tensors, one for each input"
+        elif original.forward is not eager:
+            reason = "its class has another forward now"
+        elif not compiling and not plan.constants and library.is_unchanged(children, plan.order, plan.children):
+            reason = None
         else:
-            reason = "its class has another forward"
-        if compiling or not library.is_disabled():
-            record_fallback(f"{original.__name__}: {reason}")
+            reason = why_changed(self, plan)
+        if reason is None:
+            return _execute(children, plan, arguments)
+        record_fallback(f"{original.__name__}: {reason}")
         return original.forward(self, *args, **kwargs)
 
     return forward
@@ -154,17 +157,18 @@ def _linear_forward(original: type[nn.Module]):
 
     @functools.wraps(eager)
     def forward(self, *args, **kwargs):
-        if not torch.compiler.is_compiling() and library.is_disabled():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and library.is_disabled():
             return original.forward(self, *args, **kwargs)
-        if len(args) != 1 or kwargs or not (torch.compiler.is_compiling() or type(args[0]) in _PLAIN_TENSORS):
+        if len(args) != 1 or kwargs or not (compiling or (type(args[0]) in PLAIN_TENSORS and not args[0].is_nested)):
             reason = "its argument is not one plain tensor"
         elif original.forward is not eager:
-            reason = "its class has another forward"
+            reason = "its class has another forward now"
         else:
-            reason = _why_unfit_parameters(self)
-            if reason is None:
-                parameters = weight_and_bias(self, transposed)
-                return torch.ops.fastlane.linear_gelu_residual.default(args[0], *parameters, activation="none")
+            reason = why_parameters_unfit(self)
+        if reason is None:
+            parameters = weight_and_bias(self, transposed)
+            return torch.ops.fastlane.linear_gelu_residual.default(args[0], *parameters, activation="none")
         record_fallback(f"{original.__name__}: {reason}")
         return original.forward(self, *args, **kwargs)
 
@@ -174,9 +178,19 @@ def _linear_forward(original: type[nn.Module]):
 _SEPARATOR = "|"
 
 
-@functools.cache
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_making = threading.Lock()
+
+
 def fused_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``original`` whose instances run fused."""
+    """The subclass of ``original`` whose instances run fused; whatever making a subclass raises is raised."""
+    with _making:
+        if original not in _classes:
+            _classes[original] = _make_class(original)
+        return _classes[original]
+
+
+def _make_class(original: type[nn.Module]) -> type[nn.Module]:
     if "<locals>" in original.__qualname__:
         name = original.__qualname__
     else:
@@ -186,7 +200,7 @@ def fused_class(original: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": name,
         "__doc__": original.__doc__,
         "_fastlane_original": original,
-        "_get_name": lambda self: f"{original.__name__}[fused]",
+        "_get_name": lambda self: f"{original.__name__}[fused]" if PLAN in self.__dict__ else original.__name__,
         "forward": (_linear_forward if linear_class(original) else _container_forward)(original),
     }
     return type(original)(original.__name__, (original,), namespace)

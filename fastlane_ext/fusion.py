@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import functional, modules, networks, reference
+from ._activations import why_no_gelu
 from ._arguments import bad, check_flag
 from ._linears import class_name, is_linear, linear_class, weight_and_bias, why_parameters_unfit
 from ._load import library
@@ -113,7 +115,7 @@ def fuse(
 ) -> FusionReport:
     """Let fused operations run in ``model``, in place, wherever its modules compute what they compute.
 
-    Found, by tracing each container's forward and not by its class's name: Linear→GELU,
+    Found, by following each container's forward and not by its class's name: Linear→GELU,
     Linear→GELU→(inactive dropout)→Linear, and a Linear whose result is added to another input; ``nn.Linear`` and
     transformers' ``Conv1D``; any activation whose values are GELU's, exact or tanh; the networks of
     `fastlane_ext.reference`. No parameter is made, renamed or copied: the container's class becomes an importable
@@ -126,7 +128,8 @@ def fuse(
         linears: take plain linear layers too, each only where a measurement now, 128 rows forward, finds the fused
             op at least 5 % faster than the library on this machine. Only on CPUs; costs some ten milliseconds for
             each shape.
-        strict: RuntimeError, and nothing changed, if any site found is refused.
+        strict: RuntimeError, and nothing changed, if a site is refused for what it is: not one that ``filter_fn``
+            or a measurement leaves out.
         dry_run: report, and change nothing.
 
     Returns:
@@ -148,12 +151,12 @@ def fuse(
     search = _Search(filter_fn or (lambda name, module: True), linears)
     search.run(model)
     report = FusionReport(_original_name(model), search.sites)
-    if strict and report.refused:
-        raise RuntimeError(f"fuse: strict=True, and {len(report.refused)} sites are refused\n{report}")
+    if strict and search.refused:
+        raise RuntimeError(f"fuse: strict=True, and {search.refused} sites are refused\n{report}")
     if not dry_run:
         for module, kind, plan in search.changes:
             module.__dict__[PLAN] = plan
-            module.__class__ = kind
+            object.__setattr__(module, "__class__", kind)
         if not report.fused:
             warnings.warn(f"fuse: nothing runs fused in {report}", UserWarning, stacklevel=2)
     return report
@@ -169,20 +172,21 @@ def unfuse(model: nn.Module) -> int:
     if not isinstance(model, nn.Module):
         raise bad("model", f"a {type(model).__name__}", "an nn.Module", "pass the model itself", TypeError)
     originals = {fused: original for original, fused in _FUSED_NETWORKS.items()}
-    count = 0
+    changes = []
     for module in model.modules():
-        if PLAN not in module.__dict__:
-            continue
-        kind = type(module)
-        original = kind.__dict__.get("_fastlane_original") or originals.get(kind)
-        if original is None:
-            raise RuntimeError(
-                f"unfuse: a {kind.__name__} has changed its class since fuse(); undo that (FSDP, for one) first"
-            )
-        module.__class__ = original
+        if PLAN in module.__dict__:
+            kind = type(module)
+            original = kind.__dict__.get("_fastlane_original") or originals.get(kind)
+            if original is None:
+                raise RuntimeError(
+                    f"unfuse: a {kind.__name__} has changed its class since fuse() (a parametrization or FSDP does "
+                    "that); undo that first"
+                )
+            changes.append((module, original))
+    for module, original in changes:
+        object.__setattr__(module, "__class__", original)
         del module.__dict__[PLAN]
-        count += 1
-    return count
+    return len(changes)
 
 
 def explain(model: nn.Module, linears: bool = False) -> FusionReport:
@@ -194,9 +198,10 @@ def explain(model: nn.Module, linears: bool = False) -> FusionReport:
     return fuse(model, linears=linears, dry_run=True)
 
 
-class disabled:
+class disabled(ContextDecorator):
     """In this block, in this thread, everything runs as eager PyTorch would run it: fused modules their original
-    forward, the functions of `fastlane_ext` their composition. ``stats()["fallback"]`` counts the latter.
+    forward, the functions of `fastlane_ext` their composition. ``stats()["fallback"]`` counts the latter. Also a
+    decorator. The backward of a fused forward stays fused.
 
     >>> with disabled():
     ...     y = functional.linear_gelu_residual(torch.ones(1, 2), torch.ones(2, 2))
@@ -214,11 +219,24 @@ def _original_name(module: nn.Module) -> str:
     return getattr(kind, "_fastlane_original", kind).__name__
 
 
+def _looks_linear(child: nn.Module) -> bool:
+    return is_linear(child) or isinstance(child, nn.Linear) or hasattr(child, "in_features")
+
+
+def _why_no_class(kind: type[nn.Module]) -> str | None:
+    try:
+        fused_class(kind)
+    except Exception as error:
+        return f"its class takes no subclass: {type(error).__name__}: {error}"
+    return None
+
+
 class _Search:
     def __init__(self, wanted: Callable[[str, nn.Module], bool], linears: bool) -> None:
         self.wanted = wanted
         self.linears = linears
         self.sites: list[Site] = []
+        self.refused = 0  # for what they are
         self.changes: list[tuple[nn.Module, type, Plan | None]] = []
         self.covered: set[int] = set()
 
@@ -232,9 +250,7 @@ class _Search:
                 self._network(name, module)
             elif is_linear(module):
                 plain_linears.append((name, module))
-            elif any(is_linear(child) or isinstance(child, nn.Linear) for child in module.children()) or any(
-                True for _ in gelu_children(module)
-            ):
+            elif type(module).forward is not nn.Module.forward and any(map(_looks_linear, module.children())):
                 self._container(name, module)
         for name, module in plain_linears:
             if id(module) not in self.covered and (self.linears or PLAN in module.__dict__):
@@ -242,73 +258,74 @@ class _Search:
         order = {name: position for position, (name, _) in enumerate(model.named_modules())}
         self.sites.sort(key=lambda site: order[site.name])
 
-    def _add(self, name: str, module: nn.Module, pattern: str, reason: str | None, note: str = "", **more: Any) -> bool:
+    def _add(self, name: str, module: nn.Module, pattern: str, reason: str | None, note: str = "", **more: Any) -> None:
         self.sites.append(Site(name, _original_name(module), pattern, reason is None, reason or note, **more))
-        return reason is None
 
-    def _refused_by_filter(self, name: str, module: nn.Module) -> str | None:
+    def _left_out(self, name: str, module: nn.Module) -> str | None:
         return None if self.wanted(name, module) else "left out by filter_fn"
 
     def _network(self, name: str, module: nn.Module) -> None:
         if isinstance(module, _WRITTEN_FUSED):
-            note = "" if PLAN in module.__dict__ else "written fused"
-            self._add(name, module, "network", None, note)
-        elif self._add(name, module, "network", self._refused_by_filter(name, module)):
+            self._add(name, module, "network", None, "" if PLAN in module.__dict__ else "written fused")
+            return
+        reason = self._left_out(name, module)
+        self._add(name, module, "network", reason)
+        if reason is None:
             self.changes.append((module, _FUSED_NETWORKS[type(module)], None))
 
     def _container(self, name: str, module: nn.Module) -> None:
         plan = module.__dict__.get(PLAN)
         is_new = plan is None
         if is_new:
-            gelus = list(gelu_children(module))
             try:
                 plan = read_plan(module)
             except Refused as refused:
                 # Without a GELU in sight this is no place where anyone would expect a fused operation.
-                has_linear = any(isinstance(child, nn.Linear) or is_linear(child) for child in module.children())
-                if gelus and has_linear:
+                if any(True for _ in gelu_children(module)):
+                    self.refused += 1
                     self._add(name, module, "Linear, GELU", str(refused))
                 return
             if not plan.fused:
-                self._explain_unmatched(name, module, plan, gelus)
+                self._explain_unmatched(name, module, plan)
                 return
-        reason = why_changed(module, plan, ignore_dropout=True)
-        children = module._modules
-        if reason is None:
-            for linear in (linear for step in plan.fused for linear in step.linears):
-                unfit = why_parameters_unfit(children[linear])
-                if unfit is not None:
-                    reason = f"{linear} {unfit}"
-        if reason is None and "forward" in module.__dict__:
-            reason = "has a forward of its own"
+        changed = why_changed(module, plan)
+        reason = why_changed(module, plan, ignore_dropout=True) if changed else None
         if reason is None and is_new:
-            reason = self._refused_by_filter(name, module)
+            reason = "has a forward of its own" if "forward" in module.__dict__ else _why_no_class(type(module))
+        self.refused += reason is not None
+        if reason is None and is_new:
+            reason = self._left_out(name, module)
         if reason is None:
-            self.covered.update(id(children[linear]) for step in plan.fused for linear in step.linears)
+            self.covered.update(id(module._modules[linear]) for step in plan.fused for linear in step.linears)
             if is_new:
                 self.changes.append((module, fused_class(type(module)), plan))
-        note = "" if why_changed(module, plan) is None else "runs its original forward while dropout is active"
         for step in plan.fused:
+            note = "" if changed is None else "runs its original forward while dropout is active"
             self._add(name, module, step.pattern, reason, note)
 
-    def _explain_unmatched(self, name: str, module: nn.Module, plan: Plan, gelus: list[str]) -> None:
+    def _explain_unmatched(self, name: str, module: nn.Module, plan: Plan) -> None:
         activation = other_activation(module, plan)
+        reason, pattern = None, "Linear, Linear"
         if activation is not None:
-            kind = type(module._modules[activation]).__name__
-            self._add(name, module, "Linear, Linear", f"{activation} is a {kind}, which computes no GELU")
-            return
-        for child_name, child in module.named_children() if gelus else ():
+            child = module._modules[activation]
+            reason = f"{activation} is a {type(child).__name__}, {why_no_gelu(child)}"
+        elif any(True for _ in gelu_children(module)):
             # A stand-in for a linear layer: an adapter, a quantised layer, a parametrised one.
-            if not is_linear(child) and hasattr(child, "in_features"):
-                reason = f"{child_name} is a {class_name(type(child))}, not a plain Linear"
-                self._add(name, module, "Linear, GELU", reason)
-                return
+            pattern = "Linear, GELU"
+            for child_name, child in module.named_children():
+                if reason is None and not is_linear(child) and _looks_linear(child):
+                    reason = f"{child_name} is a {class_name(type(child))}, not a plain Linear"
+        if reason is not None:
+            self.refused += 1
+            self._add(name, module, pattern, reason)
 
     def _linear(self, name: str, module: nn.Module) -> None:
         if PLAN in module.__dict__:
             self._add(name, module, "Linear", None)
             return
-        reason = why_parameters_unfit(module) or self._refused_by_filter(name, module)
+        reason = why_parameters_unfit(module)
+        self.refused += reason is not None
+        reason = reason or self._left_out(name, module)
         measured = None
         if reason is None:
             weight, bias = weight_and_bias(module, linear_class(type(module)) is not nn.Linear)
@@ -319,7 +336,8 @@ class _Search:
                 ratio = measured["library_ms"] / measured["fused_ms"]
                 if ratio < 1.05:
                     reason = f"the library is as fast here: its time is {ratio:.2f} of the fused op's"
-        if self._add(name, module, "Linear", reason, measured=measured):
+        self._add(name, module, "Linear", reason, measured=measured)
+        if reason is None:
             self.changes.append((module, fused_class(type(module)), None))
 
 
@@ -333,7 +351,9 @@ def _measured(weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, floa
     key = (weight.shape, weight.stride(), weight.dtype, bias is None, torch.get_num_threads())
     with _measuring, torch.no_grad():
         if key not in _measurements:
-            x = torch.randn(_MEASURED_ROWS, weight.shape[1]).to(weight.dtype)
+            x = torch.randn(_MEASURED_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(
+                weight.dtype
+            )
             calls = {
                 "library_ms": lambda: F.linear(x, weight, bias),
                 "fused_ms": lambda: functional.linear_gelu_residual(x, weight, bias, activation="none"),

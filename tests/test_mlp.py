@@ -316,7 +316,15 @@ def test_vmap_over_the_data(in_dims):
 
 @pytest.mark.expects_fallback("vmap over weight or bias")
 @pytest.mark.parametrize(
-    "in_dims", [(None, 0, *[None] * 4), (0, 0, 0, 0, 0, None), (0, *[None] * 4, 0)[:3] + (0, None, 1)], ids=str
+    "in_dims",
+    [
+        (None, 0, *[None] * 4),
+        (0, 0, 0, 0, 0, None),
+        (0, None, None, 0, None, 1),
+        (None, None, None, 0, None, None),
+        (None, None, None, None, 0, 0),
+    ],
+    ids=str,
 )
 def test_vmap_over_parameters(in_dims):
     check_vmap(in_dims)

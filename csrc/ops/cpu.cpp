@@ -78,6 +78,7 @@ Path mlp_forward(const MlpProblem& p) {
 Path mlp_backward(const MlpBackwardProblem& p) {
   for (const LayerShape& shape : {fc1_shape(p), fc2_shape(p)})
     if (cpu_backward_path(shape) == Path::library) return Path::library;
+  if (kernels().mlp_backward(p, torch_threads())) return Path::fused;
   if (p.dfc2_bias) {
     PreActivationGradProblem sums;
     sums.rows = p.rows, sums.cols = p.out_features, sums.dtype = p.dtype, sums.dy = p.dy, sums.db = p.dfc2_bias;

@@ -33,7 +33,7 @@ const char* why_disabled() {
   if (by_variable) return "FASTLANE_DISABLE is set";
   return disabled_blocks > 0 ? "fastlane_ext.disabled() is active" : nullptr;
 }
-void disable(bool on) { disabled_blocks += on ? 1 : -1; }
+void disable(bool on) { disabled_blocks = std::max(0, disabled_blocks + (on ? 1 : -1)); }
 
 void count_forward(Path path) { count(forward_counts, path); }
 void count_backward(Path path) { count(backward_counts, path); }

@@ -23,7 +23,8 @@ from .protocol import Skipped
 
 _AS_WITHOUT_LINEARS = Skipped("as in the row without linears=True")
 NO_TRANSFORMERS = Skipped("transformers is not installed; pip install transformers")
-_NO_PACKED_MODEL = Skipped("there is no such whole model")
+_NO_PACKED_MODEL = Skipped("a whole model: nobody packs its weights beforehand")
+_NO_CHAIN = Skipped("a whole model is more than a chain of linear layers")
 
 
 def has_transformers() -> bool:
@@ -86,13 +87,21 @@ class Architecture:
         config = getattr(transformers, self.config_class)(**dict(self.config))
         return getattr(transformers, self.model_class)(config).eval()
 
+    def inputs(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        made = self.make_inputs()
+        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in made.items()}
 
-GPT2_SMALL = Architecture(
-    "GPT2LMHeadModel",
-    "GPT2Config",
-    (("resid_pdrop", 0.0), ("embd_pdrop", 0.0), ("attn_pdrop", 0.0)),
-    lambda: {"input_ids": torch.randint(0, 50257, (1, 256))},
-)
+
+def _gpt2_small(model_class: str) -> Architecture:
+    return Architecture(
+        model_class,
+        "GPT2Config",
+        (("resid_pdrop", 0.0), ("embd_pdrop", 0.0), ("attn_pdrop", 0.0)),
+        lambda: {"input_ids": torch.randint(0, 50257, (1, 256))},
+    )
+
+
+GPT2_SMALL, GPT2_SMALL_WITH_HEAD = _gpt2_small("GPT2Model"), _gpt2_small("GPT2LMHeadModel")
 VIT_SMALL = Architecture(
     "ViTModel",
     "ViTConfig",
@@ -111,8 +120,7 @@ def model_contestants(
     if not has_transformers():
         return [Contestant(name, NO_TRANSFORMERS, NO_TRANSFORMERS) for name in contestants.NAMES]
     torch.manual_seed(1)
-    inputs = architecture.make_inputs()
-    inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+    inputs = architecture.inputs(dtype)
     eager = architecture.build().to(dtype)
     fused = copy.deepcopy(eager)
     fastlane_ext.fuse(fused, linears=linears)
@@ -131,16 +139,16 @@ def model_contestants(
     return [
         model_contestant("eager", eager, eager),
         compile_contestant,
-        Contestant("linear", _NO_PACKED_MODEL, _NO_PACKED_MODEL),
+        Contestant("linear", _NO_CHAIN, _NO_CHAIN),
         *contestants.onednn_contestants(_NO_PACKED_MODEL, _NO_PACKED_MODEL),
         model_contestant("fused", fused, fused),
     ]
 
 
-def mlp_share(architecture: Architecture, runs: int = 5) -> float:
+def mlp_share(architecture: Architecture, dtype: torch.dtype, runs: int = 5) -> float:
     """The part of an eager forward's time that is spent in the modules where `fuse` finds an MLP; a median."""
     torch.manual_seed(1)
-    model, inputs = architecture.build(), architecture.make_inputs()
+    model, inputs = architecture.build().to(dtype), architecture.inputs(dtype)
     names = {site.name for site in fastlane_ext.explain(model) if site.pattern.count("Linear") == 2}
     started: list[float] = []
     spent = [0.0]

@@ -186,7 +186,7 @@ class Model:
         """Of forward, the part of eager's time that the MLPs had."""
         if mode != FORWARD or self.linears or not model_contestants.has_transformers():
             return {}
-        return {"mlp_share": model_contestants.mlp_share(self.architecture)}
+        return {"mlp_share": model_contestants.mlp_share(self.architecture, self.dtype)}
 
 
 Case = Layer | Network | Mlp | Model
@@ -225,8 +225,12 @@ NETWORKS: tuple[Network, ...] = (
     Network("4 layers of 1024, 512 rows", (1024,) * 5, (512, 1024)),
     Network("8 layers of 64, 65,536 rows", (64,) * 9, (65536, 64), dtype=torch.bfloat16),
 )
-_GPT2 = Model(
-    "GPT-2 small, 256 tokens", model_contestants.GPT2_SMALL, 1, 256, width=768, layers=12, other_weights=768 * 50257
+_GPT2 = Model("GPT-2 small, 256 tokens", model_contestants.GPT2_SMALL, 1, 256, width=768, layers=12, other_weights=0)
+_GPT2_WITH_HEAD = replace(
+    _GPT2,
+    label="GPT-2 small with its head, 256 tokens",
+    architecture=model_contestants.GPT2_SMALL_WITH_HEAD,
+    other_weights=768 * 50257,
 )
 _VIT = Model("ViT-small, 4 images", model_contestants.VIT_SMALL, 4, 197, width=384, layers=12, other_weights=384 * 768)
 MODELS: tuple[Mlp | Model, ...] = (
@@ -236,6 +240,8 @@ MODELS: tuple[Mlp | Model, ...] = (
     Mlp(1024, 768, 3072, torch.bfloat16),
     _GPT2,
     replace(_GPT2, linears=True),
+    _GPT2_WITH_HEAD,
+    replace(_GPT2_WITH_HEAD, linears=True),
     _VIT,
     replace(_VIT, linears=True),
 )
@@ -266,8 +272,9 @@ def plan(
     dtype: torch.dtype | None = None,
     quick: bool = False,
 ) -> list[Job]:
-    """The jobs of a suite, a key of ``SUITES``: each case at each number of threads. transformers
-    ``"all"`` leaves its models out.
+    """The jobs of a suite, a key of ``SUITES``: each case at each number of threads.
+
+    Where transformers is missing ``"all"`` leaves its models out.
 
     ``threads`` defaults to one and all. ``dtype`` runs every shape in that one instead of the listed
     ones; ``quick`` keeps a few cases. ValueError for an unknown suite or a thread count out of range.

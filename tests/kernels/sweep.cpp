@@ -35,7 +35,8 @@ constexpr int64_t kStackCases = 804;
 constexpr int64_t kFirstStackForward = kFirstEpilogue + kEpilogueCases;
 constexpr int64_t kFirstStackBackward = kFirstStackForward + kStackCases;
 constexpr int64_t kFirstGradientGemm = kFirstStackBackward + kStackCases, kGradientGemmCases = 2028;
-constexpr int64_t kCases = kFirstGradientGemm + kGradientGemmCases;
+constexpr int64_t kFirstMlpBackward = kFirstGradientGemm + kGradientGemmCases, kMlpBackwardCases = 804;
+constexpr int64_t kCases = kFirstMlpBackward + kMlpBackwardCases;
 
 constexpr int64_t kSizes[] = {0,  1,  2,  3,  5,  7,  8,  11,  12,  13,  15, 16,
                               17, 24, 31, 33, 48, 63, 65, 100, 129, 193, 385};
@@ -245,6 +246,74 @@ bool layer_backward_case(int64_t number) {
   return true;
 }
 
+bool mlp_backward_case(int64_t number) {
+  Case c("mlp_backward", number);
+  c.kind = Kind::normal, c.roundoff = c.format.compute_roundoff;
+  auto [rows, hidden, in] = draw_shape(c.rng);
+  const int64_t out = c.rng.pick(kSizes);
+  if (static_cast<double>(rows) * static_cast<double>(hidden) * static_cast<double>(out) > kMaxMultiplyAdds) rows = 3;
+  c.describe("rows", rows), c.describe("in", in), c.describe("hidden", hidden), c.describe("out", out);
+  const bool has_dx = c.rng.one_in(2), has_dw1 = !c.rng.one_in(4), has_db1 = c.rng.one_in(2);
+  const bool has_dw2 = !c.rng.one_in(4), has_dz = has_dx || has_dw1 || has_db1;
+  const bool transposed1 = c.rng.one_in(2), transposed2 = c.rng.one_in(2);
+  const auto rows_layout = [&](int64_t cols) { return row_layout(rows, cols, c.rng); };
+  const Operand dy = c.input("dy", rows, out, rows_layout(out), 1);
+  const Operand z = c.input("z", rows, hidden, rows_layout(hidden), 2);
+  const Operand x = has_dw1 ? c.input("x", rows, in, layout(number % kLayouts, rows, in, c.rng), 1) : c.absent("x");
+  const Operand w1 = has_dx ? c.input("w1", hidden, in, layout(number / 2 % kLayouts, hidden, in, c.rng), Real{0.1})
+                            : c.absent("w1");
+  const Operand w2 = has_dz ? c.input("w2", out, hidden, layout(number / 3 % kLayouts, out, hidden, c.rng), Real{0.1})
+                            : c.absent("w2");
+  const Operand shortcut =
+      has_dx && c.rng.one_in(2) ? c.input("shortcut_grad", rows, in, rows_layout(in), 1) : c.absent("shortcut_grad");
+  const Output dx(c, "dx", rows, in, has_dx), db1(c, "db1", 1, hidden, has_db1),
+      db2(c, "db2", 1, out, c.rng.one_in(2)),
+      dw1(c, "dw1", transposed1 ? in : hidden, transposed1 ? hidden : in, has_dw1),
+      dw2(c, "dw2", transposed2 ? hidden : out, transposed2 ? out : hidden, has_dw2);
+
+  MlpBackwardProblem p;
+  p.rows = rows, p.in_features = in, p.hidden = hidden, p.out_features = out;
+  p.dtype = c.dtype, p.activation = c.activation;
+  p.dy = dy.row_major(), p.z = z.row_major(), p.x = x.matrix(), p.fc1_weight = w1.matrix(),
+  p.fc2_weight = w2.matrix();
+  p.shortcut_grad = shortcut.row_major(), p.dfc1_transposed = transposed1, p.dfc2_transposed = transposed2;
+  bool done[2];
+  run_twice(c, [&](size_t run, const Parallel& parallel) {
+    MlpBackwardProblem own = p;
+    own.dx = dx.of_run(run).mutable_row_major(), own.dfc1_weight = dw1.of_run(run).mutable_row_major();
+    own.dfc2_weight = dw2.of_run(run).mutable_row_major();
+    own.dfc1_bias = db1.of_run(run).data, own.dfc2_bias = db2.of_run(run).data;
+    done[run] = kernels().mlp_backward(own, parallel);
+  });
+  if (done[0] != done[1]) fail(c, "one number of threads was declined, the other was not");
+  if (!done[0]) {
+    for (const Output* output : {&dx, &db1, &db2, &dw1, &dw2}) output->check_untouched();
+    return false;
+  }
+  const auto stored = [&](const Approx& gradient, bool transposed) {
+    return transposed ? gradient.transposed() : gradient;
+  };
+  const Approx exact_dy(dy);
+  db2.check(column_sums(exact_dy, c.roundoff));
+  if (has_dw2) {
+    Approx activations = rounded(activated(Approx(z), c.activation, c.format), c.format);
+    for (Real& error : activations.error) error += c.format.min_normal;
+    dw2.check(stored(product(exact_dy.transposed(), activations.transposed(), c.roundoff), transposed2));
+  }
+  if (!has_dz) return true;
+  Approx dz = rounded(product(exact_dy, Approx(w2).transposed(), c.roundoff), c.format);
+  dz = preactivation_grad(dz, Approx(z), c.activation, c.format, c.roundoff);
+  db1.check(column_sums(dz, c.roundoff));
+  dz = rounded(dz, c.format);
+  if (has_dx) {
+    Approx expected = product(dz, Approx(w1).transposed(), c.roundoff);
+    add(expected, shortcut, c.roundoff);
+    dx.check(expected);
+  }
+  if (has_dw1) dw1.check(stored(product(dz.transposed(), Approx(x).transposed(), c.roundoff), transposed1));
+  return true;
+}
+
 // The product lies in memory of its own, or where z or the result goes.
 void epilogue_case(int64_t number) {
   Case c("epilogue", number);
@@ -283,6 +352,7 @@ void epilogue_case(int64_t number) {
 // False where the kernel declined.
 bool run_case(int64_t number) {
   if (number >= kFirstLayerBackward && number < kFirstEpilogue) return layer_backward_case(number);
+  if (number >= kFirstMlpBackward) return mlp_backward_case(number);
   const auto run = number < kGemmCases            ? gemm_case
                    : number < kFirstLayerBackward ? preactivation_grad_case
                    : number < kFirstStackForward  ? epilogue_case

@@ -18,6 +18,8 @@ struct KernelTable {
   void (*preactivation_grad)(const PreActivationGradProblem&, const Parallel&);
   // In one pass over the rows, dz staying in L2; false, and nothing done, where the layer is too wide for that.
   bool (*layer_backward)(const LayerBackwardProblem&, const Parallel&);
+  // The same for an MLP.
+  bool (*mlp_backward)(const MlpBackwardProblem&, const Parallel&);
   // A block of rows through all layers while it lies in cache; for layers that stack.h calls narrow.
   void (*stack_forward)(const StackProblem&, const Parallel&);
   void (*stack_backward)(const StackProblem&, const Parallel&);

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../gelu.h"
+#include "../mlp.h"
 #include "dispatch.h"
 #include "half.h"
 #include "scratch.h"
@@ -40,8 +41,8 @@ namespace {
 namespace fastlane {
 
 const KernelTable* avx2_kernels() {
-  static constexpr KernelTable table{"avx2",         gemm,          epilogue,      preactivation_grad,
-                                     layer_backward, stack_forward, stack_backward};
+  static constexpr KernelTable table{"avx2",         gemm,         epilogue,      preactivation_grad,
+                                     layer_backward, mlp_backward, stack_forward, stack_backward};
   return &table;
 }
 

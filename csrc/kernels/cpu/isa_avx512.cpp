@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../gelu.h"
+#include "../mlp.h"
 #include "dispatch.h"
 #include "half.h"
 #include "scratch.h"
@@ -43,8 +44,8 @@ namespace {
 namespace fastlane {
 
 const KernelTable* avx512_kernels() {
-  static constexpr KernelTable table{"avx512",       gemm,          epilogue,      preactivation_grad,
-                                     layer_backward, stack_forward, stack_backward};
+  static constexpr KernelTable table{"avx512",       gemm,         epilogue,      preactivation_grad,
+                                     layer_backward, mlp_backward, stack_forward, stack_backward};
   return &table;
 }
 

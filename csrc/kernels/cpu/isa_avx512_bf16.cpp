@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../gelu.h"
+#include "../mlp.h"
 #include "dispatch.h"
 #include "half.h"
 #include "scratch.h"
@@ -51,6 +52,11 @@ bool layer_backward(const LayerBackwardProblem& p, const Parallel& parallel) {
                                 : avx512_kernels()->layer_backward(p, parallel);
 }
 
+bool mlp_backward(const MlpBackwardProblem& p, const Parallel& parallel) {
+  return p.dtype == DType::bf16 ? run_mlp_backward<BFloat16>(p, parallel)
+                                : avx512_kernels()->mlp_backward(p, parallel);
+}
+
 void stack_forward(const StackProblem& p, const Parallel& parallel) {
   if (p.dtype != DType::bf16) return avx512_kernels()->stack_forward(p, parallel);
   run_stack_forward<BFloat16>(p, parallel);
@@ -72,8 +78,8 @@ void stack_backward(const StackProblem& p, const Parallel& parallel) {
 namespace fastlane {
 
 const KernelTable* avx512_bf16_kernels() {
-  static constexpr KernelTable table{"avx512_bf16",  gemm,          epilogue,      preactivation_grad,
-                                     layer_backward, stack_forward, stack_backward};
+  static constexpr KernelTable table{"avx512_bf16",  gemm,         epilogue,      preactivation_grad,
+                                     layer_backward, mlp_backward, stack_forward, stack_backward};
   return &table;
 }
 

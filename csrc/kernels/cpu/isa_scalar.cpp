@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "../gelu.h"
+#include "../mlp.h"
 #include "dispatch.h"
 #include "half.h"
 #include "scratch.h"
@@ -18,8 +19,8 @@ namespace {
 }  // namespace
 
 const KernelTable* scalar_kernels() {
-  static constexpr KernelTable table{"scalar",       gemm,          epilogue,      preactivation_grad,
-                                     layer_backward, stack_forward, stack_backward};
+  static constexpr KernelTable table{"scalar",       gemm,         epilogue,      preactivation_grad,
+                                     layer_backward, mlp_backward, stack_forward, stack_backward};
   return &table;
 }
 

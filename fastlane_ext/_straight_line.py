@@ -1,0 +1,56 @@
+"""Whether a function is a straight line of calls and sums, so that one symbolic run of it says all that it does."""
+
+from __future__ import annotations
+
+import dis
+import types
+
+# Opcodes by parts of their names, which Python's versions share, and what they stand for in a message.
+_REFUSED = {
+    "JUMP": "decides or repeats something",
+    "FOR_ITER": "repeats something",
+    "WITH": "has a with block",
+    "SETUP_FINALLY": "has a try block",
+    "STORE_ATTR": "sets an attribute",
+    "STORE_SUBSCR": "sets an item",
+    "STORE_GLOBAL": "sets a global",
+    "STORE_DEREF": "sets a variable of another function",
+    "DELETE_": "deletes something",
+    "YIELD": "is a generator",
+    "RETURN_GENERATOR": "is a generator",
+    "RAISE": "raises something",
+    "IMPORT": "imports something",
+    "MAKE_FUNCTION": "makes a function",
+    "INPLACE_": "changes something in place",
+    "UNPACK": "unpacks something",
+}
+_CALLS = ("CALL", "CALL_FUNCTION", "CALL_METHOD", "CALL_KW", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX")
+
+
+def _why_refused(instruction: dis.Instruction) -> str | None:
+    for part, reason in _REFUSED.items():
+        if part in instruction.opname:
+            return reason
+    if instruction.opname == "BINARY_OP" and instruction.argrepr.endswith("="):
+        return "changes something in place"
+    return None
+
+
+def why_not_straight(function: object) -> str | None:
+    """None if ``function`` is a plain Python function without branches, loops, blocks, assignments to anything but its
+    own variables, and decorators; else what it does.
+    """
+    if not isinstance(function, types.FunctionType):
+        return "is no plain function"
+    if hasattr(function, "__wrapped__"):
+        return "is decorated"
+    for instruction in dis.get_instructions(function):
+        reason = _why_refused(instruction)
+        if reason is not None:
+            return reason
+    return None
+
+
+def count_calls(function: types.FunctionType) -> int:
+    """How many calls a straight function makes."""
+    return sum(instruction.opname in _CALLS for instruction in dis.get_instructions(function))

@@ -1,0 +1,159 @@
+"""A container's forward, run once with stand-ins for the container and its inputs.
+
+Nothing of the model is called or changed: a child called on a stand-in is written down, and so are sums and
+F.gelu. Straight lines alone are followed (_straight_line.py), and each of their calls has to be written down, so
+that nothing can happen in a forward that its record does not show: no branch, no context such as
+``torch.no_grad()``, nothing in place, no helper.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ._straight_line import count_calls, why_not_straight
+
+
+class Refused(Exception):
+    """Why a forward cannot be followed."""
+
+
+@dataclass(eq=False)
+class Node:
+    """A value: an input, a call of a child, ``F.gelu`` of a value, or a sum of two."""
+
+    kind: str  # "input", "call", "gelu", "add"
+    name: str = ""  # the input's or the child's
+    arguments: tuple[Node, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    users: list[Node] = field(default_factory=list)
+
+
+@dataclass
+class Record:
+    """The nodes in the order in which they were computed; ``output`` is one of them."""
+
+    nodes: list[Node] = field(default_factory=list)
+    output: Node | None = None
+    calls: int = 0
+    constants: dict[str, Any] = field(default_factory=dict)  # attributes of the container that it read
+
+    def add(self, kind: str, name: str = "", arguments: tuple[Node, ...] = (), **options: Any) -> Node:
+        node = Node(kind, name, arguments, options)
+        for argument in arguments:
+            argument.users.append(node)
+        self.nodes.append(node)
+        return node
+
+
+class _Value:
+    """Stands for a tensor. Whatever is not written down is refused."""
+
+    def __init__(self, record: Record, node: Node) -> None:
+        self._record, self._node = record, node
+
+    def __add__(self, other: object) -> _Value:
+        if not isinstance(other, _Value):
+            raise Refused(f"its forward adds a {type(other).__name__}")
+        return _Value(self._record, self._record.add("add", arguments=(self._node, other._node)))
+
+    __radd__ = __add__
+
+    @classmethod
+    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        plain_options = not any(isinstance(value, _Value) for value in kwargs.values())
+        if function is F.gelu and len(args) == 1 and isinstance(first, _Value) and plain_options:
+            first._record.calls += 1
+            return cls(first._record, first._record.add("gelu", arguments=(first._node,), **kwargs))
+        if function is torch.add and len(args) == 2 and not kwargs and isinstance(first, _Value):
+            first._record.calls += 1
+            return first + args[1]
+        raise Refused(f"its forward also computes {getattr(function, '__name__', function)}")
+
+    def __getattr__(self, name: str) -> Any:
+        raise Refused(f"its forward also uses {name!r} of a tensor")
+
+
+def _refuse(name: str):
+    def method(self, *_: Any) -> Any:
+        raise Refused(f"its forward also computes {name.strip('_')}")
+
+    return method
+
+
+for _name in dir(operator):
+    if _name.startswith("__") and callable(getattr(operator, _name)) and _name not in dir(_Value):
+        setattr(_Value, _name, _refuse(_name))
+for _name in ("__rmul__", "__rsub__", "__rtruediv__", "__rmatmul__", "__rpow__", "__bool__", "__len__", "__iter__"):
+    setattr(_Value, _name, _refuse(_name))
+
+
+class _Container:
+    """Stands for the container: its children can be called, its constants read; nothing else of it is there."""
+
+    def __init__(self, record: Record, module: nn.Module) -> None:
+        self.__dict__.update(_record=record, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        record, module = self._record, self._module
+        if name in module.__dict__ and isinstance(module.__dict__[name], (bool, int, float, str)):
+            return record.constants.setdefault(name, module.__dict__[name])
+        if name in module.__dict__ or module._modules.get(name) is None:
+            raise Refused(f"its forward also uses self.{name}")
+
+        def call(*args: Any, **kwargs: Any) -> _Value:
+            if kwargs or not args or not all(isinstance(value, _Value) for value in args):
+                raise Refused(f"its forward calls self.{name} with something else than tensors")
+            record.calls += 1
+            return _Value(record, record.add("call", name, tuple(value._node for value in args)))
+
+        return call
+
+
+def _follow_sequential(module: nn.Module, record: Record) -> None:
+    node = record.add("input", "input")
+    for name, child in module._modules.items():
+        if child is None:
+            raise Refused("a child of it is None")
+        node = record.add("call", name, (node,))
+    record.output = node
+
+
+def follow(module: nn.Module) -> Record:
+    """What ``type(module).forward`` does with its positional arguments; Refused, with the reason, where that is not
+    all that it does.
+    """
+    record, forward = Record(), type(module).forward
+    if forward is nn.Sequential.forward:
+        _follow_sequential(module, record)
+        return record
+    reason = why_not_straight(forward)
+    if reason is not None:
+        raise Refused(f"its forward {reason}")
+    inputs = []
+    for parameter in list(inspect.signature(forward).parameters.values())[1:]:
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            raise Refused("its forward takes any number of arguments")
+        # An argument with a default is left at it: a call that gives it runs the original forward.
+        if parameter.default is parameter.empty:
+            inputs.append(_Value(record, record.add("input", parameter.name)))
+    try:
+        result = forward(_Container(record, module), *inputs)
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(f"its forward cannot be followed: {type(error).__name__}: {error}") from error
+    if not isinstance(result, _Value):
+        raise Refused("its forward returns something else than one tensor")
+    if record.calls != count_calls(forward):
+        raise Refused("its forward calls something beside its children")
+    record.output = result._node
+    return record
