@@ -7,6 +7,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from ._plain import original_class
+
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
@@ -24,7 +26,7 @@ def class_name(kind: type) -> str:
 
 def linear_class(kind: type) -> type[nn.Module] | None:
     """``nn.Linear`` or ``Conv1D`` if ``kind`` is exactly one of them, fused or not."""
-    kind = getattr(kind, "_fastlane_original", kind)
+    kind = original_class(kind)
     return kind if kind is nn.Linear or (kind is _conv1d() and kind is not None) else None
 
 

@@ -9,6 +9,11 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 
+def original_class(kind: type) -> type:
+    """The class that a class made by `fuse` stands for, or ``kind`` itself."""
+    return kind.__dict__.get("_fastlane_original", kind)
+
+
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """None if ``module`` does just what ``kind`` does, else why not: other type, hooks, own forward."""
     if type(module) is not kind:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ._activations import form_of_module, form_of_values, state_of
 from ._linears import is_linear, linear_class
+from ._plain import original_class
 from ._trace import Node, Refused, follow
 
 __all__ = ["Add", "Call", "Child", "Fused", "Plan", "Refused", "Role", "gelu_children", "other_activation", "read_plan"]
@@ -128,7 +129,7 @@ class _Reader:
             if node not in self.absorbed:
                 self._read(node)
         inputs = tuple(node.name for node in self.record.nodes if node.kind == "input")
-        is_sequential = type(self.module).forward is nn.Sequential.forward
+        is_sequential = original_class(type(self.module)).forward is nn.Sequential.forward
         return Plan(
             inputs,
             tuple(self.steps),

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ._plain import original_class
 from ._straight_line import count_calls, why_not_straight
 
 
@@ -128,10 +129,10 @@ def _follow_sequential(module: nn.Module, record: Record) -> None:
 
 
 def follow(module: nn.Module) -> Record:
-    """What ``type(module).forward`` does with its positional arguments; Refused, with the reason, where that is not
-    all that it does.
+    """What the forward of the module's class does with its positional arguments. Refused, with the reason, where that
+    is not all that it does.
     """
-    record, forward = Record(), type(module).forward
+    record, forward = Record(), original_class(type(module)).forward
     if forward is nn.Sequential.forward:
         _follow_sequential(module, record)
         return record

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import _register  # noqa: F401  (registers the batching rules)
 from ._linears import PLAIN_TENSORS, class_name, linear_class, weight_and_bias, why_parameters_unfit
 from ._load import library
-from ._plain import under_global_hooks
+from ._plain import original_class, under_global_hooks
 from ._plan import Call, Child, Fused, Plan, Role
 from .functional import record_fallback
 
@@ -184,6 +184,7 @@ _making = threading.Lock()
 
 def fused_class(original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``original`` whose instances run fused; whatever making a subclass raises is raised."""
+    original = original_class(original)
     with _making:
         if original not in _classes:
             _classes[original] = _make_class(original)

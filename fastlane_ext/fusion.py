@@ -21,6 +21,7 @@ from ._activations import why_no_gelu
 from ._arguments import bad, check_flag
 from ._linears import class_name, is_linear, linear_class, weight_and_bias, why_parameters_unfit
 from ._load import library
+from ._plain import original_class
 from ._plan import Plan, Refused, gelu_children, other_activation, read_plan
 from .fused_classes import PLAN, fused_class, why_changed
 
@@ -174,18 +175,19 @@ def unfuse(model: nn.Module) -> int:
     originals = {fused: original for original, fused in _FUSED_NETWORKS.items()}
     changes = []
     for module in model.modules():
-        if PLAN in module.__dict__:
-            kind = type(module)
-            original = kind.__dict__.get("_fastlane_original") or originals.get(kind)
-            if original is None:
-                raise RuntimeError(
-                    f"unfuse: a {kind.__name__} has changed its class since fuse() (a parametrization or FSDP does "
-                    "that); undo that first"
-                )
+        kind, has_plan = type(module), PLAN in module.__dict__
+        original = originals.get(kind, kind) if has_plan else kind
+        original = original_class(original)
+        if original is not kind:
             changes.append((module, original))
+        elif has_plan:
+            raise RuntimeError(
+                f"unfuse: a {kind.__name__} has changed its class since fuse() (a parametrization or FSDP does "
+                "that); undo that first"
+            )
     for module, original in changes:
         object.__setattr__(module, "__class__", original)
-        del module.__dict__[PLAN]
+        module.__dict__.pop(PLAN, None)
     return len(changes)
 
 
@@ -215,8 +217,7 @@ class disabled(ContextDecorator):
 
 
 def _original_name(module: nn.Module) -> str:
-    kind = type(module)
-    return getattr(kind, "_fastlane_original", kind).__name__
+    return original_class(type(module)).__name__
 
 
 def _looks_linear(child: nn.Module) -> bool:
@@ -225,7 +226,8 @@ def _looks_linear(child: nn.Module) -> bool:
 
 def _why_no_class(kind: type[nn.Module]) -> str | None:
     try:
-        fused_class(kind)
+        instance = object.__new__(kind)
+        object.__setattr__(instance, "__class__", fused_class(kind))
     except Exception as error:
         return f"its class takes no subclass: {type(error).__name__}: {error}"
     return None

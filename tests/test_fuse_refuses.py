@@ -329,6 +329,12 @@ def test_new_instances_of_a_fused_class():
     x = torch.randn(4, 8)
     assert torch.equal(model[:2](x), F.gelu(model[0](x)))
     assert type(model)(nn.Identity())(x) is x
+    part = model[1:]
+    fl.fuse(part[1:], linears=True, dry_run=True)
+    whole = type(model)(*model)
+    fl.fuse(whole).assert_fused(1)
+    assert type(whole) is type(model)
+    assert fl.unfuse(whole) == 1 and fl.unfuse(part) == 1 and type(part) is nn.Sequential
     block = NamedMlp()
     fl.fuse(block)
     assert type(block)()(torch.randn(2, 12)).shape == (2, 12)
