@@ -18,6 +18,7 @@ FILES = [
     "test_layer_saved.py",
     "test_layer_hostile.py",
     "test_layer_process.py",
+    "test_mlp.py",
     "test_stack.py",
 ]
 FORCED = os.environ.get("FASTLANE_CPU_ISA")
