@@ -76,27 +76,30 @@ $(CUDA_VENV)/.requirements: requirements.txt
 	$(CUDA_BIN)/python -m pip install --quiet --no-deps $(CUDA_TOOLS) $(CUDA_TIMM)
 	touch $@
 
-# The README's table and plots: measured on this machine, now, three runs. Leave it alone meanwhile; half an hour.
-RESULTS = $(foreach run,1 2 3,benchmarks/results/bench-$(run).json)
-GELU_RESULTS = benchmarks/results/gelu.json
+# The README's tables and plots: measured on this machine, now, three runs. Leave it alone meanwhile; three quarters of an
+# hour.
+RESULTS = benchmarks/results
+results_of = $(sort $(wildcard $(RESULTS)/$(1)-[0-9].json))
 bench: $(VENV)/.built
-	mkdir -p benchmarks/results
-	for results in $(RESULTS); do $(BIN)/fastlane bench --suite all --json $$results || exit 1; done
-	$(BIN)/python benchmarks/bench_gelu.py --json $(GELU_RESULTS)
+	mkdir -p $(RESULTS)
+	for suite in layer networks models; do for run in 1 2 3; do \
+	$(BIN)/fastlane bench --suite $$suite --json $(RESULTS)/$$suite-$$run.json || exit 1; done; done
+	$(BIN)/python benchmarks/bench_gelu.py --json $(RESULTS)/gelu.json
 	$(MAKE) report
 
 # GELU alone, old formulas against new, and its error over every float32: some minutes.
 bench-gelu: $(VENV)/.built
-	mkdir -p benchmarks/results
-	$(BIN)/python benchmarks/bench_gelu.py --json $(GELU_RESULTS)
-	$(BIN)/python benchmarks/report.py $(GELU_RESULTS) --readme benchmarks/RESULTS.md
+	mkdir -p $(RESULTS)
+	$(BIN)/python benchmarks/bench_gelu.py --json $(RESULTS)/gelu.json
+	$(BIN)/python benchmarks/report.py $(RESULTS)/gelu.json --readme benchmarks/RESULTS.md
 
+REPORT = $(BIN)/python benchmarks/report.py
 report: $(VENV)/.built
-	$(BIN)/python benchmarks/report.py $(RESULTS) --suite layer --threads $$(nproc) --readme README.md --plot docs/bench.png
-	$(BIN)/python benchmarks/report.py $(RESULTS) --suite networks --threads $$(nproc) --readme README.md --plot docs/bench-networks.png
-	$(BIN)/python benchmarks/report.py $(RESULTS) --suite models --threads $$(nproc) --readme README.md --plot docs/bench-models.png
-	$(BIN)/python benchmarks/report.py $(RESULTS) --readme benchmarks/RESULTS.md
-	$(BIN)/python benchmarks/report.py $(GELU_RESULTS) --readme benchmarks/RESULTS.md
+	$(REPORT) $(call results_of,layer) --suite layer --threads $$(nproc) --readme README.md --plot docs/bench.png
+	$(REPORT) $(call results_of,networks) --suite networks --threads $$(nproc) --readme README.md --plot docs/bench-networks.png
+	$(REPORT) $(call results_of,models) --suite models --threads $$(nproc) --readme README.md --plot docs/bench-models.png
+	$(REPORT) $(call results_of,layer) $(call results_of,networks) --readme benchmarks/RESULTS.md
+	$(REPORT) $(RESULTS)/gelu.json --readme benchmarks/RESULTS.md
 
 clean:
 	rm -rf build dist *.egg-info $(OUTPUT) fastlane_ext/_C*.so fastlane_ext/_build_record.json
