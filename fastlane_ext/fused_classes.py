@@ -37,7 +37,7 @@ def _why_changed(child: nn.Module | None, found: Child) -> str | None:
     is_same_linear = found.role == Role.LINEAR and linear_class(kind) is linear_class(found.kind)
     if kind is not found.kind and not is_same_linear:
         return f"is a {class_name(kind)}, not a{' plain' if found.role == Role.LINEAR else ''} {class_name(found.kind)}"
-    if kind.forward is not found.forward and not is_same_linear:
+    if kind is found.kind and kind.forward is not found.forward:
         return f"is a {class_name(kind)}, whose class has another forward now"
     reason = _why_touched(child)
     if reason is None and found.role == Role.LINEAR:

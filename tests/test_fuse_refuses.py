@@ -267,6 +267,14 @@ def test_an_activation_that_loses_its_constant():
         model(torch.randn(3, 12))
 
 
+@pytest.mark.expects_fallback("NamedMlp: fc1 is a Linear, whose class has another forward now")
+def test_the_class_of_linear_layers_gets_another_forward(monkeypatch):
+    model = NamedMlp()
+    fl.fuse(model)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 0 * F.linear(x, self.weight, self.bias))
+    assert not model(torch.randn(3, 12)).any()
+
+
 @pytest.mark.expects_fallback("NamedMlp: act is a GELU, whose class has another forward now")
 def test_the_class_of_a_child_gets_another_forward(monkeypatch):
     model = NamedMlp()
