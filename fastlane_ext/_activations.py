@@ -22,8 +22,8 @@ _registered: dict[type[nn.Module], str] = {}
 def register_activation(cls: type[nn.Module], form: str) -> None:
     """Tell `fuse` that modules of exactly this class compute ``form``: ``"gelu"`` or ``"gelu_tanh"``.
 
-    Classes that compute a GELU on a CPU need no registration: `fuse` finds them by their values. This is for
-    those it cannot call, such as wrappers of GPU kernels.
+    Classes that always compute a GELU, also on a CPU, need no registration: `fuse` finds them by their values. This
+    is for those that it cannot call, such as wrappers of GPU kernels, or that branch or have a state.
 
     Raises TypeError if ``cls`` is no subclass of ``nn.Module``, ValueError for an unknown ``form``.
 

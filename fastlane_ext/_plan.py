@@ -7,7 +7,7 @@ at every call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from ._linears import is_linear, linear_class
 from ._plain import original_class
 from ._trace import Node, Refused, follow
 
-__all__ = ["Add", "Call", "Child", "Fused", "Plan", "Refused", "Role", "gelu_children", "other_activation", "read_plan"]
+__all__ = ["Add", "Call", "Child", "Fused", "Plan", "Refused", "Role", "has_gelu", "other_activation", "read_plan"]
 
 
 class Role(IntEnum):
@@ -121,6 +121,7 @@ class _Reader:
         self.record = follow(module)
         self.absorbed: set[Node] = set()
         self.values: dict[Node, int] = {}
+        self.positions = {node: position for position, node in enumerate(self.record.nodes)}
         self.steps: list[Fused | Call | Add] = []
         self.children: list[Child] = []
 
@@ -172,7 +173,12 @@ class _Reader:
         return None if child is None else form_of_module(child)
 
     def _only_user(self, node: Node) -> Node | None:
-        return node.users[0] if len(node.users) == 1 and node is not self.record.output else None
+        if len(node.users) != 1 or node is self.record.output:
+            return None
+        (user,) = node.users
+        between = self.record.nodes[self.positions[node] + 1 : self.positions[user]]
+        # A child called meanwhile may change in place what a fused step would read too early.
+        return None if any(other.kind == "call" for other in between) else user
 
     def _precedes_gelu(self, linear: Node) -> bool:
         # Such a layer is better fused with its own activation.
@@ -266,11 +272,8 @@ def read_plan(module: nn.Module) -> Plan:
     return _Reader(module).plan()
 
 
-def gelu_children(module: nn.Module) -> Iterable[str]:
-    """Names of the GELUs that a forward of ``module`` could call: children, and F.gelu kept as an attribute."""
-    for name, child in module._modules.items():
-        if child is not None and form_of_module(child):
-            yield name
-    for name, value in vars(module).items():
-        if value is F.gelu:
-            yield name
+def has_gelu(module: nn.Module) -> bool:
+    """Whether a forward of ``module`` could call a GELU: a child, or F.gelu kept as an attribute."""
+    return any(value is F.gelu for value in vars(module).values()) or any(
+        form_of_module(child) is not None for child in module.children()
+    )

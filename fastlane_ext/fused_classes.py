@@ -72,22 +72,18 @@ def why_changed(module: nn.Module, plan: Plan, *, ignore_dropout: bool = False) 
 
 
 def _run_fused(children: dict[str, nn.Module], step: Fused, values: list[Any]) -> Tensor:
-    x = values[step.source]
-    fc1, fc2 = step.fc1, step.fc2
-    residual = late = None
+    x, residual, late = values[step.source], None, None
+    parameters = weight_and_bias(children[step.fc1.name], step.fc1.transposed)
+    op = torch.ops.fastlane.linear_gelu_residual.default
+    if step.fc2 is not None:
+        parameters += weight_and_bias(children[step.fc2.name], step.fc2.transposed)
+        op = torch.ops.fastlane.mlp_residual.default
     if step.residual is not None:
         residual = values[step.residual]
         # What eager broadcasts or promotes further than the kernels do is added afterwards.
-        last = children[(fc2 or fc1).name]._parameters["weight"]
-        width = last.shape[1] if (fc2 or fc1).transposed else last.shape[0]
-        if residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], width):
+        if residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], parameters[-2].shape[0]):
             residual, late = None, residual
-    parameters = weight_and_bias(children[fc1.name], fc1.transposed)
-    if fc2 is None:
-        y = torch.ops.fastlane.linear_gelu_residual.default(x, *parameters, residual, activation=step.activation)
-    else:
-        parameters += weight_and_bias(children[fc2.name], fc2.transposed)
-        y = torch.ops.fastlane.mlp_residual.default(x, *parameters, residual, activation=step.activation)
+    y = op(x, *parameters, residual, activation=step.activation)
     return y if late is None else y + late
 
 

@@ -22,7 +22,7 @@ from ._arguments import bad, check_flag
 from ._linears import class_name, is_linear, linear_class, weight_and_bias, why_parameters_unfit
 from ._load import library
 from ._plain import original_class
-from ._plan import Plan, Refused, gelu_children, other_activation, read_plan
+from ._plan import Plan, Refused, has_gelu, other_activation, read_plan
 from .fused_classes import PLAN, fused_class, why_changed
 
 _FUSED_NETWORKS = {
@@ -283,7 +283,7 @@ class _Search:
                 plan = read_plan(module)
             except Refused as refused:
                 # Without a GELU in sight this is no place where anyone would expect a fused operation.
-                if any(True for _ in gelu_children(module)):
+                if has_gelu(module):
                     self.refused += 1
                     self._add(name, module, "Linear, GELU", str(refused))
                 return
@@ -311,7 +311,7 @@ class _Search:
         if activation is not None:
             child = module._modules[activation]
             reason = f"{activation} is a {type(child).__name__}, {why_no_gelu(child)}"
-        elif any(True for _ in gelu_children(module)):
+        elif has_gelu(module):
             # A stand-in for a linear layer: an adapter, a quantised layer, a parametrised one.
             pattern = "Linear, GELU"
             for child_name, child in module.named_children():

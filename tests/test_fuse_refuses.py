@@ -178,6 +178,20 @@ def test_a_layer_used_twice_and_an_output_used_twice():
         torch.testing.assert_close(fused(x), model(x))
 
 
+def test_a_residual_that_a_child_changes_in_place_meanwhile():
+    def forward(self, x):
+        y = self.fc2(self.act(self.fc1(x)))
+        self.relu(x)
+        return y + x
+
+    model = forward_of(forward)()
+    model.relu = nn.ReLU(inplace=True)
+    fused = copy.deepcopy(model)
+    assert [site.pattern for site in fl.fuse(fused)] == ["Linear→GELU→Linear"]
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(fused(x.clone()), model(x.clone()))
+
+
 class MonteCarlo(nn.Dropout):
     def forward(self, x):
         return F.dropout(x, self.p, True)
