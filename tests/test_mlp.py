@@ -191,13 +191,24 @@ def test_weights_stored_in_out(dtype, rows, transposed):
     assert result["dfc2_weight"].stride() == cases[0].fc2_weight.stride()
 
 
-def test_rows_in_several_blocks(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
+def test_few_rows_and_a_wide_weight_stored_in_out(dtype):
+    """The products run transposed: fc2's dgrad multiplies by act′ and sums its columns that way too."""
+    cases = [
+        replace(mlp, fc2_weight=mlp.fc2_weight.t().contiguous().t())
+        for mlp in pooled(100, 20, 2100, 300, dtype=dtype)[:2]
+    ]
+    assert_no_less_exact(cases, run_fused, run_eager, run_oracle)
+
+
+def test_rows_in_several_blocks():
     """So many hidden activations that no cache holds them: blocks of rows, with the same bits as one by one."""
-    mlp = make_mlp(5000, 4, 6000, 3, residual="none")
+    mlp = make_mlp(5000, 4, 6000, 3)
+    arguments = [getattr(mlp, name) for name in PARAMETERS]
     with torch.no_grad():
-        arguments = [getattr(mlp, name) for name in ("x", *PARAMETERS)]
-        y = fl.mlp_residual(*arguments)
-        parts = [fl.mlp_residual(x, *arguments[1:]) for x in mlp.x.split(700)]
+        y = fl.mlp_residual(mlp.x, *arguments, mlp.residual)
+        pairs = zip(mlp.x.split(700), mlp.residual.split(700), strict=True)
+        parts = [fl.mlp_residual(x, *arguments, residual) for x, residual in pairs]
     assert torch.equal(y, torch.cat(parts))
 
 
