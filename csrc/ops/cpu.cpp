@@ -58,7 +58,8 @@ Path dgrad(const GemmProblem&) { return Path::library; }
 int64_t mlp_block_rows(const MlpProblem& p) {
   constexpr int64_t kMinRows = 512;
   const int64_t row_bytes = std::max<int64_t>(1, p.hidden * element_size(p.dtype));
-  const int64_t most = std::max(kMinRows, caches().last / 2 / row_bytes);
+  const int64_t bytes = std::min(caches().last / 2, static_cast<int64_t>(kKeptScratchBytes));
+  const int64_t most = std::max(kMinRows, bytes / row_bytes);
   const int64_t blocks = std::max<int64_t>(1, (p.rows + most - 1) / most);
   return (p.rows + blocks - 1) / blocks;
 }

@@ -6,6 +6,9 @@
 #include <sys/sysctl.h>
 #elif defined(__unix__)
 #include <unistd.h>
+
+#include <fstream>
+#include <string>
 #endif
 
 namespace fastlane {
@@ -19,7 +22,24 @@ int64_t size_of(const char* level) {
 }
 Caches ask() { return {size_of("hw.l2cachesize"), size_of("hw.l3cachesize")}; }
 #elif defined(_SC_LEVEL2_CACHE_SIZE)
-Caches ask() { return {sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE)}; }
+// The cache of the level that Linux lists for the first core, such as "32768K".
+int64_t listed_size(int level) {
+  constexpr int kListed = 8;
+  for (int i = 0; i < kListed; ++i) {
+    const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(i) + "/";
+    int listed_level = 0;
+    int64_t size = 0;
+    char unit = 0;
+    if (!(std::ifstream(folder + "level") >> listed_level)) break;
+    if (listed_level == level && std::ifstream(folder + "size") >> size >> unit && unit == 'K') return size << 10;
+  }
+  return 0;
+}
+// For the last level sysconf gives the sum of a socket's caches on some machines, of which a core uses one.
+Caches ask() {
+  const int64_t last = listed_size(3);
+  return {sysconf(_SC_LEVEL2_CACHE_SIZE), last > 0 ? last : sysconf(_SC_LEVEL3_CACHE_SIZE)};
+}
 #else
 Caches ask() { return {0, 0}; }
 #endif

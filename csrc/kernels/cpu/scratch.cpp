@@ -11,8 +11,6 @@ namespace fastlane {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-// A larger buffer goes back to the system after its call: memory held by an idle thread stays bounded.
-constexpr size_t kKeepBytes = size_t{32} << 20;
 
 // Work memory is kept and read again and again: huge pages save faults once, and entries of the TLB always.
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
@@ -57,7 +55,7 @@ Scratch::Scratch(ScratchSlot slot, size_t bytes) : slot_(slot) {
 
 Scratch::~Scratch() {
   Buffer& b = buffer(slot_);
-  if (b.bytes > kKeepBytes) b.release();
+  if (b.bytes > kKeptScratchBytes) b.release();
 }
 
 }  // namespace fastlane

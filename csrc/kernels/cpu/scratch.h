@@ -21,6 +21,9 @@ enum class ScratchSlot {
   count
 };
 
+// A larger buffer goes back to the system after its call: memory held by an idle thread stays bounded.
+constexpr size_t kKeptScratchBytes = size_t{32} << 20;
+
 class Scratch {
  public:
   // Throws std::bad_alloc. Contents are undefined.
