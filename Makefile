@@ -6,7 +6,7 @@ BUILD_INPUTS = setup.py build_support.py pyproject.toml $(shell find csrc -type 
 CXX_SOURCES = $(shell find csrc tests/kernels tests/cuda_host benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inc' \
 	-o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format sanitize cuda-build bench bench-gelu report clean
+.PHONY: demo test test-all mutants lint format sanitize cuda-build bench bench-gelu report clean
 
 # A fresh machine needs Python 3.10+, its headers and a C++ compiler; everything else is installed here.
 demo: $(VENV)/.built
@@ -18,6 +18,15 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built lint
 	$(BIN)/python -m pytest
+
+# The same with the tests that take minutes each, and the sanitizers; three quarters of an hour.
+test-all: $(VENV)/.built lint
+	$(BIN)/python -m pytest --thorough
+	$(MAKE) sanitize
+
+# Breaks the kernels in many small ways, each of which the tests must notice; an hour. FLAGS="--only dW" takes some.
+mutants: $(VENV)/.built
+	$(BIN)/python tests/mutation/run.py $(FLAGS)
 
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .

@@ -1,0 +1,156 @@
+"""Breaks the compiled half in many small ways and shows that the tests notice each: `make mutants`.
+
+    python tests/mutation/run.py                 all mutants, on the AVX2 kernels
+    python tests/mutation/run.py --only dW       those with "dW" in their names
+    python tests/mutation/run.py --list
+
+A copy of the sources is made in build/mutation, with every mutant in it behind a switch, and compiled once; the
+variable FASTLANE_MUTANT then chooses one. The exit status is 1 if a mutant survives.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mutants import MUTANTS
+
+ROOT = Path(__file__).resolve().parents[2]
+COPY = ROOT / "build" / "mutation"
+COPIED = ["csrc", "fastlane_ext", "tests", "setup.py", "build_support.py", "pyproject.toml", "README.md"]
+SWITCH = """// Which mutant is the chosen one.
+#pragma once
+#include <cstdlib>
+inline const int fastlane_mutant = std::getenv("FASTLANE_MUTANT") ? std::atoi(std::getenv("FASTLANE_MUTANT")) : 0;
+"""
+# After the nearest file, these in order: what is fast and catches much comes first.
+TEST_FILES = [
+    "test_layer_accuracy.py",
+    "test_layer_gradients.py",
+    "test_mlp.py",
+    "test_stack.py",
+    "test_layer_hostile.py",
+    "test_layer_saved.py",
+    "test_gelu.py",
+    "test_layer_process.py",
+    "test_guarded.py",
+    "test_layer_transforms.py",
+    "test_fuse.py",
+]
+# As test_layer_path.py runs them on the other path.
+MARKERS = {"fused": "not slow", "library": "not slow and not own_product"}
+# A mutant that makes a test wait for ever is noticed by that.
+TIME_LIMIT_S = 900
+NO_TESTS = 5  # pytest's exit status where all were deselected
+
+
+def mutated_sources():
+    """The text of every file that has mutants, by its path."""
+    texts = {}
+    for number, mutant in enumerate(MUTANTS, start=1):
+        text = texts.get(mutant.file) or (ROOT / mutant.file).read_text()
+        found = text.count(mutant.text)
+        if found != 1:
+            sys.exit(f"{mutant.file}: mutant {mutant.name!r}: its text is there {found} times, expected 1; adapt it")
+        texts[mutant.file] = text.replace(
+            mutant.text, mutant.broken.replace("MUTANT", f"(fastlane_mutant == {number})")
+        )
+    return texts
+
+
+def write_if_changed(path, content):
+    """What stays as it was keeps its time, and is not compiled again."""
+    if path.exists() and path.read_bytes() == content:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def copy_sources():
+    mutated = mutated_sources()
+    for name in COPIED:
+        for source in [ROOT / name] if (ROOT / name).is_file() else sorted((ROOT / name).rglob("*")):
+            relative = source.relative_to(ROOT)
+            if source.is_dir() or source.suffix in {".so", ".pyc"}:
+                continue
+            text = mutated.get(relative.as_posix())
+            write_if_changed(COPY / relative, text.encode() if text is not None else source.read_bytes())
+    write_if_changed(COPY / "mutant.h", SWITCH.encode())
+
+
+def build():
+    flags = f"{os.environ.get('CFLAGS', '')} -include {COPY / 'mutant.h'}"
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=COPY, env=os.environ | {"CFLAGS": flags, "FASTLANE_CUDA": "0"}, check=True)
+
+
+def run_tests(number, file, isa, path):
+    """The failing test, or what else ended the run; None where all tests passed."""
+    environment = {"FASTLANE_CPU_ISA": isa, "FASTLANE_PATH": path, "FASTLANE_MUTANT": str(number)}
+    environment = os.environ | environment | {"PYTHONPATH": str(COPY)}
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", "-m", MARKERS[path]]
+    command = [sys.executable, "-m", "pytest", *options, file]
+    try:
+        done = subprocess.run(
+            command, cwd=COPY / "tests", env=environment, capture_output=True, text=True, timeout=TIME_LIMIT_S
+        )
+    except subprocess.TimeoutExpired:
+        return f"no end after {TIME_LIMIT_S} s"
+    if done.returncode in (0, NO_TESTS):
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if failed:
+        return failed.group(1)
+    if done.returncode == 1:
+        return "a failing test"
+    if done.returncode < 0:
+        return f"signal {-done.returncode}"
+    sys.exit(f"pytest ended with {done.returncode}, which says nothing of a mutant:\n{done.stdout}{done.stderr}")
+
+
+def noticed_by(number, mutant, isa):
+    for file in dict.fromkeys([mutant.near, *TEST_FILES]):
+        found = run_tests(number, file, isa, mutant.path)
+        if found:
+            return found
+    return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="TEXT", help="mutants with this in their names")
+    parser.add_argument("--isa", default="avx2", help="kernel set that is broken (default avx2)")
+    parser.add_argument("--list", action="store_true", help="name the mutants and stop")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    arguments = parser.parse_args()
+    chosen = [(i, m) for i, m in enumerate(MUTANTS, start=1) if arguments.only in m.name]
+    if not chosen:
+        parser.error(f"--only: no mutant has {arguments.only!r} in its name; see --list")
+    if arguments.list:
+        print("\n".join(f"{i:3} {m.name} ({m.file})" for i, m in chosen))
+        return 0
+    copy_sources()
+    build()
+    for file, path in sorted({(m.near, m.path) for _, m in chosen}):
+        unbroken = run_tests(0, file, arguments.isa, path)
+        if unbroken:
+            sys.exit(f"{file} fails with no mutant chosen: {unbroken}; mend that first")
+    results = []
+    for number, mutant in chosen:
+        start = time.monotonic()
+        found = noticed_by(number, mutant, arguments.isa)
+        results.append({"number": number, "mutant": mutant.name, "file": mutant.file, "noticed_by": found})
+        print(f"{number:3} {mutant.name}: {found or 'SURVIVED'} ({time.monotonic() - start:.0f} s)", flush=True)
+    survivors = [r for r in results if not r["noticed_by"]]
+    print(f"{len(results) - len(survivors)} of {len(results)} mutants noticed")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
