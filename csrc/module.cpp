@@ -32,6 +32,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("is_disabled", [] { return fastlane::policy::why_disabled() != nullptr; });
   m.def("disable", &fastlane::policy::disable);
   fastlane::python::prepare();
+  fastlane::policy::set_dtensor_test(&fastlane::python::is_dtensor);
   m.def("run_plain_network", &fastlane::run_plain_network);
   m.def("is_unchanged", &fastlane::is_unchanged);
 }

@@ -33,6 +33,15 @@ bool read_tensor(PyObject* object, at::Tensor& tensor) {
   return true;
 }
 
+bool is_dtensor(const at::Tensor& t) {
+  const py::gil_scoped_acquire interpreter;
+  PyObject* const module = PyDict_GetItemString(PyImport_GetModuleDict(), "torch.distributed.tensor");
+  if (!module) return false;
+  const auto kind = py::getattr(module, "DTensor", py::none());
+  const auto object = py::reinterpret_steal<py::object>(THPVariable_Wrap(t));
+  return PyType_Check(kind.ptr()) && PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(kind.ptr()));
+}
+
 namespace {
 
 bool has_kernel_format(const at::Tensor& t) { return t.layout() == at::kStrided && has_kernel_dtype(t); }

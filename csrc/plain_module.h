@@ -83,4 +83,7 @@ bool read_tensor(PyObject* object, at::Tensor& tensor);
 // attributes.
 bool read_linear(PyObject* dict, at::Tensor& weight, at::Tensor& bias);
 
+// Whether torch.distributed.tensor's class is the tensor's; that module is never imported for the question.
+bool is_dtensor(const at::Tensor& t);
+
 }  // namespace fastlane::python

@@ -5,7 +5,9 @@ Anything else (a subclass, hooks, a parametrization, an adapter in its place) ha
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules import module as nn_module
 
 
@@ -17,7 +19,10 @@ def original_class(kind: type) -> type:
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """None if ``module`` does just what ``kind`` does, else why not: other type, hooks, own forward."""
     if type(module) is not kind:
-        return f"is a {type(module).__name__}, not a plain {kind.__name__}"
+        name = type(module).__name__
+        # An adapter may be called Linear too.
+        name = f"{type(module).__module__}.{name}" if name == kind.__name__ else name
+        return f"is a {name}, not a plain {kind.__name__}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
     return "has a forward of its own" if "forward" in module.__dict__ else None
@@ -35,6 +40,16 @@ def under_global_hooks() -> str | None:
     return None
 
 
+def _why_odd_parameters(linear: nn.Linear) -> str | None:
+    """A subclass of Tensor (quantised, sharded) may know F.linear and no operator of ours; tracers' own know both."""
+    if not torch.compiler.is_compiling():
+        for name in ("weight", "bias"):
+            kind = type(getattr(linear, name))
+            if kind not in (nn.Parameter, Tensor, type(None), FakeTensor):
+                return f"has a {name} that is no plain parameter"
+    return None
+
+
 def why_not_plain_linear(module: nn.Module) -> str | None:
-    """None if calling ``module`` is just ``F.linear`` on its parameters, else the reason why it is not."""
-    return under_global_hooks() or why_not_plain(module, nn.Linear)
+    """None if calling ``module`` is just ``F.linear`` on plain parameters, else the reason why it is not."""
+    return under_global_hooks() or why_not_plain(module, nn.Linear) or _why_odd_parameters(module)

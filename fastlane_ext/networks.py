@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import reference
 from ._load import library
-from ._plain import under_global_hooks, why_not_plain
+from ._plain import under_global_hooks, why_not_plain, why_not_plain_linear
 from .functional import linear_gelu_concat, linear_gelu_residual, record_fallback, residual_stack
 from .modules import run_linear
 
@@ -29,7 +29,7 @@ def _plain_layer(layer: nn.Module) -> tuple[Tensor, Tensor | None, str] | str:
     if len(layer._modules) != 2:
         return f"has {len(layer._modules)} children, not Linear and activation"
     linear, activation = layer._modules.values()
-    reason = why_not_plain(linear, nn.Linear)
+    reason = why_not_plain_linear(linear)
     if reason is not None:
         return f"has a child 0 that {reason}"
     kind = nn.Identity if type(activation) is nn.Identity else nn.GELU
@@ -73,7 +73,7 @@ class _FusedForward(reference.ResidualNetwork):
             projections, projection_biases = [], []
             for index in range(len(weights)):
                 projection = self.projections[index]
-                if projection is not None and why_not_plain(projection, nn.Linear) is not None:
+                if projection is not None and why_not_plain_linear(projection) is not None:
                     return self._forward_by_layer(x)
                 projections.append(None if projection is None else projection.weight)
                 projection_biases.append(None if projection is None else projection.bias)

@@ -4,6 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
 
 
 def run_python(code, **environment):
@@ -18,3 +22,51 @@ def run_python(code, **environment):
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
     return json.loads(lines[-1]) if lines else None
+
+
+def run_workers(script, folder, world=2):
+    """Runs a script of scenarios in processes that share a gloo group: what each process says of each scenario."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    path = Path(__file__).with_name(script)
+    workers = [
+        subprocess.Popen(
+            [sys.executable, path, str(rank), str(world), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, output[-2000:]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def run_scenarios(scenarios):
+    """In a worker: calls every scenario with warnings as errors, and prints what each raised, or None."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_warn_always(True)
+    rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    timeout = timedelta(seconds=60)
+    dist.init_process_group("gloo", f"file://{folder}/group", timeout, world, rank)
+    results = {}
+    for name, scenario in scenarios.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                scenario()
+            results[name] = None
+        except BaseException:  # pytest's failures too
+            results[name] = traceback.format_exc()
+        # Whoever fails alone would leave the others waiting for it in the next scenario.
+        dist.barrier()
+    print(json.dumps(results), flush=True)
+    dist.destroy_process_group()

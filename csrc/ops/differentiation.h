@@ -30,8 +30,12 @@ inline const char* reason_to_compose(at::TensorList tensors) {
   // What at::functorch::maybeCurrentDynamicLayer() tells; its header needs one that torch does not ship.
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode))
     return "a torch.func transform is active";
-  for (const at::Tensor& t : tensors)
-    if (t.defined() && t._fw_grad(/*level=*/0).defined()) return "forward-mode AD";
+  for (const at::Tensor& t : tensors) {
+    if (!t.defined()) continue;
+    if (t._fw_grad(/*level=*/0).defined()) return "forward-mode AD";
+    // It knows how to shard ATen's operators and refuses all others.
+    if (policy::is_dtensor(t)) return "a DTensor";
+  }
   return nullptr;
 }
 

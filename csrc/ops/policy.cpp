@@ -21,6 +21,7 @@ bool is_set(const char* variable) {
 using Counts = std::array<std::atomic<int64_t>, kPaths>;
 Counts forward_counts{}, backward_counts{};
 thread_local int disabled_blocks = 0;
+bool (*dtensor_test)(const at::Tensor&) = nullptr;
 std::mutex fallback_mutex;
 std::map<std::string, int64_t> fallback;
 
@@ -34,6 +35,11 @@ const char* why_disabled() {
   return disabled_blocks > 0 ? "fastlane_ext.disabled() is active" : nullptr;
 }
 void disable(bool on) { disabled_blocks = std::max(0, disabled_blocks + (on ? 1 : -1)); }
+
+void set_dtensor_test(bool (*test)(const at::Tensor&)) { dtensor_test = test; }
+bool is_dtensor(const at::Tensor& t) {
+  return t.key_set().has(c10::DispatchKey::Python) && dtensor_test && dtensor_test(t);
+}
 
 void count_forward(Path path) { count(forward_counts, path); }
 void count_backward(Path path) { count(backward_counts, path); }

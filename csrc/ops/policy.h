@@ -1,6 +1,8 @@
 // Whether a call may take the fused path, and the counters that prove which path it took.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <array>
 #include <cstdint>
 #include <map>
@@ -14,6 +16,11 @@ namespace fastlane::policy {
 // Python block that says so.
 const char* why_disabled();
 void disable(bool on);  // nests
+
+// Python's answer whether a tensor is a DTensor. It is asked about tensors with the Python key alone: no other call
+// shall wait for the interpreter.
+void set_dtensor_test(bool (*test)(const at::Tensor&));
+bool is_dtensor(const at::Tensor& t);
 
 void count_forward(Path path);
 void count_backward(Path path);
