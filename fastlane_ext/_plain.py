@@ -44,8 +44,8 @@ def _why_odd_parameters(linear: nn.Linear) -> str | None:
     """A subclass of Tensor (quantised, sharded) may know F.linear and no operator of ours; tracers' own know both."""
     if not torch.compiler.is_compiling():
         for name in ("weight", "bias"):
-            kind = type(getattr(linear, name))
-            if kind not in (nn.Parameter, Tensor, type(None), FakeTensor):
+            value = getattr(linear, name)
+            if isinstance(value, Tensor) and type(value) not in (nn.Parameter, Tensor, FakeTensor):
                 return f"has a {name} that is no plain parameter"
     return None
 
