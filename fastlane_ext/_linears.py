@@ -6,11 +6,13 @@ import sys
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ._plain import original_class
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PLAIN_TENSORS = (Tensor, nn.Parameter)
+# A fake tensor stands for a plain one while torch.export or make_fx traces.
+PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 
 
 def _conv1d() -> type[nn.Module] | None:

@@ -43,6 +43,9 @@ Gradients composed_backward(const Tensor& grad_activated, const Tensor& grad_z, 
 
 class LinearGelu : public torch::autograd::Function<LinearGelu> {
  public:
+  // Compiled autograd may trace backward: all that it reads is in ctx.
+  static constexpr bool is_traceable = true;
+
   // z is an output of the node although nobody sees it: unpacked in a backward with create_graph it then carries
   // its own history, and second derivatives need nothing more to be saved.
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,

@@ -57,6 +57,9 @@ Gradients composed_backward(const Tensor& dy, const Tensor& grad_z, const Tensor
 
 class MlpResidual : public torch::autograd::Function<MlpResidual> {
  public:
+  // Compiled autograd may trace backward: all that it reads is in ctx.
+  static constexpr bool is_traceable = true;
+
   // z is an output of the node for the sake of second derivatives, as in autograd.cpp. Where the residual is x itself
   // it is no argument: `adds_x`.
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& fc1_weight,

@@ -65,6 +65,9 @@ struct Present {
 
 class ResidualStack : public torch::autograd::Function<ResidualStack> {
  public:
+  // Compiled autograd may trace backward: all that it reads is in ctx.
+  static constexpr bool is_traceable = true;
+
   static Tensor forward(AutogradContext* ctx, at::TensorList tensors, const std::vector<int64_t>& positions,
                         int64_t layers, StackShortcut shortcut, Activation activation, bool recompute) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
