@@ -122,12 +122,14 @@ def residual_stack(
     check_stack(x, weights, shortcut, activation, has_projections=has_projections)
     for name, tensors in (("biases", biases), ("projections", projections), ("projection_biases", projection_biases)):
         check_list(name, tensors)
+    # AOTInductor hands an empty list of optional tensors on as None.
+    absent = [None] * len(weights) if torch.compiler.is_compiling() else []
     return torch.ops.fastlane.residual_stack.default(
         x,
         weights,
-        biases or [],
-        projections or [],
-        projection_biases or [],
+        biases or absent,
+        projections or absent,
+        projection_biases or absent,
         shortcut=shortcut,
         activation=activation,
         recompute=recompute,

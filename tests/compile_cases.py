@@ -98,6 +98,13 @@ MODULES = {
     "fuse(model)": fused_model,
 }
 SUBJECTS = OPERATORS | MODULES
+EVERY_OP = (
+    "linear_gelu_residual",
+    "linear_gelu_concat",
+    "residual_stack, projection",
+    "mlp_residual",
+    "fuse(model)",
+)
 
 
 def make(name):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from compile_cases import OPERATORS, SUBJECTS, EagerLayer, fused_model, make, rows_of, run
+from compile_cases import EVERY_OP, OPERATORS, SUBJECTS, EagerLayer, fused_model, make, rows_of, run
 from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo import compiled_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -13,13 +13,6 @@ import fastlane_ext as fl
 
 pytestmark = [pytest.mark.any_isa, pytest.mark.usefixtures("fresh_compiler")]
 BATCH_SIZES = (5, 9, 7, 2, 3, 4, 6, 8, 16, 31, 32, 33, 64, 100, 128, 256, 257, 1, 0, 12)
-EVERY_OP = (
-    "linear_gelu_residual",
-    "linear_gelu_concat",
-    "residual_stack, projection",
-    "mlp_residual",
-    "fuse(model)",
-)
 
 each_operator = pytest.mark.parametrize("name", OPERATORS)
 each_op_once = pytest.mark.parametrize("name", EVERY_OP)

@@ -394,18 +394,6 @@ def test_no_tensor(position):
         fl.mlp_residual(*arguments)
 
 
-@pytest.mark.slow
-def test_compile_fullgraph_dynamic():
-    mlp = fl.ResidualMLP(16, 48)
-    compiled = torch.compile(mlp, fullgraph=True, dynamic=True)
-    for rows in (3, 8, 21):
-        x = torch.randn(rows, 16, requires_grad=True)
-        y = compiled(x)
-        torch.testing.assert_close(y, mlp(x))
-        y.sum().backward()
-        assert x.grad is not None
-
-
 def test_empty_rows():
     mlp = make_mlp(0, 6, 9, 5)
     result = run_fused(mlp)

@@ -332,18 +332,6 @@ def test_one_module_used_twice(case):
     assert_fused()
 
 
-@pytest.mark.parametrize("case", [LAYER, MLP, NETWORK], ids=lambda c: c[0])
-def test_compiles_without_a_graph_break(case):
-    fused, _ = make_pair(case)
-    x = make_input(case)
-    expected = results(fused, x)
-    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=True)
-    got = results(compiled, x)
-    for name, value in got.items():
-        torch.testing.assert_close(value, expected[name.removeprefix("_orig_mod.")])
-    torch._dynamo.reset()
-
-
 def test_examples_in_docstrings():
     result = doctest.testmod(modules)
     assert result.attempted >= 3 and result.failed == 0

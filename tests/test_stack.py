@@ -308,25 +308,6 @@ def test_layouts_of_operands(assert_fused):
     assert_fused(forward=2, backward=2)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@each_shortcut
-@pytest.mark.slow
-def test_compile(shortcut, dynamic):
-    torch._dynamo.reset()
-    network = Network((8, 8, 6), shortcut, dtype=torch.float32)
-    compiled = torch.compile(network.run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for rows in (4, 9):
-        x, dy = draw(network, (rows,), (8,))
-        y, expected = compiled(x), network.run(x)
-        torch.testing.assert_close(y, expected)
-        leaves = [x, *network.parameters]
-        for got, want in zip(
-            torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True
-        ):
-            torch.testing.assert_close(got, want)
-    torch._dynamo.reset()
-
-
 @each_shortcut
 def test_opcheck(shortcut):
     network = Network((4, 4, 3), shortcut, dtype=torch.float32)
