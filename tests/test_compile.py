@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.any_isa, pytest.mark.usefixtures("fresh_compiler")]
 BATCH_SIZES = (5, 9, 7, 2, 3, 4, 6, 8, 16, 31, 32, 33, 64, 100, 128, 256, 257, 1, 0, 12)
 
 each_operator = pytest.mark.parametrize("name", OPERATORS)
-each_op_once = pytest.mark.parametrize("name", EVERY_OP)
+each_op_once = pytest.mark.parametrize("name", [*EVERY_OP[:-1], pytest.param("fuse(model)", marks=pytest.mark.slow)])
 
 
 def with_marks(names, mark, otherwise):
@@ -40,7 +40,7 @@ def calls():
 # torch.compile
 
 
-@pytest.mark.parametrize("name", with_marks(EVERY_OP, (), pytest.mark.slow))
+@pytest.mark.parametrize("name", with_marks(EVERY_OP, (), pytest.mark.thorough))
 def test_compile(name):
     """The same bits as without compiler, from as many calls of our kernels."""
     module, x = make(name), rows_of(5)
@@ -70,6 +70,7 @@ def test_compile_with_inductor(name, dynamic):
 
 
 def compilations(module, dynamic):
+    torch._dynamo.reset()
     function, counter = compiled(module, dynamic=dynamic)
     for rows in BATCH_SIZES:
         x = rows_of(rows)
@@ -78,16 +79,17 @@ def compilations(module, dynamic):
 
 
 @pytest.mark.parametrize(("dynamic", "limit"), [(True, 3), (None, 4)])
-@pytest.mark.parametrize("name", with_marks(EVERY_OP, pytest.mark.slow, pytest.mark.thorough))
+@pytest.mark.parametrize("name", with_marks(EVERY_OP[:1], pytest.mark.slow, pytest.mark.thorough))
 def test_number_of_compilations(name, dynamic, limit):
     """20 batch sizes: one graph for all, one each for 0 and 1, which torch specialises, and without `dynamic=True`
     one for the first size, before torch knows that it varies. Eager layers need no fewer.
     """
     number = compilations(make(name), dynamic)
+    eager = EagerLayer()
     if name == "fuse(model)":
-        eager = fl.unfuse(fused_model())
+        eager = fused_model()
+        fl.unfuse(eager)
     else:
-        eager = EagerLayer()
         assert number <= limit
     assert number <= compilations(eager, dynamic)
 

@@ -1,4 +1,4 @@
-"""The layer as the compiler stack sees it: opcheck, fake tensors, torch.compile, torch.export."""
+"""The layer under opcheck, fake tensors and torch.compile; every operator and module: test_compile.py."""
 
 import pytest
 import torch
@@ -214,30 +214,3 @@ def test_compiled_error_is_the_same_line(fresh_compiler):
     step = torch.compile(fused_layer, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=r"bias has shape \[4\], expected \(3,\)"):
         step(torch.zeros(5, 4), torch.zeros(3, 4), torch.zeros(4))
-
-
-class Layer(torch.nn.Module):
-    def __init__(self, concat):
-        super().__init__()
-        self.linear = torch.nn.Linear(7, 7)
-        self.concat = concat
-
-    def forward(self, x):
-        residual = None if self.concat else x
-        return fused_layer(x, self.linear.weight, self.linear.bias, residual, concat=self.concat)
-
-
-@pytest.mark.parametrize("concat", [False, True])
-def test_export(concat, tmp_path, assert_fused):
-    """Saved, loaded and run on another number of rows; the graph holds our operator, not its parts."""
-    module, x = Layer(concat), random(5, 7, dtype=torch.float32)
-    rows = torch.export.Dim("rows", min=2, max=4096)
-    program = torch.export.export(module, (x,), dynamic_shapes={"x": {0: rows}})
-    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert targets == [f"fastlane.linear_gelu_{'concat' if concat else 'residual'}.default"]
-    torch.export.save(program, tmp_path / "layer.pt2")
-    loaded = torch.export.load(tmp_path / "layer.pt2").module()
-    for rows in (5, 31):
-        x = random(rows, 7, dtype=torch.float32)
-        assert torch.equal(loaded(x), module(x))
-    assert_fused(forward=4)
