@@ -12,6 +12,7 @@ import fastlane_ext as fl
 
 HERE = Path(__file__).parent
 FILES = [
+    "test_fuzz.py",
     "test_gelu.py",
     "test_layer_accuracy.py",
     "test_layer_gradients.py",

@@ -6,11 +6,8 @@ from dataclasses import replace
 import mpmath
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from oracle import (
     ACTIVATIONS,
-    ALL_LAYOUTS,
     DTYPES,
     LAYOUTS,
     RESIDUALS,
@@ -182,55 +179,6 @@ def test_narrow_layers_of_many_rows(dtype, lying):
             assert_exact(case)
     if dtype == torch.float32:
         assert_as_exact_as_eager(list(lying_cases([rows], *size, lying, dtype=dtype)))
-
-
-@st.composite
-def any_case(draw):
-    """Any rank, size, dtype, residual and layout of every operand."""
-    shape = draw(st.lists(st.integers(1, 5), max_size=3).map(tuple) | st.tuples(st.integers(1, 40)))
-    in_features, out_features = draw(st.integers(0, 40)), draw(st.integers(1, 40))
-    residuals = set(RESIDUALS)
-    if in_features == 0:
-        residuals -= {"x", "view_of_x"}
-    elif in_features != out_features:
-        residuals -= {"x"}
-    layout = st.sampled_from(sorted(ALL_LAYOUTS))
-    case = make_case(
-        shape,
-        in_features,
-        out_features,
-        dtype=draw(st.sampled_from(DTYPES)),
-        seed=draw(st.integers(0, 9)),
-        integers=True,
-        bias=draw(st.booleans()),
-        residual=draw(st.sampled_from(sorted(residuals))),
-        activation=draw(st.sampled_from(ACTIVATIONS)),
-        concat=draw(st.booleans()),
-        recompute=draw(st.booleans()),
-    )
-    layouts = {name: draw(layout) for name in ("x", "weight", "residual_data", "grad")}
-    if case.bias is not None:
-        layouts["bias"] = draw(layout)
-    return case.with_layout(**layouts)
-
-
-@pytest.mark.own_product
-@given(any_case())
-def test_any_shape_and_layout(case):
-    """The layout changes nothing, to the bit; and without an activation the result is the exact one."""
-    got = run_fused(case)
-    plain = case.with_layout(
-        **{
-            name: "contiguous"
-            for name in ("x", "weight", "bias", "residual_data", "grad")
-            if getattr(case, name) is not None
-        }
-    )
-    expected = run_fused(plain)
-    for name in got:
-        assert torch.equal(got[name], expected[name]), name
-    if case.activation == "none":
-        assert_exact(case)
 
 
 def exactly(value):
