@@ -67,8 +67,11 @@ inline at::Tensor sum_to_one(const at::Tensor& t) {
 }
 
 inline at::Tensor residual_grad(const at::Tensor& dy, c10::SymIntArrayRef sizes) {
+  if (dy.sym_sizes() == sizes) return dy;
+  // Where columns share memory the order of torch's sum follows the threads, too.
+  const at::Tensor rows = dy.contiguous();
   const bool one_element = std::all_of(sizes.begin(), sizes.end(), [](const c10::SymInt& s) { return s == 1; });
-  return one_element && dy.sym_numel() != 1 ? sum_to_one(dy).view_symint(sizes) : at::sum_to(dy, sizes);
+  return one_element && rows.sym_numel() != 1 ? sum_to_one(rows).view_symint(sizes) : at::sum_to(rows, sizes);
 }
 
 }  // namespace differentiation
