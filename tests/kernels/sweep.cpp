@@ -18,6 +18,9 @@
 #include "reference.h"
 #include "stack_case.h"
 
+// Absent in a build without sanitizers (tests/test_qemu.py).
+#pragma weak __sanitizer_set_death_callback
+
 // Fresh memory is NaN, so that work memory read before it is written shows.
 extern "C" const char* __asan_default_options() {
   return "malloc_fill_byte=255:max_malloc_fill_size=2000000000:quarantine_size_mb=32";
@@ -374,7 +377,7 @@ int run(int argc, char** argv) {
     return 0;
   }
   const char* const isa = kernels().isa;
-  __sanitizer_set_death_callback(print_running_case);
+  if (&__sanitizer_set_death_callback != nullptr) __sanitizer_set_death_callback(print_running_case);
   const bool some = !argument.empty();
   const int64_t begin = some ? std::stoll(argument) : 0, end = argc > 2 ? std::stoll(argv[2])
                                                                : some   ? begin + 1

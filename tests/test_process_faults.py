@@ -1,0 +1,252 @@
+"""A process in trouble: no memory left, interrupted, many threads at once, a damaged library."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from subprocesses import run_python
+
+import fastlane_ext as fl
+from fastlane_ext._load import REINSTALL
+
+pytestmark = pytest.mark.any_isa
+
+PACKAGE = Path(fl.__file__).parent
+
+# Every operation, in sizes that take each way through the kernels, with the bits that one thread alone gives.
+ALL_OPS = """
+import json, os, resource, signal, sys, threading, time
+import torch
+import fastlane_ext as fl
+
+def leaves(*shapes, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(s, generator=generator) / s[-1] ** 0.5).to(dtype).requires_grad_() for s in shapes]
+
+def calls():
+    layer, stack = fl.linear_gelu_residual, lambda x, *w: fl.residual_stack(x, w)
+    mlp = lambda x, a, b: fl.mlp_residual(x, a, None, b, None, x)
+    for i, rows in enumerate((3, 40, 500)):
+        dtype = (torch.float32, torch.bfloat16, torch.float64)[i]
+        yield layer, leaves((rows, 65), (65, 65), (65,), dtype=dtype)
+        yield layer, leaves((rows, 300), (400, 300), (400,), dtype=dtype)
+        yield fl.linear_gelu_concat, leaves((rows, 33), (70, 33), (70,), dtype=dtype)
+        yield stack, leaves((rows, 48), *[(48, 48)] * 4, dtype=dtype)
+        yield mlp, leaves((rows, 64), (256, 64), (64, 256), dtype=dtype)
+
+CALLS = list(calls())
+
+def results(number):
+    op, tensors = CALLS[number % len(CALLS)]
+    y = op(*tensors)
+    return [y.detach(), *torch.autograd.grad(y, tensors, y.detach())]
+
+def same(number):
+    return all(torch.equal(a, b) for a, b in zip(results(number), EXPECTED[number % len(CALLS)], strict=True))
+
+torch.set_num_threads(1)
+EXPECTED = [results(i) for i in range(len(CALLS))]
+torch.set_num_threads(2)
+"""
+
+HAMMER = """
+seconds = float(sys.argv[1])
+end, counts, wrong = time.monotonic() + seconds, [0] * 8, []
+def work(mine):
+    number = mine
+    while time.monotonic() < end:
+        if not same(number):
+            wrong.append(number)
+        if number % 50 == 0:
+            torch.set_num_threads(1 + number // 50 % 3)
+        counts[mine] += 1
+        number += 1
+threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+for t in threads: t.start()
+for t in threads: t.join()
+assert not wrong, wrong
+assert fl.stats()["fallback"] == {}
+print(json.dumps(counts))
+"""
+
+
+def run_program(code, *arguments, timeout=300, **environment):
+    return subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", ALL_OPS + code, *map(str, arguments)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.thorough)])
+def test_all_operations_in_eight_threads_at_once(seconds):
+    """Each the bits that it gives alone, while the number of torch's threads changes."""
+    result = run_program(HAMMER, seconds)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert all(int(n) > 0 for n in result.stdout.strip("[]\n").split(","))
+
+
+# Memory
+
+NO_MEMORY = """
+def used():
+    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+
+assert all(same(i) for i in range(len(CALLS)))  # the threads' stacks and arenas exist
+op, sizes = {
+    "layer": (fl.linear_gelu_residual, [(4096, 700), (900, 700), (900,)]),
+    "concat": (fl.linear_gelu_concat, [(4096, 700), (900, 700), (900,)]),
+    "stack": (lambda x, *w: fl.residual_stack(x, w), [(60000, 128), (128, 128), (128, 128)]),
+    "wide stack": (lambda x, *w: fl.residual_stack(x, w), [(3000, 900), (900, 900), (900, 900)]),
+    "mlp": (lambda x, a, b: fl.mlp_residual(x, a, None, b, None, x), [(3000, 300), (2000, 300), (300, 2000)]),
+    "narrow mlp": (lambda x, a, b: fl.mlp_residual(x, a, None, b, None, x), [(30000, 64), (128, 64), (64, 128)]),
+}[sys.argv[1]]
+tensors = leaves(*sizes, dtype=getattr(torch, sys.argv[2]))
+
+def step():
+    y = op(*tensors)
+    return [y.detach(), *torch.autograd.grad(y, tensors, y.detach())]
+
+failures, messages, successes = 0, set(), 0
+_, hard = resource.getrlimit(resource.RLIMIT_AS)
+for mebibytes in (0, 0.25, 0.5, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 128, 1000):
+    resource.setrlimit(resource.RLIMIT_AS, (used() + int(mebibytes * 2**20), hard))
+    try:
+        step()
+        successes += 1
+    except (RuntimeError, MemoryError) as error:
+        failures += 1
+        messages.add(type(error).__name__ + ": " + (str(error).splitlines() or [""])[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    assert all(same(i) for i in range(len(CALLS))), mebibytes
+first = step()
+torch.set_num_threads(1)
+assert all(torch.equal(a, b) for a, b in zip(step(), first))
+print(json.dumps([failures, successes, sorted(messages)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", ["layer", "concat", "stack", "wide stack", "mlp", "narrow mlp"])
+def test_a_call_without_memory_raises_and_the_next_is_right(op, dtype):
+    """Wherever in the call the memory ends: in a result, in work memory of the caller's or of another thread."""
+    result = run_program(NO_MEMORY, op, dtype, MALLOC_ARENA_MAX="1", MALLOC_TRIM_THRESHOLD_="0")
+    assert result.returncode == 0, result.stderr[-3000:]
+    print(result.stdout)
+
+
+# Signals
+
+INTERRUPTED = """
+def large(rows):
+    tensors = leaves((rows, 768), (3072, 768), (768, 3072))
+    y = fl.mlp_residual(tensors[0], tensors[1], None, tensors[2], None, tensors[0])
+    return torch.autograd.grad(y, tensors, y.detach())
+
+def interrupt(after):
+    threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+large(64)
+start = time.monotonic()
+large(1024)
+whole = time.monotonic() - start
+
+seen = 0
+for _ in range(3):
+    interrupt(whole / 3)
+    try:
+        large(1024)
+        time.sleep(whole)  # whatever came too late
+    except KeyboardInterrupt:
+        seen += 1
+    assert all(same(i) for i in range(len(CALLS)))
+assert seen == 3, seen
+
+wrong, stop = [], threading.Event()
+def work(number):
+    while not stop.is_set():
+        if not same(number):
+            wrong.append(number)
+        number += 1
+threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+for t in threads: t.start()
+interrupt(0.3)
+try:
+    while True:
+        assert same(0)
+except KeyboardInterrupt:
+    stop.set()
+for t in threads: t.join()
+assert not wrong and all(same(i) for i in range(len(CALLS)))
+print("right")
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupt_in_a_call_comes_after_it_and_harms_nothing():
+    result = run_program(INTERRUPTED)
+    assert (result.returncode, result.stdout.strip()) == (0, "right"), result.stderr[-3000:]
+
+
+# A damaged installation
+
+
+@pytest.fixture
+def installation(tmp_path):
+    """A copy of the package that a test may damage; the library itself is linked, not copied."""
+    copy = tmp_path / "fastlane_ext"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    (library,) = PACKAGE.glob("_C*.so")
+    (copy / library.name).symlink_to(library)
+    return copy, copy / library.name
+
+
+def import_error(folder):
+    code = "import json\ntry:\n    import fastlane_ext\nexcept ImportError as e:\n    print(json.dumps(str(e)))"
+    return run_python(code, PYTHONPATH=str(folder.parent))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["nothing", "a page", "half", "all but its end", "another file", "missing"])
+def test_a_half_written_library_is_named_in_one_sentence(part, installation):
+    folder, library = installation
+    data = library.read_bytes()
+    library.unlink()
+    pieces = {
+        "nothing": b"",
+        "a page": data[:4096],
+        "half": data[: len(data) // 2],
+        "all but its end": data[:-4096],
+        "another file": b"<html>404</html>",
+    }
+    if part in pieces:
+        library.write_bytes(pieces[part])
+    message = import_error(folder)
+    assert message.startswith("fastlane_ext: the compiled extension does not load (") and "\n" not in message
+    assert message.endswith(f"reinstall in the source folder with: {REINSTALL}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "_build_record.json is damaged; reinstall"),
+        (lambda text: "[]", "_build_record.json is damaged; reinstall"),
+        (lambda text: text.replace(f'"{torch.__version__}"', '"1.0.0"'), "built for torch 1.0.0, but torch "),
+    ],
+    ids=["half", "a list", "another torch"],
+)
+def test_a_record_that_does_not_fit_is_named_in_one_sentence(damage, message, installation):
+    path = installation[0] / "_build_record.json"
+    path.write_text(damage(path.read_text()))
+    error = import_error(installation[0])
+    assert message in error and "\n" not in error

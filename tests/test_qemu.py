@@ -1,0 +1,93 @@
+"""On CPUs that this machine is not, emulated: the right instruction set is chosen, and no instruction is illegal."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastlane_ext
+
+pytestmark = [pytest.mark.any_isa, pytest.mark.thorough]
+
+ROOT = Path(__file__).resolve().parent.parent
+# qemu's names. Sandy Bridge has AVX without FMA and AVX2; qemu 7 emulates nothing of AVX-512.
+CPUS = {"Nehalem": ["scalar"], "SandyBridge": ["scalar"], "Haswell": ["avx2", "scalar"]}
+# The first cases of each function of the kernel table (tests/kernels/sweep.cpp).
+CASES = [(first, first + 60) for first in (0, 2028, 2832, 4860, 5664, 6468, 7272, 9300)]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """The kernels' own test program, without sanitizers, which qemu cannot run."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    for tool in ("qemu-x86_64", compiler):
+        if tool is None or shutil.which(tool) is None:
+            pytest.skip("needs a C++ compiler and qemu-x86_64; install g++ and qemu-user")
+    program = tmp_path_factory.mktemp("sweep") / "sweep"
+    sources = [*ROOT.glob("csrc/kernels/cpu/*.cpp"), *ROOT.glob("tests/kernels/*.cpp")]
+    subprocess.run(
+        [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-w"] + [*sources, "-o", program],
+        check=True,
+    )
+    return program
+
+
+USE = """
+import torch, fastlane_ext as fl
+x, w = torch.randn(5, 8), torch.randn(8, 8, requires_grad=True)
+y = fl.linear_gelu_residual(x, w, None, x)
+y.sum().backward()
+torch.testing.assert_close(y, torch.nn.functional.gelu(x @ w.t()) + x)
+print(fl.cpu_isa(), *fl.build_info()["supported_isas"])
+"""
+
+
+@pytest.mark.parametrize("cpu", ["Nehalem", "Haswell"])
+def test_the_package_is_imported_and_used(cpu):
+    """With the installed torch: nothing in an import needs more than the CPU has."""
+    if shutil.which("qemu-x86_64") is None:
+        pytest.skip("needs qemu-x86_64; install qemu-user")
+    environment = {name: value for name, value in os.environ.items() if name != "FASTLANE_CPU_ISA"}
+    # qemu starts the interpreter itself, not the link to it by which a virtual environment is recognised.
+    paths = os.pathsep.join([str(Path(fastlane_ext.__file__).parent.parent), *filter(None, sys.path)])
+    result = subprocess.run(
+        ["qemu-x86_64", "-cpu", cpu, os.path.realpath(sys.executable), "-c", USE],
+        env=environment | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.split() == [CPUS[cpu][0], *CPUS[cpu]]
+
+
+def run(sweep, cpu, *arguments, **environment):
+    environment = {name: value for name, value in os.environ.items() if name != "FASTLANE_CPU_ISA"} | environment
+    result = subprocess.run(
+        ["qemu-x86_64", "-cpu", cpu, sweep, *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_the_best_set_that_the_cpu_has_is_chosen_and_runs(cpu, sweep):
+    assert run(sweep, cpu, "--isas").split() == CPUS[cpu]
+    for first, end in CASES:
+        assert run(sweep, cpu, first, end).startswith(f"{CPUS[cpu][0]}: 60 cases")
+
+
+def test_a_set_that_the_cpu_lacks_is_illegal_there(sweep, tmp_path):
+    """So that the emulated CPU is known to refuse what a real one would."""
+    source, program = tmp_path / "avx2.cpp", tmp_path / "avx2"
+    source.write_text(
+        "#include <immintrin.h>\n"
+        '__attribute__((target("avx2"))) int main(int n, char**) {\n'
+        "  return _mm256_extract_epi32(_mm256_add_epi32(_mm256_set1_epi32(n), _mm256_set1_epi32(-n)), 0);\n"
+        "}\n"
+    )
+    subprocess.run([os.environ.get("CXX", "c++"), "-O0", source, "-o", program], check=True)
+    codes = [subprocess.run(["qemu-x86_64", "-cpu", cpu, program], capture_output=True).returncode for cpu in CPUS]
+    assert codes[0] != 0 and codes[-1] == 0
