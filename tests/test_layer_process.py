@@ -91,9 +91,11 @@ def test_same_bits_with_a_denormal(operand, size, restore_threads):
 
 
 @pytest.mark.any_isa
-def test_same_bits_for_a_scalar_residual(restore_threads):
-    """Its gradient is the sum of all of dy, which torch's own full reduction cuts by the number of threads."""
-    case = make_case((300,), 16, 1100, residual="scalar")
+@pytest.mark.parametrize("grad", ["contiguous", "transposed", "stepped", "expanded_columns", "scalar"])
+@pytest.mark.parametrize("residual", ["scalar", "row", "column"])
+def test_same_bits_for_a_broadcast_residual(residual, grad, restore_threads):
+    """Its gradient is a sum of dy's: torch cuts a full one, and one over steps in memory, by the number of threads."""
+    case = make_case((300,), 16, 1100, residual=residual).with_layout(grad=grad)
     torch.set_num_threads(1)
     expected = run_fused(case)["dresidual"]
     for threads in (2, 3, 4):
