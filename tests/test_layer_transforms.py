@@ -1,12 +1,10 @@
-"""The layer under vmap, torch.func, autocast, and with tensors that are not plain."""
+"""The layer under vmap and autocast, and with tensors that are not plain. Other transforms: test_transforms.py."""
 
 import itertools
 
 import pytest
 import torch
-import torch.autograd.forward_ad as fwAD
 from oracle import (
-    ACTIVATIONS,
     dtype_name,
     eager_layer,
     fused_layer,
@@ -16,12 +14,11 @@ from oracle import (
 
 import fastlane_ext as fl
 
-FUNC = "a torch.func transform is active"
 VMAP = "vmap over weight or bias"
 exact = {"rtol": 1e-11, "atol": 1e-12}
 
 
-# Vmap and torch.func
+# Vmap
 
 
 def as_eager(function, fused, *arguments):
@@ -129,118 +126,6 @@ def test_vmap_then_backward(dim):
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, **exact)
-
-
-def scalar(layer, activation="gelu"):
-    return lambda x, w, b: layer(x, w, b, x[..., :3], activation=activation).square().sum()
-
-
-def vector(layer, activation="gelu"):
-    return lambda x, w, b: layer(x, w, b, x[..., :3], activation=activation)
-
-
-def per_sample(layer, activation):
-    return lambda x, w, b: torch.vmap(torch.func.grad(scalar(layer, activation), (1, 2)), (0, None, None))(x, w, b)
-
-
-def vjp_of(layer, activation):
-    def run(x, w, b):
-        y, pull = torch.func.vjp(vector(layer, activation), x, w, b)
-        return y, pull(torch.ones_like(y))
-
-    return run
-
-
-def jvp_of(layer, activation):
-    return lambda *a: torch.func.jvp(vector(layer, activation), a, tuple(torch.ones_like(t) for t in a))
-
-
-def ensemble(layer, activation):
-    def run(x, w, b):
-        many = torch.stack([w, 2 * w]), torch.stack([b, -b])
-        return torch.vmap(torch.func.grad(scalar(layer, activation), (1, 2)), (None, 0, 0))(x, *many)
-
-    return run
-
-
-TRANSFORMS = {
-    "grad": lambda layer, act: torch.func.grad(scalar(layer, act), (0, 1, 2)),
-    "grad of grad": lambda layer, act: torch.func.grad(
-        lambda *a: torch.func.grad(scalar(layer, act))(*a).square().sum(), (0, 1, 2)
-    ),
-    "vjp": vjp_of,
-    "jvp": jvp_of,
-    "jacrev": lambda layer, act: torch.func.jacrev(vector(layer, act), (0, 1, 2)),
-    "jacfwd": lambda layer, act: torch.func.jacfwd(vector(layer, act), (0, 1, 2)),
-    "hessian": lambda layer, act: torch.func.hessian(scalar(layer, act), (0, 1)),
-    "per-sample": per_sample,
-    "ensemble": ensemble,
-    "functionalize": lambda layer, act: torch.func.functionalize(vector(layer, act)),
-    "linearize": lambda layer, act: lambda *a: torch.func.linearize(vector(layer, act), *a)[1](*a),
-}
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_torch_func(transform, activation):
-    """Right, through the eager composition where need be, and counted there."""
-    x, weight, bias = random(5, 4), random(3, 4, seed=1), random(3, seed=2)
-    make = TRANSFORMS[transform]
-    as_eager(lambda layer, *a: make(layer, activation)(*a), fused_layer, x, weight, bias)
-    assert set(fl.stats()["fallback"]) <= {FUNC, VMAP, "forward-mode AD"}
-    assert bool(fl.stats()["fallback"]) == (transform != "functionalize")
-    fl.reset_stats()
-
-
-@pytest.mark.expects_fallback("forward-mode AD")
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("concat", "which"), [(c, i) for c in (False, True) for i in range(4 - c)])
-def test_forward_mode(concat, which, activation):
-    primals = [random(5, 4), random(4, 4, seed=1), random(4, seed=2), random(5, 4, seed=3)]
-
-    def run(layer, *primals):
-        with fwAD.dual_level():
-            arguments = list(primals)
-            arguments[which] = fwAD.make_dual(arguments[which], torch.ones_like(arguments[which]))
-            y = layer(*arguments[: 3 if concat else 4], activation=activation, concat=concat)
-            return tuple(fwAD.unpack_dual(y))
-
-    as_eager(run, fused_layer, *primals)
-
-
-@pytest.mark.expects_fallback("forward-mode AD")
-def test_gradcheck_of_forward_mode():
-    leaves = [t.requires_grad_() for t in (random(2, 3), random(3, 3), random(3), random(2, 3))]
-    assert torch.autograd.gradcheck(fused_layer, leaves, check_forward_ad=True, check_backward_ad=False)
-
-
-@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
-def test_jacobian_of_torch_autograd(strategy):
-    """torch.autograd.functional, the older interface: vectorised, it batches our backward too."""
-    x, weight = random(5, 4), random(3, 4, seed=1)
-    vectorised = [True] if strategy == "forward-mode" else [False, True]
-    for vectorize in vectorised:
-        got, expected = (
-            torch.autograd.functional.jacobian(
-                lambda x, w, layer=layer: layer(x, w), (x, weight), strategy=strategy, vectorize=vectorize
-            )
-            for layer in (fused_layer, eager_layer)
-        )
-        for a, b in zip(got, expected, strict=True):
-            torch.testing.assert_close(a, b, **exact)
-    fl.reset_stats()
-
-
-def test_is_grads_batched():
-    """A batch of cotangents through one recorded forward."""
-    results = []
-    for layer in (fused_layer, eager_layer):
-        leaves = [t.requires_grad_() for t in (random(5, 4), random(3, 4, seed=1), random(3, seed=2))]
-        y = layer(*leaves)
-        results.append(torch.autograd.grad(y, leaves, random(7, *y.shape, seed=3), is_grads_batched=True))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, **exact)
-    fl.reset_stats()
 
 
 # Autocast

@@ -383,27 +383,6 @@ def test_functional_call_swaps_parameters():
     assert torch.equal(y, other(x)) and not torch.equal(y, net(x))
 
 
-@pytest.mark.parametrize("transform", ["vmap", "jacrev", "per-sample"])
-def test_functorch(transform):
-    """Under functorch the composition runs; the result is the eager network's."""
-    fused, eager = (kind.ImprovedResidualNetwork([4, 4, 3]).double() for kind in (fl, reference))
-    eager.load_state_dict(fused.state_dict())
-    x = torch.randn(5, 4, dtype=torch.float64)
-    weights = {name: p.detach() for name, p in fused.named_parameters()}
-
-    def loss(net, weights, row):
-        return torch.func.functional_call(net, weights, (row,)).square().sum()
-
-    def run(net):
-        if transform == "vmap":
-            return torch.vmap(net)(x)
-        if transform == "jacrev":
-            return torch.func.jacrev(net)(x)
-        return torch.vmap(torch.func.grad(loss, 1), (None, None, 0))(net, weights, x)
-
-    torch.testing.assert_close(run(fused), run(eager), rtol=1e-10, atol=1e-12)
-
-
 def test_training_stays_beside_eager():
     fused, eager = (kind.ImprovedResidualNetwork([4, 16, 16, 2]).double() for kind in (fl, reference))
     eager.load_state_dict(fused.state_dict())

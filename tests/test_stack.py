@@ -325,18 +325,6 @@ def test_transforms(shortcut):
     assert torch.equal(torch.vmap(network.run)(x.detach()), network.run(x).detach())
 
 
-@pytest.mark.expects_fallback("vmap over weight or bias")
-def test_vmap_over_weights():
-    network = Network((4, 4, 4), "identity")
-    x, _ = draw(network, (5,), (4,))
-    weights = [torch.stack([w.detach(), 2 * w.detach()]) for w in network.weights]
-    biases = [b.detach() for b in network.biases]
-    got = torch.vmap(lambda w: fl.residual_stack(x.detach(), w, biases))(weights)
-    for i in range(2):
-        expected = reference.residual_stack(x.detach(), [w[i] for w in weights], biases)
-        torch.testing.assert_close(got[i], expected)
-
-
 @pytest.mark.parametrize("shortcut", ["identity", "none", "concat"])
 def test_autocast(shortcut):
     network = Network((8, 8, 8), shortcut, dtype=torch.float32)

@@ -55,7 +55,12 @@ inline void check_backend(const char* op,
 // Differentiable, unlike layer_calls.h's.
 namespace differentiation {
 
-inline at::Tensor flatten_leading(const at::Tensor& t) { return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); }
+// Not at::flatten, for which torch's older vmap, behind is_grads_batched, has no rule.
+inline at::Tensor flatten_leading(const at::Tensor& t) {
+  c10::SymInt rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.sym_size(i);
+  return t.reshape_symint({rows, t.sym_size(-1)});
+}
 
 // torch cuts a sum to one element by threads, so that its bits depend on their number; sums to a row it does not.
 inline at::Tensor sum_to_one(const at::Tensor& t) {
