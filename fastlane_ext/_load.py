@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import struct
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,9 +42,23 @@ def check_torch(built: str, running: str) -> None:
         )
 
 
+def is_cut_short(library: Path) -> bool:
+    """Whether an ELF file ends before the table that its header announces: loading it would be a bus error."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF\x02\x01"):
+        return False  # the loader says itself what is wrong
+    (table,) = struct.unpack_from("<Q", header, 0x28)
+    entry_size, entries = struct.unpack_from("<HH", header, 0x3A)
+    return library.stat().st_size < table + entry_size * entries
+
+
 def load(record: dict[str, Any]) -> ModuleType:
     check_torch(record["torch"], torch.__version__)
     try:
+        spec = importlib.util.find_spec("fastlane_ext._C")
+        if spec and spec.origin and is_cut_short(Path(spec.origin)):
+            raise ImportError(f"{spec.origin} is cut short")
         return importlib.import_module("fastlane_ext._C")
     except ImportError as error:
         raise ImportError(

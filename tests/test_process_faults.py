@@ -216,8 +216,14 @@ def installation(tmp_path):
 
 
 def import_error(folder):
-    code = "import json\ntry:\n    import fastlane_ext\nexcept ImportError as e:\n    print(json.dumps(str(e)))"
-    return run_python(code, PYTHONPATH=str(folder.parent))
+    return run_python(f"""
+import json, sys
+sys.path.insert(0, {str(folder.parent)!r})
+try:
+    import fastlane_ext
+except ImportError as error:
+    print(json.dumps(str(error)))
+""")
 
 
 @pytest.mark.slow
