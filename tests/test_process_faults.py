@@ -135,9 +135,18 @@ print(json.dumps([failures, successes, sorted(messages)]))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("op", ["layer", "concat", "stack", "wide stack", "mlp", "narrow mlp"])
+QUICK = ("layer", "float32")
+OPERATIONS = ["layer", "concat", "stack", "wide stack", "mlp", "narrow mlp"]
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [
+        pytest.param(op, dtype, marks=pytest.mark.slow if (op, dtype) == QUICK else pytest.mark.thorough)
+        for op in OPERATIONS
+        for dtype in ("float32", "bfloat16")
+    ],
+)
 def test_a_call_without_memory_raises_and_the_next_is_right(op, dtype):
     """Wherever in the call the memory ends: in a result, in work memory of the caller's or of another thread."""
     result = run_program(NO_MEMORY, op, dtype, MALLOC_ARENA_MAX="1", MALLOC_TRIM_THRESHOLD_="0")
@@ -205,59 +214,68 @@ def test_an_interrupt_in_a_call_comes_after_it_and_harms_nothing():
 # A damaged installation
 
 
-@pytest.fixture
-def installation(tmp_path):
-    """A copy of the package that a test may damage; the library itself is linked, not copied."""
-    copy = tmp_path / "fastlane_ext"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
-    (library,) = PACKAGE.glob("_C*.so")
-    (copy / library.name).symlink_to(library)
-    return copy, copy / library.name
+def install_copy(folder):
+    """A copy of the package that a test may damage: the package, its library and its record."""
+    package = folder / "fastlane_ext"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (library,) = package.glob("_C*.so")
+    return library, package / "_build_record.json"
 
 
-def import_error(folder):
+def import_errors(folders):
+    """What importing the package from each folder says; a process each, of one that has imported torch."""
     return run_python(f"""
-import json, sys
-sys.path.insert(0, {str(folder.parent)!r})
-try:
-    import fastlane_ext
-except ImportError as error:
-    print(json.dumps(str(error)))
+import json, os, sys, torch
+messages = []
+for folder in {[str(folder) for folder in folders]!r}:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        sys.path.insert(0, folder)
+        try:
+            import fastlane_ext
+        except ImportError as error:
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.close(write)
+    messages.append(os.read(read, 10000).decode())
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0, (folder, status)
+print(json.dumps(messages))
 """)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["nothing", "a page", "half", "all but its end", "another file", "missing"])
-def test_a_half_written_library_is_named_in_one_sentence(part, installation):
-    folder, library = installation
-    data = library.read_bytes()
-    library.unlink()
-    pieces = {
-        "nothing": b"",
-        "a page": data[:4096],
-        "half": data[: len(data) // 2],
-        "all but its end": data[:-4096],
-        "another file": b"<html>404</html>",
+def test_a_half_written_library_is_named_in_one_sentence(tmp_path):
+    damages = {
+        "nothing": lambda data: b"",
+        "a page": lambda data: data[:4096],
+        "half": lambda data: data[: len(data) // 2],
+        "all but its end": lambda data: data[:-4096],
+        "another file": lambda data: b"<html>404</html>",
     }
-    if part in pieces:
-        library.write_bytes(pieces[part])
-    message = import_error(folder)
-    assert message.startswith("fastlane_ext: the compiled extension does not load (") and "\n" not in message
-    assert message.endswith(f"reinstall in the source folder with: {REINSTALL}")
+    folders = [tmp_path / name for name in (*damages, "missing")]
+    for folder in folders:
+        library, _ = install_copy(folder)
+        data = library.read_bytes()
+        library.unlink()
+        if folder.name in damages:
+            library.write_bytes(damages[folder.name](data))
+    for folder, message in zip(folders, import_errors(folders), strict=True):
+        assert message.startswith("fastlane_ext: the compiled extension does not load ("), folder
+        assert message.endswith(f"reinstall in the source folder with: {REINSTALL}") and "\n" not in message
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda text: text[: len(text) // 2], "_build_record.json is damaged; reinstall"),
-        (lambda text: "[]", "_build_record.json is damaged; reinstall"),
-        (lambda text: text.replace(f'"{torch.__version__}"', '"1.0.0"'), "built for torch 1.0.0, but torch "),
-    ],
-    ids=["half", "a list", "another torch"],
-)
-def test_a_record_that_does_not_fit_is_named_in_one_sentence(damage, message, installation):
-    path = installation[0] / "_build_record.json"
-    path.write_text(damage(path.read_text()))
-    error = import_error(installation[0])
-    assert message in error and "\n" not in error
+def test_a_record_that_does_not_fit_is_named_in_one_sentence(tmp_path):
+    damages = {
+        "half": (lambda text: text[: len(text) // 2], "_build_record.json is damaged; reinstall"),
+        "list": (lambda text: "[]", "_build_record.json is damaged; reinstall"),
+        "torch": (lambda text: text.replace(f'"{torch.__version__}"', '"1.0.0"'), "built for torch 1.0.0, but torch "),
+    }
+    folders = [tmp_path / name for name in damages]
+    for folder in folders:
+        _, record = install_copy(folder)
+        record.write_text(damages[folder.name][0](record.read_text()))
+    for folder, message in zip(folders, import_errors(folders), strict=True):
+        assert damages[folder.name][1] in message and "\n" not in message
