@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import struct
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,8 +56,12 @@ def is_cut_short(library: Path) -> bool:
 def load(record: dict[str, Any]) -> ModuleType:
     check_torch(record["torch"], torch.__version__)
     try:
-        spec = importlib.util.find_spec("fastlane_ext._C")
-        if spec and spec.origin and is_cut_short(Path(spec.origin)):
+        # Beside this file alone: the finder of an editable install would look in its source folder too.
+        folder = Path(__file__).parent
+        spec = PathFinder.find_spec("fastlane_ext._C", [str(folder)])
+        if spec is None or spec.origin is None:
+            raise ImportError(f"no library _C in {folder}")
+        if is_cut_short(Path(spec.origin)):
             raise ImportError(f"{spec.origin} is cut short")
         return importlib.import_module("fastlane_ext._C")
     except ImportError as error:
