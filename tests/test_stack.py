@@ -146,7 +146,7 @@ def pooled_error(results, exact):
 def test_a_hundred_layers(bias, shortcut):
     """Inputs restored from the zs lose nothing on the way: by oracle.py's rule, pooled over all gradients.
 
-    So many layers magnify some roundings and not others: one network's ratio to eager is luck, the mean of several less so.
+    So many layers magnify some roundings and not others: one network's ratio to eager is luck, the mean of six hardly.
     """
     width = 4 if shortcut == "concat" else 32
     sizes = (width,) * 101
