@@ -116,6 +116,17 @@ def test_peak_memory_counts_what_is_live_at_once() -> None:
     assert protocol.peak_memory(lambda: None) == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("AMD EPYC", "AMD EPYC (family 25, model 17)"), ("AMD EPYC 9754 128-Core Processor", None)],
+)
+def test_a_cpu_is_named_by_a_number(name: str, expected: str | None, tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: {name}\n\nmodel\t\t: 9\n")
+    assert machine.cpu_model(cpuinfo) == (expected or name)
+    assert machine.cpu_model(tmp_path / "none") != ""
+
+
 def test_machine_limits_are_positive_and_say_where_they_come_from() -> None:
     peak = machine.fma_peak(torch.float32, 1)
     assert peak.flops > 0 and peak.source

@@ -74,15 +74,24 @@ def _cpu_flags() -> set[str]:
     return set()
 
 
-def cpu_model() -> str:
-    """The processor's name as the system gives it."""
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name as the system gives it; its family and model too where the name has no number.
+
+    >>> cpu_model() != ""
+    True
+    """
+    facts: dict[str, str] = {}
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    # A hypervisor may hide which EPYC or Xeon it is, and their generations differ by a factor of two.
+    if not any(c.isdigit() for c in name) and {"cpu family", "model"} <= facts.keys():
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
+    return name
 
 
 def _fma_flavour(dtype: torch.dtype) -> tuple[str, list[str], int, int] | None:
