@@ -16,12 +16,17 @@ demo: $(VENV)/.built
 	$(BIN)/fastlane train --plot $(OUTPUT)/training.png
 	@echo "Plots: $(OUTPUT)/gradients.png and $(OUTPUT)/training.png"
 
+# Two processes share tests and cores: most calls are too small for threads, and tests of threads set their number.
+WORKERS = 2
+PYTEST = -m pytest --numprocesses $(WORKERS) --dist worksteal
+test test-all mutants cuda-build: export OMP_NUM_THREADS ?= $(shell expr \( $$(nproc) + 1 \) / $(WORKERS))
+
 test: $(VENV)/.built lint
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 # The same with the tests that take minutes each, and the sanitizers; three quarters of an hour.
 test-all: $(VENV)/.built lint
-	$(BIN)/python -m pytest --thorough
+	$(BIN)/python $(PYTEST) --thorough
 	$(MAKE) sanitize
 
 # Breaks the kernels in many small ways, each of which the tests must notice; an hour. FLAGS="--only dW" takes some.
@@ -76,7 +81,7 @@ cuda-build: $(CUDA_VENV)/.requirements
 	cd $(CUDA_COPY) && FASTLANE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" NVCC_APPEND_FLAGS=-Xptxas=-v \
 	$(CUDA_BIN)/python -m pip install --verbose --no-build-isolation --no-deps --editable . > build.log 2>&1 || { tail -n 40 build.log; exit 1; }
 	cd $(CUDA_COPY) && $(CUDA_BIN)/python tests/ptxas_report.py build.log
-	cd $(CUDA_COPY) && $(CUDA_BIN)/fastlane info && $(CUDA_BIN)/python -m pytest
+	cd $(CUDA_COPY) && $(CUDA_BIN)/fastlane info && $(CUDA_BIN)/python $(PYTEST)
 
 $(CUDA_VENV)/.requirements: requirements.txt
 	$(PYTHON) -m venv $(CUDA_VENV)

@@ -161,6 +161,8 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
     model = make_parallel(Model(arguments.width, arguments.blocks).to(device), arguments.parallel, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
     first = load(arguments.resume, model, optimizer) if arguments.resume else 0
+    if first >= arguments.steps:
+        sys.exit(f"train.py: error: --steps: got {arguments.steps}, expected more than the {first} of the checkpoint")
     teacher = Teacher(arguments.seed)
     if rank == 0:
         print(f"{arguments.parallel}, {world} process(es), {device.type}, steps {first + 1} to {arguments.steps}")
@@ -179,7 +181,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> None:
                 print(f"step {step}  loss {mean:.6f}", flush=True)
 
     if arguments.checkpoint:
-        save(arguments.checkpoint, model, optimizer, max(first, arguments.steps))
+        save(arguments.checkpoint, model, optimizer, arguments.steps)
     if rank == 0:
         counts = fl.stats()
         fallback = counts.pop("fallback")

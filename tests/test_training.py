@@ -313,6 +313,14 @@ def test_example_resumes_in_another_way(tmp_path):
 
 
 @pytest.mark.slow
+def test_example_has_nothing_left_to_resume(tmp_path):
+    folder = str(tmp_path / "run")
+    run_example(*SMALL, "--steps", "2", "--checkpoint", folder)
+    message = run_example(*SMALL, "--steps", "2", "--resume", folder, code=1).splitlines()[-1]
+    assert message == "train.py: error: --steps: got 2, expected more than the 2 of the checkpoint"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 // can ask the same questions while a graph is traced.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymIntArrayRef.h>
 #include <c10/util/Exception.h>
@@ -33,6 +34,18 @@ void check_dense(const char* op, const Name& name, const at::Tensor& t) {
               ", expected a dense tensor; convert it with ", name, ".to_dense()");
 }
 
+// A storage may have been freed or cut, as sharding and offloading do, while the tensor keeps its sizes: a kernel would
+// read beyond it. Tensors that stand for others while something is traced have no memory of their own.
+template <class Name>
+void check_memory(const char* op, const Name& name, const at::Tensor& t) {
+  constexpr c10::DispatchKeySet stand_ins({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
+  if (t.is_meta() || !t.has_storage() || t.key_set().has_any(stand_ins)) return;
+  const size_t bytes =
+      at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize(), static_cast<size_t>(t.storage_offset()));
+  TORCH_CHECK(bytes <= t.storage().nbytes(), op, ": ", name, " has a storage of ", t.storage().nbytes(),
+              " bytes, expected at least ", bytes, "; it was freed or resized, bring it back before the call");
+}
+
 template <class Name>
 void check_like(const char* op, const Name& name, const at::Tensor& t, const char* like, const at::Tensor& x) {
   check_dense(op, name, t);
@@ -42,6 +55,7 @@ void check_like(const char* op, const Name& name, const at::Tensor& t, const cha
   TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " has dtype ", t.scalar_type(), ", expected ",
               x.scalar_type(), " like ", like, "; convert one of them",
               autocast_helps ? ", or run under torch.autocast" : "");
+  check_memory(op, name, t);
 }
 
 // A weight's gradient then lies the same way.
@@ -63,6 +77,7 @@ inline void check_input(const char* op, const at::Tensor& x) {
               ", expected float32, float64, bfloat16 or float16; convert it with x.to(torch.float32)");
   check_dense(op, "x", x);
   TORCH_CHECK(x.dim() >= 1, op, ": x is 0-D, expected (..., in_features); add a dimension with x.reshape(1)");
+  check_memory(op, "x", x);
 }
 
 // What messages call the parameters of a linear layer.
@@ -133,6 +148,7 @@ inline void check_backward(const at::Tensor& grad, const OptionalTensor& z, cons
   TORCH_CHECK(has_kernel_dtype(grad) && grad.dim() >= 1, op, ": grad_activated has dtype ", grad.scalar_type(),
               " and shape ", grad.sym_sizes(), ", expected a floating-point tensor (..., out_features)");
   check_dense(op, "grad_activated", grad);
+  check_memory(op, "grad_activated", grad);
   const bool recompute = activation != Activation::none && !z;
   TORCH_CHECK(x || !(output_mask[1] || recompute), op, ": x is missing, expected the forward's input");
   TORCH_CHECK(weight || !(output_mask[0] || recompute), op, ": weight is missing, expected the forward's weight");

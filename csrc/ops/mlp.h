@@ -32,6 +32,7 @@ inline void check_mlp_backward(const at::Tensor& grad, const OptionalTensor& z, 
   TORCH_CHECK(has_kernel_dtype(grad) && grad.dim() >= 1, op, ": grad has dtype ", grad.scalar_type(), " and shape ",
               grad.sym_sizes(), ", expected a floating-point tensor (..., out_features)");
   check_dense(op, "grad", grad);
+  check_memory(op, "grad", grad);
   const MlpNeeds needs(mask, activation);
   const bool recompute = needs.z && !z;
   TORCH_CHECK(x || !(mask[1] || recompute), op, ": x is missing, expected the forward's input");

@@ -16,7 +16,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
@@ -92,6 +93,17 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     if not any(c.isdigit() for c in name) and {"cpu family", "model"} <= facts.keys():
         name += f" (family {facts['cpu family']}, model {facts['model']})"
     return name
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch's own number of threads, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _fma_flavour(dtype: torch.dtype) -> tuple[str, list[str], int, int] | None:
@@ -181,12 +193,8 @@ def _measured_peak(dtype: torch.dtype, threads: int, samples: int) -> Peak:
     flavour = _fma_flavour(dtype)
     kernel = _fma_kernel(tuple(flavour[1]), flavour[2]) if flavour else None
     if flavour is None or kernel is None:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with torch_threads(threads):
             return _best_gemm(dtype, samples)
-        finally:
-            torch.set_num_threads(before)
     # Some 20 ms a sample, so that starting a thread does not count.
     steps, best = 8_000_000, 0.0
     for _ in range(samples):
@@ -204,9 +212,7 @@ def _measured_peak(dtype: torch.dtype, threads: int, samples: int) -> Peak:
 
 @cache
 def _copy_bandwidth(bytes_moved: int, threads: int) -> float:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         source = torch.ones(max(1, bytes_moved // 8), dtype=torch.float32)
         target = torch.empty_like(source)
         inner = max(1, (1 << 24) // bytes_moved)
@@ -217,8 +223,6 @@ def _copy_bandwidth(bytes_moved: int, threads: int) -> float:
                 target.copy_(source)
             best = min(best, (time.perf_counter() - start) / inner)
         return 2 * source.numel() * 4 / best
-    finally:
-        torch.set_num_threads(before)
 
 
 def copy_bandwidth(bytes_moved: int, threads: int) -> float:

@@ -384,16 +384,12 @@ def prepare(job: Job, *, compiled: bool = True, note: Callable[[str], None] | No
 
     ``note`` hears in a few words what is going on; compiling a contestant takes seconds.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(job.threads)
     # Compiled code is specialised on shapes and on the number of threads.
     torch._dynamo.reset()
-    try:
+    with machine.torch_threads(job.threads):
         field = job.case.contestants(compiled)
         contestants.reject_wrong_answers(field, (lambda name: note(f"first call: {name}")) if note else None)
         yield Prepared(job, field)
-    finally:
-        torch.set_num_threads(before)
 
 
 def run_job(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fastlane_ext
 from fastlane_ext import reference
+from fastlane_ext.bench.machine import torch_threads
 
 DTYPES = {
     "float32": torch.float32,
@@ -324,8 +325,8 @@ def published_table() -> list[Row]:
 
 def determinism(fused: Counter, dtype_name: str) -> list[Row]:
     """Results whose bits differ over 1, 2, 3 and 4 threads or between two runs: none may."""
-    before, differing = torch.get_num_threads(), 0
-    try:
+    differing = 0
+    with torch_threads(torch.get_num_threads()):
         for seed, shape in enumerate(((515, 129, 67, 1.0, "full"), (2048, 64, 64, 1.0, "full"))):
             inputs = _inputs(shape, DTYPES[dtype_name], seed)
             first: list[Tensor] | None = None
@@ -334,8 +335,6 @@ def determinism(fused: Counter, dtype_name: str) -> list[Row]:
                 got = _run(fused, inputs, "gelu")
                 first = first or got
                 differing += sum(not torch.equal(a, b) for a, b in zip(first, got, strict=True))
-    finally:
-        torch.set_num_threads(before)
     row = _row("same bits, 1 to 4 threads", dtype_name, "gelu", "differing", differing, None, 0, not differing)
     return [row]
 
