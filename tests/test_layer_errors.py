@@ -20,6 +20,10 @@ def zeros(*shape, **options):
     return lambda: torch.zeros(shape, **options)
 
 
+def quantized(t):
+    return torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)
+
+
 DTYPE_CASES = [
     pytest.param({name: zeros(*shape, dtype=dtype)}, [name, text, expected], id=f"{name}-{text}")
     for dtype, text in (
@@ -58,17 +62,38 @@ SHAPE_CASES = [
         ("residual", (0,), ["residual has shape [0]", "[5, 3]"]),
     )
 ]
-OTHER_CASES = [
-    pytest.param(
-        {name: lambda name=name: arguments()[name].to_sparse()},
-        [name, "layout", "dense"],
-        id=f"{name}-sparse",
-    )
-    for name in ("x", "weight", "bias", "residual")
-] + [
-    pytest.param({name: lambda name=name: arguments()[name].to("meta")}, [name, "meta", "cpu"], id=f"{name}-on-meta")
-    for name in ("weight", "bias", "residual")
-]
+OTHER_CASES = (
+    [
+        pytest.param(
+            {name: lambda name=name: arguments()[name].to_sparse()},
+            [name, "layout", "dense"],
+            id=f"{name}-sparse",
+        )
+        for name in ("x", "weight", "bias", "residual")
+    ]
+    + [
+        pytest.param(
+            {name: lambda name=name: quantized(arguments()[name])}, [name, "quantized"], id=f"{name}-quantized"
+        )
+        for name in ("x", "weight", "bias", "residual")
+    ]
+    + [
+        pytest.param(
+            {"x": lambda: torch.nested.nested_tensor([torch.zeros(5, 4)])}, ["x", "nested", "dense"], id="x-nested"
+        ),
+        pytest.param(
+            {"x": lambda: torch.nested.nested_tensor([torch.zeros(5, 4)], layout=torch.jagged)},
+            ["x", "nested", "dense"],
+            id="x-jagged",
+        ),
+    ]
+    + [
+        pytest.param(
+            {name: lambda name=name: arguments()[name].to("meta")}, [name, "meta", "cpu"], id=f"{name}-on-meta"
+        )
+        for name in ("weight", "bias", "residual")
+    ]
+)
 
 
 def assert_one_line(message, texts):

@@ -30,6 +30,10 @@ inline bool has_kernel_dtype(const at::Tensor& t) {
 // A name is text, or whatever prints as a name.
 template <class Name>
 void check_dense(const char* op, const Name& name, const at::Tensor& t) {
+  TORCH_CHECK(!t.is_quantized(), op, ": ", name, " is quantized, expected a floating-point tensor; convert it with ",
+              name, ".dequantize()");
+  TORCH_CHECK(!t.is_nested(), op, ": ", name,
+              " is a nested tensor, expected a dense one; convert it with torch.nested.to_padded_tensor(", name, ", 0)");
   TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " has layout ", t.layout(),
               ", expected a dense tensor; convert it with ", name, ".to_dense()");
 }
