@@ -28,6 +28,7 @@ PYBIND11_MODULE(_C, m) {
     return result;
   });
   m.def("reset_stats", &fastlane::policy::reset_stats);
+  m.def("count", &fastlane::policy::count);
   m.def("leave_fused_path", &fastlane::policy::leave_fused_path);
   m.def("is_disabled", [] { return fastlane::policy::why_disabled() != nullptr; });
   m.def("disable", &fastlane::policy::disable);

@@ -20,7 +20,7 @@ namespace py = pybind11;
 using namespace python;
 
 bool read_plain_linear(PyObject* module, at::Tensor& weight, at::Tensor& bias) {
-  return read_linear(plain_dict(module, Torch::get().linear), weight, bias);
+  return read_linear(plain_dict(module, Torch::get().linear), /*transposed=*/false, weight, bias);
 }
 
 // The activation's name; empty where it is none of ours.
@@ -34,7 +34,7 @@ std::string_view read_activation(PyObject* module) {
 
 // The children of a ModuleList, if it is one and they still go by 0, 1, 2 …
 std::optional<std::vector<PyObject*>> children(PyObject* list) {
-  if (!list || reinterpret_cast<PyObject*>(Py_TYPE(list)) != Torch::get().module_list) return std::nullopt;
+  if (!list || reinterpret_cast<PyObject*>(Py_TYPE(list)) != Torch::get().module_list.kind) return std::nullopt;
   PyObject* const modules = Keys::get().modules.in(dict_of(list));
   if (!modules || !PyDict_CheckExact(modules)) return std::nullopt;
   std::vector<PyObject*> result;

@@ -18,8 +18,16 @@ bool under_global_hooks() {
   return false;
 }
 
-PyObject* plain_dict(PyObject* module, PyObject* kind) {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != kind) return nullptr;
+bool has_forward(PyObject* kind, PyObject* forward) {
+  static PyObject* const name = PyUnicode_InternFromString("forward");
+  const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(kind, name));
+  if (!found) throw py::error_already_set();
+  return found.ptr() == forward;
+}
+
+PyObject* plain_dict(PyObject* module, const Class& expected) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != expected.kind) return nullptr;
+  if (!has_forward(expected.kind, expected.forward)) return nullptr;
   PyObject* const dict = dict_of(module);
   for (const Key& key : Keys::get().hooks)
     if (!key.is_empty_in(dict)) return nullptr;
@@ -48,13 +56,17 @@ bool has_kernel_format(const at::Tensor& t) { return t.layout() == at::kStrided 
 
 }  // namespace
 
-bool read_linear(PyObject* dict, at::Tensor& weight, at::Tensor& bias) {
+bool read_linear(PyObject* dict, bool transposed, at::Tensor& weight, at::Tensor& bias) {
   const Keys& keys = Keys::get();
   PyObject* const parameters = keys.parameters.in(dict);
   // A plain attribute goes before a parameter of its name.
   if (keys.weight.in(dict) || keys.bias.in(dict)) return false;
-  return read_tensor(keys.weight.in(parameters), weight) && weight.defined() && has_kernel_format(weight) &&
-         read_tensor(keys.bias.in(parameters), bias) && (!bias.defined() || has_kernel_format(bias));
+  if (!read_tensor(keys.weight.in(parameters), weight) || !weight.defined() || !has_kernel_format(weight) ||
+      weight.dim() != 2 || !read_tensor(keys.bias.in(parameters), bias))
+    return false;
+  // F.linear would broadcast another bias.
+  return !bias.defined() ||
+         (has_kernel_format(bias) && bias.dim() == 1 && bias.sym_size(0) == weight.sym_size(transposed ? 1 : 0));
 }
 
 }  // namespace fastlane::python

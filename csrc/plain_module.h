@@ -8,19 +8,28 @@ namespace fastlane::python {
 
 namespace py = pybind11;
 
+// A class of torch.nn, and its forward as it was at import: somebody may assign another.
+struct Class {
+  PyObject *kind, *forward;
+};
+
 // Never freed: the interpreter may be gone before static objects are.
 struct Torch {
-  PyObject *module_list, *sequential, *linear, *gelu, *identity;
+  Class module_list, sequential, linear, gelu, identity;
   PyObject* module_globals;  // of torch.nn.modules.module, with the hooks for all modules
 
   static const Torch& get() {
     static const Torch* const torch = [] {
-      const auto attribute = [](const char* module, const char* name) {
-        return py::module_::import(module).attr(name).cast<py::object>().release().ptr();
+      const auto attribute = [](const py::object& object, const char* name) {
+        return object.attr(name).cast<py::object>().release().ptr();
       };
-      return new Torch{attribute("torch.nn", "ModuleList"), attribute("torch.nn", "Sequential"),
-                       attribute("torch.nn", "Linear"),     attribute("torch.nn", "GELU"),
-                       attribute("torch.nn", "Identity"),   attribute("torch.nn.modules.module", "__dict__")};
+      const auto nn = py::module_::import("torch.nn");
+      const auto named = [&](const char* name) {
+        return Class{attribute(nn, name), attribute(nn.attr(name), "forward")};
+      };
+      return new Torch{named("ModuleList"), named("Sequential"),
+                       named("Linear"),     named("GELU"),
+                       named("Identity"),   attribute(py::module_::import("torch.nn.modules.module"), "__dict__")};
     }();
     return *torch;
   }
@@ -73,15 +82,18 @@ PyObject* dict_of(PyObject* object);
 // Whether a hook is registered for all modules.
 bool under_global_hooks();
 
-// Null if the module is not exactly of `kind`, has hooks or a forward of its own.
-PyObject* plain_dict(PyObject* module, PyObject* kind);
+// Whether instances of `kind` run this forward.
+bool has_forward(PyObject* kind, PyObject* forward);
+
+// Null if the module is not exactly of this class, has hooks or a forward of its own, or the class has another now.
+PyObject* plain_dict(PyObject* module, const Class& expected);
 
 // A plain tensor or parameter; undefined for None. False for anything else.
 bool read_tensor(PyObject* object, at::Tensor& tensor);
 
-// Of a linear layer's dict, its parameters. False if they are no plain tensors that kernels take, or hidden by
-// attributes.
-bool read_linear(PyObject* dict, at::Tensor& weight, at::Tensor& bias);
+// Of a linear layer's dict, its parameters, the weight as (in, out) if `transposed`. False if they are no plain
+// tensors that kernels take, of other shapes, or hidden by attributes.
+bool read_linear(PyObject* dict, bool transposed, at::Tensor& weight, at::Tensor& bias);
 
 // Whether torch.distributed.tensor's class is the tensor's; that module is never imported for the question.
 bool is_dtensor(const at::Tensor& t);

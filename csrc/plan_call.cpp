@@ -38,21 +38,17 @@ bool has_state(PyObject* dict, PyObject* state) {
   return true;
 }
 
-bool has_forward(PyObject* kind, PyObject* forward) {
-  static PyObject* const name = PyUnicode_InternFromString("forward");
-  const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(kind, name));
-  if (!found) throw py::error_already_set();
-  return found.ptr() == forward;
-}
-
 bool is_unchanged(PyObject* child, PyObject* found) {
-  PyObject* const kind = PyTuple_GET_ITEM(found, kKind);
-  PyObject* const dict = plain_dict(child, kind);
-  if (!dict || !has_forward(kind, PyTuple_GET_ITEM(found, kForward))) return false;
+  const Class expected{PyTuple_GET_ITEM(found, kKind), PyTuple_GET_ITEM(found, kForward)};
+  PyObject* const dict = plain_dict(child, expected);
+  if (!dict) return false;
   switch (static_cast<Role>(PyLong_AsLong(PyTuple_GET_ITEM(found, kRole)))) {
     case Role::linear: {
       at::Tensor weight, bias;
-      return read_linear(dict, weight, bias);
+      // The other kind of linear layer is Conv1D.
+      auto* const linear = reinterpret_cast<PyTypeObject*>(Torch::get().linear.kind);
+      const bool transposed = !PyType_IsSubtype(Py_TYPE(child), linear);
+      return read_linear(dict, transposed, weight, bias);
     }
     case Role::activation: return has_state(dict, PyTuple_GET_ITEM(found, kState));
     case Role::dropout: return !is_active(dict);

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._arguments import bad, check_choice
-from ._straight_line import why_not_straight
+from ._outside import why_not_closed
 
 _FORMS = ("gelu", "gelu_tanh")
 _registered: dict[type[nn.Module], str] = {}
@@ -37,6 +39,13 @@ def register_activation(cls: type[nn.Module], form: str) -> None:
     _registered[cls] = form
 
 
+@contextmanager
+def outside_modes() -> Iterator[None]:
+    """Real tensors on the CPU, whatever device or tracer the caller has switched on."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
+
+
 @functools.cache
 def _probe() -> tuple[Tensor, dict[str, Tensor]]:
     # Beyond ±10 for activations that clip; dense where the two forms differ.
@@ -46,25 +55,31 @@ def _probe() -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def form_of_values(call: Callable[[Tensor], Any]) -> str | None:
-    """The form whose values ``call`` returns on a grid in float64, or None. Leaves torch's random numbers alone."""
-    x, expected = _probe()
+    """The form whose values ``call`` returns on a grid, as one row of float64 and in three dimensions of float32, or
+    None. Leaves torch's random numbers alone.
+    """
+    with outside_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        x, expected = _probe()
+        forms = {_form_of_values(call, x, expected), _form_of_values(call, x.float().view(2, 3, -1), expected)}
+    return forms.pop() if len(forms) == 1 else None
+
+
+def _form_of_values(call: Callable[[Tensor], Any], x: Tensor, expected: dict[str, Tensor]) -> str | None:
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            y = call(x.clone())
+        y = call(x.clone())
     except Exception:
         return None
     if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
         return None
-    # The forms differ by 5e-4; constants written with eight digits cost 1e-8, a detour through float32 1e-6.
+    # The forms differ by 5e-4; constants written with eight digits cost 1e-8, float32 1e-6.
     for form, values in expected.items():
-        if bool(((y.double() - values).abs() <= 2e-6 * x.abs().clamp(min=1)).all()):
+        if bool(((y.double().flatten() - values).abs() <= 2e-6 * x.flatten().abs().clamp(min=1)).all()):
             return form
     return None
 
 
 _CONSTANTS = (bool, int, float, str, type(None))
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
-_NO_STATE = (*_CONSTANTS, *_FUNCTIONS)
 
 
 def state_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
@@ -88,9 +103,15 @@ def _form_in_mode(module: nn.Module, training: bool) -> str | None:
 
 def _may_change(module: nn.Module) -> bool:
     kind = type(module)
-    if kind is not nn.GELU and why_not_straight(kind.forward) is not None:
+    if kind.__call__ is not nn.Module.__call__:
         return True
-    return not all(isinstance(value, _NO_STATE) for _, value in state_of(module))
+    computed_by = [] if kind is nn.GELU else [kind.forward]
+    for _, value in state_of(module):
+        if isinstance(value, _FUNCTIONS):
+            computed_by.append(value)
+        elif not isinstance(value, _CONSTANTS):
+            return True
+    return any(why_not_closed(value, module) is not None for value in computed_by)
 
 
 def form_of_module(module: nn.Module) -> str | None:

@@ -6,13 +6,10 @@ import sys
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ._plain import original_class
+from ._plain import PLAIN_TENSORS, original_class
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# A fake tensor stands for a plain one while torch.export or make_fx traces.
-PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
 
 
 def _conv1d() -> type[nn.Module] | None:
@@ -57,4 +54,9 @@ def why_parameters_unfit(linear: nn.Module) -> str | None:
             return f"has a {name} of layout {tensor.layout}"
         if tensor.dtype not in _KERNEL_DTYPES:
             return f"has a {name} of {tensor.dtype}"
+    weight, bias = linear._parameters["weight"], linear._parameters.get("bias")
+    out_features = weight.shape[0 if linear_class(type(linear)) is nn.Linear else -1] if weight.dim() == 2 else None
+    if out_features is None or (bias is not None and bias.shape != (out_features,)):
+        # F.linear takes a weight of one dimension, and broadcasts a bias.
+        return "has parameters of other shapes than a linear layer's"
     return None

@@ -5,10 +5,14 @@ Anything else (a subclass, hooks, a parametrization, an adapter in its place) ha
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules import module as nn_module
+
+# A fake tensor stands for a plain one while torch.export or make_fx traces.
+PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.GELU, nn.Identity, nn.Sequential)}
+"""As they were at import: somebody may assign others to the classes."""
 
 
 def original_class(kind: type) -> type:
@@ -25,6 +29,8 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return f"is a {name}, not a plain {kind.__name__}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
+    if kind.forward is not _FORWARDS.get(kind, kind.forward):
+        return "is of a class that has another forward now"
     return "has a forward of its own" if "forward" in module.__dict__ else None
 
 
@@ -41,12 +47,11 @@ def under_global_hooks() -> str | None:
 
 
 def _why_odd_parameters(linear: nn.Linear) -> str | None:
-    """A subclass of Tensor (quantised, sharded) may know F.linear and no operator of ours; tracers' own know both."""
-    if not torch.compiler.is_compiling():
-        for name in ("weight", "bias"):
-            value = getattr(linear, name)
-            if isinstance(value, Tensor) and type(value) not in (nn.Parameter, Tensor, FakeTensor):
-                return f"has a {name} that is no plain parameter"
+    """A subclass of Tensor (quantised, sharded) may know F.linear and no operator of ours."""
+    for name in ("weight", "bias"):
+        value = getattr(linear, name)
+        if isinstance(value, Tensor) and type(value) not in PLAIN_TENSORS:
+            return f"has a {name} that is no plain parameter"
     return None
 
 

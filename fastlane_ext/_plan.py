@@ -17,8 +17,7 @@ from torch import nn
 
 from ._activations import form_of_module, form_of_values, state_of
 from ._linears import is_linear, linear_class
-from ._plain import original_class
-from ._trace import Node, Refused, follow
+from ._trace import Node, Refused, follow, is_sequential
 
 __all__ = ["Add", "Call", "Child", "Fused", "Plan", "Refused", "Role", "has_gelu", "other_activation", "read_plan"]
 
@@ -130,14 +129,13 @@ class _Reader:
             if node not in self.absorbed:
                 self._read(node)
         inputs = tuple(node.name for node in self.record.nodes if node.kind == "input")
-        is_sequential = original_class(type(self.module)).forward is nn.Sequential.forward
         return Plan(
             inputs,
             tuple(self.steps),
             self.values[self.record.output],
             len(self.values),
             tuple(self.children),
-            tuple(self.module._modules) if is_sequential else None,
+            tuple(self.module._modules) if is_sequential(self.module) else None,
             tuple(self.record.constants.items()),
         )
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ._outside import why_not_fixed
 from ._plain import original_class
 from ._straight_line import count_calls, why_not_straight
 
@@ -128,15 +129,21 @@ def _follow_sequential(module: nn.Module, record: Record) -> None:
     record.output = node
 
 
+def is_sequential(module: nn.Module) -> bool:
+    """Whether its forward calls its children in their order."""
+    kind = original_class(type(module))
+    return kind.forward is nn.Sequential.forward and kind.__iter__ is nn.Sequential.__iter__
+
+
 def follow(module: nn.Module) -> Record:
     """What the forward of the module's class does with its positional arguments. Refused, with the reason, where that
     is not all that it does.
     """
     record, forward = Record(), original_class(type(module)).forward
-    if forward is nn.Sequential.forward:
+    if is_sequential(module):
         _follow_sequential(module, record)
         return record
-    reason = why_not_straight(forward)
+    reason = why_not_straight(forward) or why_not_fixed(forward)
     if reason is not None:
         raise Refused(f"its forward {reason}")
     inputs = []

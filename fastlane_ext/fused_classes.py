@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from . import _register  # noqa: F401  (registers the batching rules)
-from ._linears import PLAIN_TENSORS, class_name, linear_class, weight_and_bias, why_parameters_unfit
+from ._linears import class_name, linear_class, weight_and_bias, why_parameters_unfit
 from ._load import library
-from ._plain import original_class, under_global_hooks
+from ._plain import PLAIN_TENSORS, original_class, under_global_hooks
 from ._plan import Call, Child, Fused, Plan, Role
 from .functional import record_fallback
 
@@ -106,6 +106,10 @@ def _execute(children: dict[str, nn.Module], plan: Plan, arguments: tuple[Any, .
     return values[plan.output]
 
 
+def _is_plain(value: Any) -> bool:
+    return type(value) in PLAIN_TENSORS and value.layout is torch.strided and not value.is_nested
+
+
 def _arguments(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], compiling: bool) -> tuple[Any, ...] | None:
     if kwargs:
         rest = plan.inputs[len(args) :]
@@ -114,15 +118,11 @@ def _arguments(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], compil
         args = (*args, *(kwargs[name] for name in rest))
     if len(args) != len(plan.inputs):
         return None
-    if not compiling:
-        for value in args:
-            if type(value) not in PLAIN_TENSORS or value.is_nested:
-                return None
-    return args
+    return args if compiling or all(map(_is_plain, args)) else None
 
 
 def _container_forward(original: type[nn.Module]):
-    eager = original.forward
+    eager, defaults = original.forward, original.forward.__defaults__
 
     @functools.wraps(eager)
     def forward(self, *args, **kwargs):
@@ -134,7 +134,7 @@ def _container_forward(original: type[nn.Module]):
         arguments = _arguments(plan, args, kwargs, compiling)
         if arguments is None:
             reason = "its arguments are not plain tensors, one for each input"
-        elif original.forward is not eager:
+        elif original.forward is not eager or eager.__defaults__ is not defaults:
             reason = "its class has another forward now"
         elif not compiling and not plan.constants and library.is_unchanged(children, plan.order, plan.children):
             reason = None
@@ -156,7 +156,7 @@ def _linear_forward(original: type[nn.Module]):
         compiling = torch.compiler.is_compiling()
         if not compiling and library.is_disabled():
             return original.forward(self, *args, **kwargs)
-        if len(args) != 1 or kwargs or not (compiling or (type(args[0]) in PLAIN_TENSORS and not args[0].is_nested)):
+        if len(args) != 1 or kwargs or not (compiling or _is_plain(args[0])):
             reason = "its argument is not one plain tensor"
         elif original.forward is not eager:
             reason = "its class has another forward now"

@@ -197,9 +197,16 @@ class Int8(torch.Tensor):
             return F.linear(x, weight.integers * weight.scale, *bias)
         return super().__torch_function__(function, types, args, kwargs or {})
 
+    def __tensor_flatten__(self):
+        return ["integers", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["integers"], inner["scale"])
+
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.detach.default:
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return cls(args[0].integers, args[0].scale)
         raise NotImplementedError(f"Int8: {function} is not implemented")
 
@@ -228,6 +235,26 @@ def test_a_network_with_a_weight_of_another_kind(where):
     name, index, *inside = where.split(".")
     reason = f"{name}.{index} has{' a child 0 that has' if inside else ''} a weight that is no plain parameter"
     assert fl.stats()["fallback"] == {reason: 1} and fl.stats()["fused"]["forward"] > 0
+    fl.reset_stats()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "child"),
+    [
+        (lambda: fl.ResidualMLP(6, 8), "fc1"),
+        (lambda: fl.ResidualNetwork([6, 6, 6]), "layers.0.0"),
+        (lambda: fl.LinearGELUResidual(6, 4, shortcut="projection"), "projection"),
+    ],
+    ids=["mlp", "network", "projection"],
+)
+def test_a_child_with_a_weight_of_another_kind_is_called_when_compiled(make, child, fresh_compiler):
+    model = make().double()
+    quantise(model.get_submodule(child))
+    with torch.no_grad():
+        expected = model(data())
+        compiled = torch.compile(model, backend="eager")(data())
+    torch.testing.assert_close(compiled, expected, **exact)
     fl.reset_stats()
 
 

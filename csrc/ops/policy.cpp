@@ -21,11 +21,14 @@ bool is_set(const char* variable) {
 using Counts = std::array<std::atomic<int64_t>, kPaths>;
 Counts forward_counts{}, backward_counts{};
 thread_local int disabled_blocks = 0;
+thread_local bool counts = true;
 bool (*dtensor_test)(const at::Tensor&) = nullptr;
 std::mutex fallback_mutex;
 std::map<std::string, int64_t> fallback;
 
-void count(Counts& counts, Path path) { counts[static_cast<size_t>(path)].fetch_add(1, std::memory_order_relaxed); }
+void add_to(Counts& calls, Path path) {
+  if (counts) calls[static_cast<size_t>(path)].fetch_add(1, std::memory_order_relaxed);
+}
 
 }  // namespace
 
@@ -41,8 +44,9 @@ bool is_dtensor(const at::Tensor& t) {
   return t.key_set().has(c10::DispatchKey::Python) && dtensor_test && dtensor_test(t);
 }
 
-void count_forward(Path path) { count(forward_counts, path); }
-void count_backward(Path path) { count(backward_counts, path); }
+void count(bool on) { counts = on; }
+void count_forward(Path path) { add_to(forward_counts, path); }
+void count_backward(Path path) { add_to(backward_counts, path); }
 
 void leave_fused_path(const std::string& reason) {
   TORCH_CHECK(!is_set("FASTLANE_STRICT"), "FASTLANE_STRICT: this call would leave the fused path: ", reason,
@@ -61,8 +65,8 @@ Stats stats() {
 
 void reset_stats() {
   const std::lock_guard<std::mutex> lock(fallback_mutex);
-  for (Counts* counts : {&forward_counts, &backward_counts})
-    for (auto& n : *counts) n = 0;
+  for (Counts* calls : {&forward_counts, &backward_counts})
+    for (auto& n : *calls) n = 0;
   fallback.clear();
 }
 

@@ -22,6 +22,8 @@ void disable(bool on);  // nests
 void set_dtensor_test(bool (*test)(const at::Tensor&));
 bool is_dtensor(const at::Tensor& t);
 
+// Whether calls of this thread are counted from now on.
+void count(bool on);
 void count_forward(Path path);
 void count_backward(Path path);
 
