@@ -47,7 +47,7 @@ class Guarded:
 
 # Around vectors of 4, 8, 16 and 32 elements, tiles of 6 and 12 rows, few rows and many.
 FEATURES = (1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 257)
-ROWS = (1, 4, 5, 8, 13, 16, 17, 65, 193)
+ROWS = (1, 3, 4, 5, 7, 13, 16, 17, 65, 193)
 LAYOUTS = ("contiguous", "padded", "transposed")
 RESIDUALS = ("tensor", "none", "row", "x", "column")
 

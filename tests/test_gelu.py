@@ -15,6 +15,7 @@ import fastlane_ext as fl
 both_gelus = pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
+LIMIT = {"gelu": 4e-6, "gelu_tanh": 8e-6}  # relative, of float32; 1e-5 is promised
 TINY = 2.0**-149  # the smallest float32: no relative bound holds below it
 
 SPECIAL = [
@@ -75,7 +76,7 @@ def mp_gelu(activation):
 def assert_float32_promise(values, got, activation):
     value, slope, size = exact_gelu(values, activation)
     for name, result, exact, bound in (("GELU", got[0], value, value.abs()), ("GELU′", got[1], slope, size)):
-        excess = (result.double() - exact).abs() - (1e-5 * bound + TINY)
+        excess = (result.double() - exact).abs() - (LIMIT[activation] * bound + TINY)
         worst = excess.argmax()
         assert excess[worst] <= 0, (
             f"{name}({values[worst].item()!r}) = {result[worst].item()!r}, expected {exact[worst].item()!r}"

@@ -56,7 +56,7 @@ def assert_no_access_beyond(isa, step, preload):
 
 @pytest.mark.slow
 def test_no_access_beyond(guarded_malloc):
-    assert_no_access_beyond(ISAS[0], 17, guarded_malloc)
+    assert_no_access_beyond(fl.cpu_isa(), 17, guarded_malloc)
 
 
 @pytest.mark.thorough

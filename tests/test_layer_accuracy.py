@@ -228,15 +228,19 @@ def test_fifty_digits(size, dtype, activation):
 
 
 @pytest.mark.own_product
-@pytest.mark.parametrize("size", [(5, 17000, 300), (17000, 300, 5)], ids=["long k", "many rows"])
+@pytest.mark.parametrize(
+    ("size", "weight"),
+    [((5, 17000, 300), "contiguous"), ((17000, 300, 5), "contiguous"), ((17, 17000, 300), "transposed")],
+    ids=["long k", "many rows", "tasks of columns"],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_sums_longer_than_what_is_packed_at_once(dtype, size, restore_threads):
+def test_sums_longer_than_what_is_packed_at_once(dtype, size, weight, restore_threads):
     """Packed B is bounded: beyond it the sums wait from one slab of k to the next, for any number of threads."""
     rows, in_features, out_features = size
-    case = make_case((rows,), in_features, out_features, dtype=dtype)
+    case = make_case((rows,), in_features, out_features, dtype=dtype).with_layout(weight=weight)
     assert_as_exact_as_eager([case])
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 12):
         torch.set_num_threads(threads)
         results.append(run_fused(case))
     for name, value in results[0].items():

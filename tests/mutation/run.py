@@ -41,8 +41,9 @@ TEST_FILES = [
     "test_layer_transforms.py",
     "test_fuse.py",
 ]
-# As test_layer_path.py runs them on the other path.
+# As test_layer_path.py runs them on the other path. The nearest file also runs what is slow.
 MARKERS = {"fused": "not slow", "library": "not slow and not own_product"}
+MARKERS_OF_THE_NEAREST = {"fused": "", "library": "not own_product"}
 # A mutant that makes a test wait for ever is noticed by that.
 TIME_LIMIT_S = 900
 NO_TESTS = 5  # pytest's exit status where all were deselected
@@ -88,11 +89,11 @@ def build():
     subprocess.run(command, cwd=COPY, env=os.environ | {"CFLAGS": flags, "FASTLANE_CUDA": "0"}, check=True)
 
 
-def run_tests(number, file, isa, path):
+def run_tests(number, file, isa, path, markers=MARKERS_OF_THE_NEAREST):
     """The failing test, or what else ended the run; None where all tests passed."""
     environment = {"FASTLANE_CPU_ISA": isa, "FASTLANE_PATH": path, "FASTLANE_MUTANT": str(number)}
     environment = os.environ | environment | {"PYTHONPATH": str(COPY)}
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", "-m", MARKERS[path]]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", "-m", markers[path]]
     command = [sys.executable, "-m", "pytest", *options, file]
     try:
         done = subprocess.run(
@@ -114,7 +115,8 @@ def run_tests(number, file, isa, path):
 
 def noticed_by(number, mutant, isa):
     for file in dict.fromkeys([mutant.near, *TEST_FILES]):
-        found = run_tests(number, file, isa, mutant.path)
+        markers = MARKERS_OF_THE_NEAREST if file == mutant.near else MARKERS
+        found = run_tests(number, file, isa, mutant.path, markers)
         if found:
             return found
     return None
@@ -122,14 +124,15 @@ def noticed_by(number, mutant, isa):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", metavar="TEXT", help="mutants with this in their names")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="mutants with this in their names (repeatable)")
     parser.add_argument("--isa", default="avx2", help="kernel set that is broken (default avx2)")
     parser.add_argument("--list", action="store_true", help="name the mutants and stop")
     parser.add_argument("--json", type=Path, help="write the results there")
     arguments = parser.parse_args()
-    chosen = [(i, m) for i, m in enumerate(MUTANTS, start=1) if arguments.only in m.name]
+    only = arguments.only or [""]
+    chosen = [(i, m) for i, m in enumerate(MUTANTS, start=1) if any(text in m.name for text in only)]
     if not chosen:
-        parser.error(f"--only: no mutant has {arguments.only!r} in its name; see --list")
+        parser.error(f"--only: no mutant has {' or '.join(map(repr, only))} in its name; see --list")
     if arguments.list:
         print("\n".join(f"{i:3} {m.name} ({m.file})" for i, m in chosen))
         return 0
