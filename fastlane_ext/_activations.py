@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ._arguments import bad, check_choice
-from ._outside import why_not_closed
+from ._outside import CONSTANTS, why_not_closed
 
 _FORMS = ("gelu", "gelu_tanh")
 _registered: dict[type[nn.Module], str] = {}
@@ -78,7 +78,6 @@ def _form_of_values(call: Callable[[Tensor], Any], x: Tensor, expected: dict[str
     return None
 
 
-_CONSTANTS = (bool, int, float, str, type(None))
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
 
 
@@ -109,7 +108,7 @@ def _may_change(module: nn.Module) -> bool:
     for _, value in state_of(module):
         if isinstance(value, _FUNCTIONS):
             computed_by.append(value)
-        elif not isinstance(value, _CONSTANTS):
+        elif not isinstance(value, CONSTANTS):
             return True
     return any(why_not_closed(value, module) is not None for value in computed_by)
 

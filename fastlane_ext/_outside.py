@@ -16,7 +16,7 @@ from ._straight_line import why_not_straight
 _READS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF")
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.ModuleType, type)
-_CONSTANTS = (bool, int, float, str, type(None))
+CONSTANTS = (bool, int, float, str, type(None))
 _TRUSTED = ("math", "torch", "_operator")
 """Whose constants nobody assigns and whose functions keep no state of a model's."""
 _TRUSTED_BUILTINS = (abs, bool, float, int, max, min, pow, round)
@@ -24,11 +24,14 @@ _ABSENT = object()
 
 
 class Read(NamedTuple):
-    """A global, a builtin or a variable of an enclosing function; ``name`` is dotted where it was found in a module."""
+    """A global, a builtin or a variable of an enclosing function; ``name`` is dotted where it was found in a module, a
+    class or a function. ``kept``: in a local variable, through which anything of it may be read.
+    """
 
     name: str
     value: Any
     module: str = ""
+    kept: bool = False
 
 
 def _is_trusted(module: str) -> bool:
@@ -44,10 +47,10 @@ def reads_of(function: types.FunctionType) -> Iterator[Read]:
         if instruction.opname == "EXTENDED_ARG":
             continue
         if found is not None:
-            if instruction.opname in _ATTRIBUTES and isinstance(found.value, types.ModuleType):
-                found = Read(f"{found.name}.{name}", getattr(found.value, name, _ABSENT), found.value.__name__)
+            if instruction.opname in _ATTRIBUTES and isinstance(found.value, _CODE):
+                found = Read(f"{found.name}.{name}", getattr(found.value, name, _ABSENT), _module_of(found.value))
                 continue
-            yield found
+            yield found._replace(kept=instruction.opname.startswith("STORE_"))
             found = None
         if instruction.opname not in _READS:
             continue
@@ -55,6 +58,10 @@ def reads_of(function: types.FunctionType) -> Iterator[Read]:
             found = Read(name, function.__globals__.get(name, getattr(builtins, name, _ABSENT)))
         elif name in cells:
             found = Read(name, _contents(cells[name]))
+
+
+def _module_of(value: Any) -> str:
+    return value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None) or ""
 
 
 def _contents(cell: types.CellType) -> Any:
@@ -67,7 +74,8 @@ def _contents(cell: types.CellType) -> Any:
 def why_not_fixed(function: types.FunctionType) -> str | None:
     """None if the function reads code from outside, and no data but constants of math and torch; else what it reads."""
     for read in reads_of(function):
-        if not isinstance(read.value, _CODE) and not _is_trusted(read.module):
+        is_code = isinstance(read.value, _CODE) and not isinstance(read.value, types.ModuleType) and not read.kept
+        if not is_code and not _is_trusted(read.module):
             return f"reads {read.name}, which may change"
     return None
 
@@ -80,13 +88,13 @@ def why_not_closed(value: Any, owner: nn.Module, seen: tuple[Any, ...] = ()) -> 
     if value in seen:
         return f"calls {name} in a circle"
     if isinstance(value, functools.partial):
-        if not all(isinstance(v, _CONSTANTS) for v in (*value.args, *value.keywords.values())):
+        if not all(isinstance(v, CONSTANTS) for v in (*value.args, *value.keywords.values())):
             return "keeps more than constants for a call"
         return why_not_closed(value.func, owner, seen)
     if isinstance(value, types.MethodType):
         own = isinstance(value.__self__, type(owner))
         return why_not_closed(value.__func__, owner, seen) if own else f"uses {name}"
-    if value in _TRUSTED_BUILTINS or _is_trusted(getattr(value, "__module__", None) or ""):
+    if value in _TRUSTED_BUILTINS or _is_trusted(_module_of(value)):
         return None
     if isinstance(value, types.FunctionType):
         return _why_code_not_closed(value, owner, (*seen, value))
@@ -99,8 +107,7 @@ def _why_code_not_closed(function: types.FunctionType, owner: nn.Module, seen: t
         reason = "has default arguments"
     if reason is not None:
         return reason
-    called = [read.value for read in reads_of(function) if not isinstance(read.value, types.ModuleType)]
-    called = [value for value in called if isinstance(value, _CODE)]
+    called = [read.value for read in reads_of(function) if isinstance(read.value, _CODE)]
     for instruction in dis.get_instructions(function):
         if instruction.opname in _ATTRIBUTES and instruction.argval not in vars(owner):
             value = _of_its_classes(type(owner), instruction.argval)

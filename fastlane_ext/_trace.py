@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._outside import why_not_fixed
+from ._outside import CONSTANTS, why_not_fixed
 from ._plain import original_class
 from ._straight_line import count_calls, why_not_straight
 
@@ -153,6 +153,8 @@ def follow(module: nn.Module) -> Record:
         # An argument with a default is left at it: a call that gives it runs the original forward.
         if parameter.default is parameter.empty:
             inputs.append(_Value(record, record.add("input", parameter.name)))
+        elif not isinstance(parameter.default, CONSTANTS):
+            raise Refused(f"its forward has a default of {parameter.name} that may change")
     try:
         result = forward(_Container(record, module), *inputs)
     except Refused:

@@ -39,6 +39,8 @@ def _why_changed(child: nn.Module | None, found: Child) -> str | None:
         return f"is a {class_name(kind)}, not a{' plain' if found.role == Role.LINEAR else ''} {class_name(found.kind)}"
     if kind is found.kind and kind.forward is not found.forward:
         return f"is a {class_name(kind)}, whose class has another forward now"
+    if kind.__call__ is not nn.Module.__call__:
+        return f"is a {class_name(kind)}, whose class has a __call__ of its own"
     reason = _why_touched(child)
     if reason is None and found.role == Role.LINEAR:
         reason = why_parameters_unfit(child)
@@ -123,6 +125,7 @@ def _arguments(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], compil
 
 def _container_forward(original: type[nn.Module]):
     eager, defaults = original.forward, original.forward.__defaults__
+    iteration = getattr(original, "__iter__", None)  # is what a Sequential's forward follows
 
     @functools.wraps(eager)
     def forward(self, *args, **kwargs):
@@ -136,6 +139,8 @@ def _container_forward(original: type[nn.Module]):
             reason = "its arguments are not plain tensors, one for each input"
         elif original.forward is not eager or eager.__defaults__ is not defaults:
             reason = "its class has another forward now"
+        elif getattr(original, "__iter__", None) is not iteration:
+            reason = "its class has another __iter__ now"
         elif not compiling and not plan.constants and library.is_unchanged(children, plan.order, plan.children):
             reason = None
         else:

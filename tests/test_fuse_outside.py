@@ -2,6 +2,7 @@
 
 import functools
 import math
+import types
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ from fastlane_ext import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:fuse. nothing runs fused")
 MODE, SETTINGS, SEEN = "none", {"approximate": "none"}, []
+
+
+class Config:
+    approximate = "none"
 
 
 def by_dtype(x):
@@ -32,6 +37,19 @@ def logging(x):
 
 def by_global(x):
     return F.gelu(x, approximate=SETTINGS["approximate"])
+
+
+def by_class(x):
+    return F.gelu(x, approximate=Config.approximate)
+
+
+def by_attribute_of_a_function(x):
+    return F.gelu(x, approximate=plain.approximate)
+
+
+def by_module_in_a_variable(x):
+    config = CONFIG
+    return F.gelu(x, approximate=config.approximate)
 
 
 def with_default(x, approximate="none"):
@@ -64,7 +82,11 @@ def plain(x):
     return 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))
 
 
-HELPERS = [by_dtype, by_rank, logging, by_global, with_default, through_two, in_a_circle, by_closure()]
+plain.approximate = "none"
+CONFIG = types.ModuleType("config")
+CONFIG.approximate = "none"
+BY_DATA = [by_global, by_class, by_attribute_of_a_function, by_module_in_a_variable]
+HELPERS = [by_dtype, by_rank, logging, *BY_DATA, with_default, through_two, in_a_circle, by_closure()]
 each_helper = pytest.mark.parametrize("helper", HELPERS, ids=lambda f: f.__name__)
 
 
@@ -152,15 +174,66 @@ def test_a_sequential_with_an_order_of_its_own(kind):
     assert not site.fused and type(model) is kind
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, nn.GELU])
+def test_a_class_of_children_with_a_call_of_its_own(kind, monkeypatch):
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+    monkeypatch.setattr(kind, "__call__", lambda self, x: 2 * nn.Module.__call__(self, x))
+    fl.fuse(model)
+    assert type(model) is nn.Sequential
+
+
+class Ordered(nn.Sequential):
+    pass
+
+
+def test_a_sequential_gets_another_order(monkeypatch):
+    model, x = Ordered(nn.Linear(8, 8), nn.GELU()), torch.randn(3, 8)
+    fl.fuse(model).assert_fused(1)
+    monkeypatch.setattr(Ordered, "__iter__", Backwards.__iter__, raising=False)
+    assert torch.equal(model(x), Ordered.forward(model, x))
+    assert fl.stats()["fallback"] == {"Ordered: its class has another __iter__ now": 1}
+    fl.reset_stats()
+
+
 class ReadsAGlobal(NamedMlp):
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate=MODE))
 
 
-def test_a_container_that_reads_a_global_is_refused():
-    model = ReadsAGlobal(8, 8)
-    fl.fuse(model)
-    assert type(model) is ReadsAGlobal
+class ReadsAClass(NamedMlp):
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate=Config.approximate))
+
+
+class ReadsAFunction(NamedMlp):
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate=plain.approximate))
+
+
+class KeepsAClass(NamedMlp):
+    def forward(self, x):
+        config = Config
+        return self.fc2(F.gelu(self.fc1(x), approximate=config.approximate))
+
+
+class KeepsAModule(NamedMlp):
+    def forward(self, x):
+        config = CONFIG
+        return self.fc2(F.gelu(self.fc1(x), approximate=config.approximate))
+
+
+class ReadsAListByDefault(NamedMlp):
+    def forward(self, x, modes=["none"]):  # noqa: B006
+        return self.fc2(F.gelu(self.fc1(x), approximate=modes[0]))
+
+
+@pytest.mark.parametrize(
+    "kind", [ReadsAGlobal, ReadsAClass, ReadsAFunction, KeepsAClass, KeepsAModule, ReadsAListByDefault]
+)
+def test_a_container_that_reads_what_may_change_is_refused(kind):
+    model = kind(8, 8)
+    (site,) = fl.fuse(model)
+    assert type(model) is kind and "may change" in site.reason
 
 
 class WithDefault(NamedMlp):
