@@ -15,6 +15,7 @@ from ._straight_line import why_not_straight
 
 _READS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF")
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+_CHOICES = ("COMPARE_OP", "CONTAINS_OP", "IS_OP", "UNARY_NOT", "SUBSCR", "SLICE")
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.ModuleType, type)
 CONSTANTS = (bool, int, float, str, type(None))
 _TRUSTED = ("math", "torch", "_operator")
@@ -109,6 +110,9 @@ def _why_code_not_closed(function: types.FunctionType, owner: nn.Module, seen: t
         return reason
     called = [read.value for read in reads_of(function) if isinstance(read.value, _CODE)]
     for instruction in dis.get_instructions(function):
+        # A form may be chosen without a branch, by an index.
+        if any(part in instruction.opname for part in _CHOICES) or instruction.argrepr == "[]":
+            return "chooses by a value"
         if instruction.opname in _ATTRIBUTES and instruction.argval not in vars(owner):
             value = _of_its_classes(type(owner), instruction.argval)
             if value is not _ABSENT:

@@ -56,6 +56,14 @@ def with_default(x, approximate="none"):
     return F.gelu(x, approximate=approximate)
 
 
+def by_index(x):
+    return F.gelu(x, approximate=("none", "tanh")[x.requires_grad])
+
+
+def by_comparison(x):
+    return F.gelu(x) * (1 + (x.shape == (7, 7)))
+
+
 def through_two(x):
     return by_dtype(x)
 
@@ -86,7 +94,18 @@ plain.approximate = "none"
 CONFIG = types.ModuleType("config")
 CONFIG.approximate = "none"
 BY_DATA = [by_global, by_class, by_attribute_of_a_function, by_module_in_a_variable]
-HELPERS = [by_dtype, by_rank, logging, *BY_DATA, with_default, through_two, in_a_circle, by_closure()]
+HELPERS = [
+    by_dtype,
+    by_rank,
+    logging,
+    *BY_DATA,
+    with_default,
+    through_two,
+    by_index,
+    by_comparison,
+    in_a_circle,
+    by_closure(),
+]
 each_helper = pytest.mark.parametrize("helper", HELPERS, ids=lambda f: f.__name__)
 
 
