@@ -113,7 +113,8 @@ report: $(VENV)/.built
 	$(REPORT) $(call results_of,networks) --suite networks --threads $$(nproc) --readme README.md --plot docs/bench-networks.png
 	$(REPORT) $(call results_of,models) --suite models --threads $$(nproc) --readme README.md --plot docs/bench-models.png
 	$(REPORT) $(call results_of,layer) $(call results_of,networks) --readme benchmarks/RESULTS.md
-	$(REPORT) $(call results_of,zen4-layer) --readme benchmarks/RESULTS-zen4.md
+	$(REPORT) $(call results_of,zen4-quick) --readme benchmarks/RESULTS-zen4.md
+	$(REPORT) $(call results_of,zen4-layer) --readme benchmarks/RESULTS-zen4-all.md
 	$(REPORT) $(RESULTS)/gelu.json --readme benchmarks/RESULTS.md
 
 clean:

@@ -353,4 +353,4 @@ def test_what_linear_refuses_is_refused_in_one_line(opinfo, operation, spoiled):
             F.linear(*spoil(*sample))
         for call in spoiled_calls(operation, sample, spoil):
             assert_one_line(refusal(call), operation)
-    assert len(samples) >= 8
+    assert len(samples) >= 4
