@@ -21,11 +21,11 @@ WORKERS = 2
 PYTEST = -m pytest --numprocesses $(WORKERS) --dist worksteal
 test test-all mutants cuda-build: export OMP_NUM_THREADS ?= $(shell expr \( $$(nproc) + 1 \) / $(WORKERS))
 
-test: $(VENV)/.built lint
+test: lint $(VENV)/.built
 	$(BIN)/python $(PYTEST)
 
 # The same with the tests that take minutes each, and the sanitizers; three quarters of an hour.
-test-all: $(VENV)/.built lint
+test-all: lint $(VENV)/.built
 	$(BIN)/python $(PYTEST) --thorough
 	$(MAKE) sanitize
 

@@ -33,13 +33,14 @@ void check_dense(const char* op, const Name& name, const at::Tensor& t) {
   TORCH_CHECK(!t.is_quantized(), op, ": ", name, " is quantized, expected a floating-point tensor; convert it with ",
               name, ".dequantize()");
   TORCH_CHECK(!t.is_nested(), op, ": ", name,
-              " is a nested tensor, expected a dense one; convert it with torch.nested.to_padded_tensor(", name, ", 0)");
+              " is a nested tensor, expected a dense one; convert it with torch.nested.to_padded_tensor(", name,
+              ", 0)");
   TORCH_CHECK(t.layout() == at::kStrided, op, ": ", name, " has layout ", t.layout(),
               ", expected a dense tensor; convert it with ", name, ".to_dense()");
 }
 
-// A storage may have been freed or cut, as sharding and offloading do, while the tensor keeps its sizes: a kernel would
-// read beyond it. Tensors that stand for others while something is traced have no memory of their own.
+// A storage may have been freed or cut, as sharding and offloading do, while the tensor keeps its sizes: a kernel
+// would read beyond it. Tensors that stand for others while something is traced have no memory of their own.
 template <class Name>
 void check_memory(const char* op, const Name& name, const at::Tensor& t) {
   constexpr c10::DispatchKeySet stand_ins({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
