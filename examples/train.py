@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import sys
 from pathlib import Path
@@ -119,6 +120,8 @@ def process_group(parallel: str):
     try:
         yield device
     finally:
+        # FSDP's modules refer to each other and to the group, whose threads must have ended before Python does.
+        gc.collect()
         dist.destroy_process_group()
 
 
