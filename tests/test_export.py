@@ -1,5 +1,6 @@
 """torch.export and AOTInductor: saved here, run where the operators' library is loaded and none of our Python."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -128,7 +129,7 @@ def run_in(folder, *command):
 
 
 @pytest.mark.thorough
-def test_deployment_examples(tmp_path):
+def test_deployment_examples(tmp_path, monkeypatch):
     """docs/deployment.md as it stands: exported, run from Python without our Python, and from C++."""
     exporting, running = blocks("python")
     (program,), (build_and_run,) = blocks("cpp"), blocks("sh")
@@ -137,6 +138,8 @@ def test_deployment_examples(tmp_path):
     if shutil.which("g++") is None or not sysconfig.get_config_var("Py_ENABLE_SHARED"):
         pytest.skip("the C++ example needs g++ and a shared libpython")
     (tmp_path / "run_model.cpp").write_text(program)
+    # The page's `python` is the one that runs this.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     output = run_in(tmp_path, "bash", "-ec", build_and_run)
     got = torch.tensor([float(line) for line in output.split()])
     torch.testing.assert_close(got, torch.load(tmp_path / "expected.pt").flatten())
