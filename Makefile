@@ -24,12 +24,12 @@ test test-all mutants cuda-build: export OMP_NUM_THREADS ?= $(shell expr \( $$(n
 test: lint $(VENV)/.built
 	$(BIN)/python $(PYTEST)
 
-# The same with the tests that take minutes each, and the sanitizers; three quarters of an hour.
+# The same with the tests that take minutes each, and the sanitizers; half an hour.
 test-all: lint $(VENV)/.built
 	$(BIN)/python $(PYTEST) --thorough
 	$(MAKE) sanitize
 
-# Breaks the kernels in many small ways, each of which the tests must notice; half an hour. FLAGS="--only dW" takes some.
+# Breaks the kernels in many small ways, each of which the tests must notice; a quarter of an hour. FLAGS="--only dW" takes some.
 mutants: $(VENV)/.built
 	$(BIN)/python tests/mutation/run.py $(FLAGS)
 
