@@ -29,7 +29,8 @@ test-all: lint $(VENV)/.built
 	$(BIN)/python $(PYTEST) --thorough
 	$(MAKE) sanitize
 
-# Breaks the kernels in many small ways, each of which the tests must notice; a quarter of an hour. FLAGS="--only dW" takes some.
+# Breaks the kernels in many small ways, each of which the tests must notice; a quarter of an hour. FLAGS="--only dW"
+# takes some.
 mutants: $(VENV)/.built
 	$(BIN)/python tests/mutation/run.py $(FLAGS)
 
