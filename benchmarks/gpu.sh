@@ -30,9 +30,9 @@ if [ "$capability" = 9.0a ] && ! grep -q '"hopper": true' "$out/info.json"; then
   failed=1
 fi
 test=("$python" -m pytest -q -p no:cacheprovider)
-FASTLANE_PATH=library step library-tests 50 "${test[@]}" -m cuda tests/test_cuda.py
-FASTLANE_PATH= step tests 60 "${test[@]}" -m cuda tests/test_cuda.py
-FASTLANE_PATH=fused step hopper-tests 40 "${test[@]}" -m hopper tests/test_cuda_hopper.py
+FASTLANE_PATH=library step library-tests 50 "${test[@]}" -m cuda tests/test_cuda.py tests/test_cuda_mlp.py
+FASTLANE_PATH= step tests 60 "${test[@]}" -m cuda tests/test_cuda.py tests/test_cuda_mlp.py
+FASTLANE_PATH=fused step hopper-tests 50 "${test[@]}" -m hopper tests/test_cuda_hopper.py
 small='test_options or (test_stack and tiny) or (test_layouts and misaligned) or (test_a_narrow_stack and tiny)'
 sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
 # Without torch's cache every tensor has an allocation of its own, whose ends the tools see.
@@ -47,6 +47,8 @@ for tool in memcheck racecheck initcheck; do
     "${test[@]}" -m hopper tests/test_cuda_hopper.py -k test_hopper_small -x
 done
 unset PYTORCH_NO_CUDA_MEMORY_CACHING
-step benchmark 100 "$python" benchmarks/gpu_bench.py --json "$out/gpu.json"
+# torch.compile searches for minutes, so it gets what time is left.
+step benchmark 40 "$python" benchmarks/gpu_bench.py --no-compile --json "$out/gpu.json"
+step benchmark-compile 90 "$python" benchmarks/gpu_bench.py --json "$out/gpu-compile.json"
 cat "$out/summary.txt"
 exit $failed

@@ -1,4 +1,4 @@
-"""The layer and the narrow networks on a GPU against eager, torch.compile and the library's bare GEMM.
+"""The layer, the MLP and networks on a GPU against eager, torch.compile and the library's bare GEMM.
 
     python benchmarks/gpu_bench.py --json results.json
 
@@ -27,8 +27,30 @@ from fastlane_ext import reference
 from fastlane_ext.bench import machine
 
 Call = Callable[[], object]
+Forward = Callable[[], Tensor]
 CACHE_BYTES = 256 << 20
 WARM_UP = 5
+
+
+def normal(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+
+    return draw
+
+
+def with_steps(
+    forwards: dict[str, Forward], leaves: list[Tensor], dy: Tensor, compiled: bool
+) -> dict[str, tuple[Call, Call]]:
+    """(forward, step) of each contestant, eager compiled among them; a step leaves no gradient behind."""
+    if compiled:
+        forwards["compile"] = torch.compile(forwards["eager"], mode="max-autotune-no-cudagraphs", dynamic=False)
+    return {
+        name: (run, lambda run=run: torch.autograd.grad(run(), leaves, dy, allow_unused=True))
+        for name, run in forwards.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -42,12 +64,7 @@ class Layer:
         return f"{self.rows}×{self.inputs}→{self.outputs}"
 
     def calls(self, device: str, dtype: torch.dtype, compiled: bool) -> dict[str, tuple[Call, Call]]:
-        """(forward, step) of each contestant; a step leaves no gradient behind."""
-        generator = torch.Generator(device).manual_seed(0)
-
-        def random(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
-
+        random = normal(device, dtype)
         x = random(self.rows, self.inputs).requires_grad_()
         weight = random(self.outputs, self.inputs, scale=self.inputs**-0.5).requires_grad_()
         bias = random(self.outputs).requires_grad_()
@@ -58,17 +75,40 @@ class Layer:
         def eager() -> Tensor:
             return F.gelu(F.linear(x, weight, bias)) + residual
 
-        forwards: dict[str, Callable[[], Tensor]] = {
+        forwards: dict[str, Forward] = {
             "eager": eager,
             "linear": lambda: F.linear(x, weight, bias),
             "fused": lambda: fastlane_ext.linear_gelu_residual(x, weight, bias, residual),
         }
-        if compiled:
-            forwards["compile"] = torch.compile(eager, mode="max-autotune-no-cudagraphs", dynamic=False)
-        return {
-            name: (run, lambda run=run: torch.autograd.grad(run(), leaves, dy, allow_unused=True))
-            for name, run in forwards.items()
+        return with_steps(forwards, leaves, dy, compiled)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    rows: int
+    features: int
+    hidden: int
+
+    @property
+    def title(self) -> str:
+        return f"MLP {self.rows}×{self.features}→{self.hidden}→{self.features}"
+
+    def calls(self, device: str, dtype: torch.dtype, compiled: bool) -> dict[str, tuple[Call, Call]]:
+        random = normal(device, dtype)
+        x = random(self.rows, self.features).requires_grad_()
+        fc1_weight = random(self.hidden, self.features, scale=self.features**-0.5).requires_grad_()
+        fc2_weight = random(self.features, self.hidden, scale=self.hidden**-0.5).requires_grad_()
+        fc1_bias, fc2_bias = random(self.hidden).requires_grad_(), random(self.features).requires_grad_()
+        parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+
+        def eager() -> Tensor:
+            return x + F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+
+        forwards: dict[str, Forward] = {
+            "eager": eager,
+            "fused": lambda: fastlane_ext.mlp_residual(x, *parameters, x),
         }
+        return with_steps(forwards, [x, *parameters], random(self.rows, self.features), compiled)
 
 
 @dataclass(frozen=True)
@@ -101,7 +141,8 @@ class Network:
         }
 
 
-CASES = (
+Case = Layer | Mlp | Network
+CASES: tuple[Case, ...] = (
     Layer(4096, 4096, 4096),
     Layer(8192, 4096, 4096),
     Layer(32768, 768, 768),
@@ -109,8 +150,10 @@ CASES = (
     Network((128,) * 9, 1 << 17),
     Network((1, 64, 64, 64, 64, 1), 1),
     Network((3, 3, 3, 3, 3, 1), 1),
+    Mlp(8192, 1024, 4096),
+    Network((1024,) * 9, 8192),
 )
-QUICK_CASES = (Layer(64, 32, 32), Layer(64, 32, 48), Network((3, 3, 3, 1), 1))
+QUICK_CASES: tuple[Case, ...] = (Layer(64, 32, 32), Layer(64, 32, 48), Network((3, 3, 3, 1), 1), Mlp(64, 32, 128))
 
 
 class Sampler:
@@ -148,7 +191,7 @@ def worst_difference(calls: dict[str, tuple[Call, Call]]) -> float:
     return ((fused - eager).abs().max() / eager.abs().max()).item()
 
 
-def run_case(case: Layer | Network, device: str, dtype: torch.dtype, rounds: int, compiled: bool) -> list[dict]:
+def run_case(case: Case, device: str, dtype: torch.dtype, rounds: int, compiled: bool) -> list[dict]:
     calls = case.calls(device, dtype, compiled)
     sampler = Sampler(device)
     calls_per_sample = 100 if isinstance(case, Network) and case.rows == 1 else 1
@@ -175,7 +218,7 @@ def run_case(case: Layer | Network, device: str, dtype: torch.dtype, rounds: int
                 "quartiles_s": {n: statistics.quantiles(t, n=4)[::2] for n, t in samples.items()},
                 "over_fused": {n: t / medians["fused"] for n, t in medians.items() if n != "fused"},
                 "difference_from_eager": difference,
-                "path": {p: after[p]["forward"] - before[p]["forward"] for p in after if p != "fallback"},
+                "path": {p: {w: after[p][w] - before[p][w] for w in after[p]} for p in after if p != "fallback"},
             }
         )
         ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in rows[-1]["over_fused"].items())

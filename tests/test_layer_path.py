@@ -102,6 +102,36 @@ def test_autocast_leaves_the_products_alone():
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+BOTH = """
+import torch
+import fastlane_ext as fl
+from fastlane_ext import reference
+torch.manual_seed(0)
+x = torch.randn(1, 300, dtype=torch.float64, requires_grad=True)
+for shortcut in ("identity", "none", "concat"):
+    weights, biases, fan_in = [], [], 300
+    for width in (300, 300, 40, 300, 300):
+        weights.append((torch.randn(width, fan_in, dtype=x.dtype) / fan_in**0.5).requires_grad_())
+        biases.append(torch.randn(width, dtype=x.dtype, requires_grad=True))
+        fan_in = fan_in + width if shortcut == "concat" else width
+    for needed in ([x, *weights, *biases], weights, biases[:1], [x]):
+        y = fl.residual_stack(x, weights, biases, shortcut=shortcut)
+        dy = torch.randn_like(y)
+        expected = torch.autograd.grad(reference.residual_stack(x, weights, biases, shortcut=shortcut), needed, dy)
+        for got, want in zip(torch.autograd.grad(y, needed, dy), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+"""
+
+
+@pytest.mark.slow
+def test_a_stack_whose_layers_take_different_paths():
+    """Of one row, a layer of 300 × 300 is the library's and one of 300 × 40 ours; each starts where the other ends."""
+    assert paths_of(1, 300, 300, "float64") == ["fused", "library"]
+    assert paths_of(1, 300, 40, "float64") == ["fused", "fused"]
+    result = run_python(BOTH, path="")
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
 CANCELLED = """
 import torch
 import torch.nn.functional as F
@@ -153,6 +183,7 @@ def test_numeric_tests_on_the_other_path():
         "test_layer_accuracy.py",
         "test_layer_gradients.py",
         "test_layer_saved.py",
+        "test_mlp.py",
         "test_stack.py",
     )
     files = [HERE / name for name in names]

@@ -201,6 +201,7 @@ def test_few_rows_and_a_wide_weight_stored_in_out(dtype):
     assert_no_less_exact(cases, run_fused, run_eager, run_oracle)
 
 
+@pytest.mark.own_product
 def test_rows_in_several_blocks():
     """So many hidden activations that no cache holds them: blocks of rows, with the same bits as one by one."""
     mlp = make_mlp(5000, 4, 6000, 3)
@@ -277,6 +278,7 @@ def test_bytes_held_for_backward():
     assert recompute == 4 * rows * width + 4 * (2 * width * hidden + hidden)
 
 
+@pytest.mark.own_product
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_bits_do_not_depend_on_threads(dtype):
     mlp = make_mlp(1100, 60, 250, 61, dtype=dtype)

@@ -34,6 +34,12 @@ inline GemmProblem dgrad_gemm(const LayerShape& shape, ConstMatrix dz, ConstMatr
   return p;
 }
 
+// The same on through the activation of the layer before: where dx would be, dz = dx ⊙ act′(z), and db.
+inline GemmProblem through_activation(GemmProblem dgrad, Activation activation, ConstRowMajor z, void* db) {
+  dgrad.activation = activation, dgrad.preactivation = z, dgrad.column_sums = db;
+  return dgrad;
+}
+
 // wgrad: dW = dzᵀ x, or its transpose xᵀ dz where the weight itself is stored column-major.
 inline GemmProblem wgrad_gemm(const LayerShape& shape, ConstMatrix dz, ConstMatrix x, bool column_major,
                               RowMajor dweight) {

@@ -44,9 +44,8 @@ inline bool forms_dz(const MlpBackwardProblem& p) { return p.dx.data || p.dfc1_w
 
 // fc2's dgrad through the activation. The sums of dz are written to `bias_gradient`, wanted or not.
 inline GemmProblem dz_gemm(const MlpBackwardProblem& p, RowMajor dz, void* bias_gradient) {
-  GemmProblem gemm = dgrad_gemm(fc2_shape(p), {p.dy.data, p.dy.row_stride, 1}, p.fc2_weight, {}, dz);
-  gemm.activation = p.activation, gemm.preactivation = p.z, gemm.column_sums = bias_gradient;
-  return gemm;
+  return through_activation(dgrad_gemm(fc2_shape(p), {p.dy.data, p.dy.row_stride, 1}, p.fc2_weight, {}, dz),
+                            p.activation, p.z, bias_gradient);
 }
 
 // fc2's wgrad: the hidden activations are computed from z where the product packs them.

@@ -52,14 +52,16 @@ struct GemmProblem {
   RowMajor out;  // m × n
   // An operand that lies there as pre-activation: what is multiplied is act of it.
   Activation a_activation = Activation::none, b_activation = Activation::none;
-  // With column_sums the epilogue is another: out = (A B) ⊙ act′(preactivation), column_sums = Σ_rows out. Without an
-  // activation preactivation is not read.
+  // On through the activation of the layer before, with column_sums or, on a GPU, a preactivation:
+  //   unscaled = A B + addend    out = unscaled ⊙ act′(preactivation)    column_sums = Σ_rows out
+  // On the CPU column_sums is not null, unscaled and addend are. Without an activation preactivation is not read.
   ConstRowMajor preactivation;  // m × n
+  RowMajor unscaled;  // m × n
   void* column_sums = nullptr;  // n elements, summed before out is rounded
 };
 
 // dz = dy ⊙ act′(z) and, in the same pass, db = Σ_rows dz. Either result may be absent; without an
-// activation z is not read.
+// activation z is not read. dz may lie in dy's memory.
 struct PreActivationGradProblem {
   int64_t rows = 0, cols = 0;
   DType dtype = DType::f32;  // of every operand

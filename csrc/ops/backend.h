@@ -13,6 +13,8 @@ struct Backend {
   Path (*gemm)(const GemmProblem&);
   Path (*layer_backward)(const LayerBackwardProblem&);
   Path (*dgrad)(const GemmProblem&);
+  // Whether `dgrad` would run it: to be asked before memory is allocated for a result.
+  bool (*takes_dgrad)(const GemmProblem&);
   // Where the library has any of an MLP's products it has all of them, layer by layer.
   Path (*mlp_forward)(const MlpProblem&);
   Path (*mlp_backward)(const MlpBackwardProblem&);

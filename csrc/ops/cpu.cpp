@@ -52,6 +52,7 @@ Path layer_backward(const LayerBackwardProblem& b) {
 
 // Where the library has the backward it has all of it.
 Path dgrad(const GemmProblem&) { return Path::library; }
+bool takes_dgrad(const GemmProblem&) { return false; }
 
 // A block's hidden activations stay in the last-level cache, and in kept memory, from one product to the other. Each
 // block packs the weights anew, so it has rows enough to make that cheap. Cut evenly, no block is of few rows.
@@ -110,8 +111,9 @@ void stack_backward(const StackProblem& p) { kernels().stack_backward(p, torch_t
 }  // namespace
 
 const Backend& cpu_backend() {
-  static constexpr Backend backend{gemm,     layer_backward,     dgrad,         mlp_forward,   mlp_backward,
-                                   epilogue, preactivation_grad, is_one_kernel, stack_forward, stack_backward};
+  static constexpr Backend backend{gemm,          layer_backward, dgrad,         takes_dgrad,
+                                   mlp_forward,   mlp_backward,   epilogue,      preactivation_grad,
+                                   is_one_kernel, stack_forward,  stack_backward};
   return backend;
 }
 

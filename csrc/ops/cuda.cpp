@@ -20,15 +20,36 @@ bool may_be_tf32() {
          at::Float32Precision::TF32;
 }
 
-Path gemm(const GemmProblem& p) {
+at::Tensor empty_bytes(int64_t bytes) { return at::empty({bytes}, at::TensorOptions(at::kCUDA).dtype(at::kByte)); }
+
+struct HopperChoice {
+  cuda::HopperKind kind;
+  cuda::HopperTile tile;
+  int multiprocessors;
+};
+
+// None: the library's product.
+std::optional<HopperChoice> hopper_choice(const GemmProblem& p) {
   const std::optional<Path> forced = forced_path();
-  if (forced == Path::library || !cuda::has_hopper_kernels()) return Path::library;
+  if (forced == Path::library || !cuda::has_hopper_kernels()) return std::nullopt;
   const cuda::HopperKind kind = cuda::hopper_kind(p);
-  if (kind == cuda::HopperKind::none || (p.dtype == DType::f32 && !may_be_tf32())) return Path::library;
+  if (kind == cuda::HopperKind::none || (p.dtype == DType::f32 && !may_be_tf32())) return std::nullopt;
   const cuda::Gpu gpu = cuda::current_gpu();
-  if (!(forced ? cuda::runs_hopper_kernels(gpu) : cuda::is_worth_a_hopper_kernel(p, gpu))) return Path::library;
-  const cuda::HopperTile tile = cuda::hopper_tile(p, gpu);
-  const bool ran = cuda::hopper_gemm(p, kind, tile, gpu.multiprocessors, c10::cuda::getCurrentCUDAStream());
+  const bool takes = forced ? cuda::runs_hopper_kernels(gpu) : cuda::is_worth_a_hopper_kernel(p, kind, gpu);
+  if (!takes) return std::nullopt;
+  return HopperChoice{kind, cuda::hopper_tile(p, kind, gpu), gpu.multiprocessors};
+}
+
+bool takes_dgrad(const GemmProblem& p) { return hopper_choice(p).has_value(); }
+
+Path gemm(const GemmProblem& p) {
+  const std::optional<HopperChoice> choice = hopper_choice(p);
+  if (!choice) return Path::library;
+  const int64_t bytes = cuda::hopper_workspace(p, choice->tile);
+  const at::Tensor workspace = bytes > 0 ? empty_bytes(bytes) : at::Tensor();
+  void* const sums = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
+  const bool ran = cuda::hopper_gemm(p, choice->kind, choice->tile, choice->multiprocessors, sums,
+                                     c10::cuda::getCurrentCUDAStream());
   return ran ? Path::hopper : Path::library;
 }
 
@@ -52,8 +73,7 @@ void epilogue(const GemmProblem& p, const ConstRowMajor& product) {
 }
 
 void preactivation_grad(const PreActivationGradProblem& p) {
-  const auto bytes = static_cast<int64_t>(cuda::preactivation_grad_workspace(p));
-  const at::Tensor workspace = at::empty({bytes}, at::TensorOptions(at::kCUDA).dtype(at::kByte));
+  const at::Tensor workspace = empty_bytes(static_cast<int64_t>(cuda::preactivation_grad_workspace(p)));
   cuda::preactivation_grad(p, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
 }
 
@@ -63,6 +83,7 @@ const Backend& cuda_backend() {
   static constexpr Backend backend{forward,
                                    layer_backward,
                                    gemm,
+                                   takes_dgrad,
                                    mlp_forward,
                                    mlp_backward,
                                    epilogue,

@@ -29,9 +29,10 @@ LayerBackwardProblem problem_of(const BackwardTensors& t, Activation activation)
   return b;
 }
 
-Path run_dgrad(const LayerBackwardProblem& b, const BackwardTensors& t, const at::Tensor& dz) {
-  const Path path = backend_of(dz).dgrad(dgrad_gemm(shape_of(b), matrix(dz), b.weight, b.shortcut_grad, b.dx));
+Path run_dgrad(const GemmProblem& p, const BackwardTensors& t, const at::Tensor& dz) {
+  const Path path = backend_of(dz).dgrad(p);
   if (path != Path::library) return path;
+  const OwnCalls own_calls;
   at::Tensor dx = t.dx;
   if (t.grad_shortcut.defined()) {
     at::addmm_out(dx, t.grad_shortcut, dz, t.weight);
@@ -41,20 +42,63 @@ Path run_dgrad(const LayerBackwardProblem& b, const BackwardTensors& t, const at
   return path;
 }
 
+// dx and, in dgrad's epilogue, dz and db of the layer before. The library, with nothing done, where no kernel has
+// that.
+Path run_fused_through(const GemmProblem& dgrad, const BackwardTensors& t, NetworkLayer& before) {
+  const Backend& backend = backend_of(t.dx);
+  void* const db = before.db.defined() ? before.db.mutable_data_ptr() : nullptr;
+  GemmProblem p = through_activation(dgrad, before.activation, row_major(before.z), db);
+  if (before.needs_dh) p.unscaled = dgrad.out;
+  if (!backend.takes_dgrad(p)) return Path::library;
+  at::Tensor dz = before.needs_dh ? at::empty(t.dx.sizes(), t.dx.options()) : t.dx;
+  p.out = mutable_row_major(dz);
+  const Path path = backend.dgrad(p);
+  if (path != Path::library) before.dz = std::move(dz);
+  return path;
+}
+
+// dx, and dz and db of the layer before: in dgrad's epilogue, or by a pass in place. Where dx stays needed, the layer
+// before makes that pass, when the memory of this one is free again.
+Path run_dgrad_through(const GemmProblem& dgrad, const BackwardTensors& t, const at::Tensor& dz,
+                       NetworkLayer& before) {
+  Path path = run_fused_through(dgrad, t, before);
+  if (path != Path::library) return path;
+  path = run_dgrad(dgrad, t, dz);
+  if (before.needs_dh) return path;
+  before.dz = t.dx;
+  PreActivationGradProblem p;
+  p.rows = dgrad.m, p.cols = dgrad.n, p.dtype = dgrad.dtype, p.activation = before.activation;
+  p.dy = row_major(t.dx), p.z = row_major(before.z), p.dz = mutable_row_major(before.dz);
+  if (before.db.defined()) p.db = before.db.mutable_data_ptr();
+  backend_of(dz).preactivation_grad(p);
+  return path;
+}
+
 // Product by product, around one elementwise pass.
-Path run_backward_in_parts(const LayerBackwardProblem& b, const BackwardTensors& t) {
+Path run_backward_in_parts(const LayerBackwardProblem& b, const BackwardTensors& t, NetworkLayer* before) {
   at::Tensor dz = forms_dz(b) ? at::empty({b.rows, b.out_features}, t.dy.options()) : t.dy;
   run_preactivation_grad(b, forms_dz(b) ? dz.mutable_data_ptr() : nullptr, backend_of(t.dy).preactivation_grad);
-  const OwnCalls own_calls;
-  const Path path = t.dx.defined() ? run_dgrad(b, t, dz) : Path::library;
+  Path path = Path::library;
+  if (t.dx.defined()) {
+    const GemmProblem dgrad = dgrad_gemm(shape_of(b), matrix(dz), b.weight, b.shortcut_grad, b.dx);
+    const bool goes_on = before && before->activation != Activation::none;
+    path = goes_on ? run_dgrad_through(dgrad, t, dz, *before) : run_dgrad(dgrad, t, dz);
+  }
   at::Tensor dweight = t.dweight;
   if (!dweight.defined()) return path;
+  const OwnCalls own_calls;
   if (b.dweight_transposed) {
     at::mm_out(dweight, t.x.t(), dz);
   } else {
     at::mm_out(dweight, dz.t(), t.x);
   }
   return path;
+}
+
+Path run_one_backward(const BackwardTensors& t, Activation activation, NetworkLayer* before) {
+  const LayerBackwardProblem b = problem_of(t, activation);
+  const Path path = backend_of(t.dy).layer_backward(b);
+  return path == Path::library ? run_backward_in_parts(b, t, before) : path;
 }
 
 }  // namespace
@@ -139,9 +183,15 @@ Path run_forward(const Operands& o, Activation activation, const at::Tensor& z, 
 }
 
 Path run_backward(const BackwardTensors& t, Activation activation) {
-  const LayerBackwardProblem b = problem_of(t, activation);
-  const Path path = backend_of(t.dy).layer_backward(b);
-  return path == Path::library ? run_backward_in_parts(b, t) : path;
+  return run_one_backward(t, activation, nullptr);
+}
+
+Path run_backward(BackwardTensors t, const NetworkLayer& layer, const at::Tensor& dh, NetworkLayer* before) {
+  t.dy = layer.dz.defined() ? layer.dz : dh;
+  if (layer.dz.defined()) return run_one_backward(t, Activation::none, before);
+  t.db = layer.db;
+  if (layer.activation != Activation::none) t.z = layer.z;
+  return run_one_backward(t, layer.activation, before);
 }
 
 }  // namespace fastlane

@@ -67,4 +67,17 @@ struct BackwardTensors {
 
 Path run_backward(const BackwardTensors& t, Activation activation);
 
+// What the layer after it has to know of a network's layer, to form its dz = dh ⊙ act′(z) and db where it forms dh,
+// the gradient of its output.
+struct NetworkLayer {
+  Activation activation = Activation::none;
+  at::Tensor z, db;  // db is undefined where not needed
+  bool needs_dh = false;  // beside dz, for its shortcut; otherwise dz lies in dh's memory
+  at::Tensor dz;  // defined once formed; db is written then
+};
+
+// The backward of `layer`, of which `t` has the rest: from dz where that was formed, otherwise from dh. Where there
+// is a layer before it whose gradients are needed, t.dx is that one's dh, and its dz may be formed.
+Path run_backward(BackwardTensors t, const NetworkLayer& layer, const at::Tensor& dh, NetworkLayer* before = nullptr);
+
 }  // namespace fastlane

@@ -113,18 +113,16 @@ at::Tensor hidden_activations(const at::Tensor& z, Activation activation) {
 Path run_backward_by_layer(const MlpBackwardTensors& t, const MlpBackwardProblem& p, Activation activation) {
   CommonPath path;
   BackwardTensors fc2;
-  fc2.dy = t.dy, fc2.db = t.dfc2_bias;
   fc2.dweight = t.dfc2_weight.storage, fc2.dweight_transposed = t.dfc2_weight.transposed;
   if (fc2.dweight.defined()) fc2.x = hidden_activations(t.z, activation);
   if (forms_dz(p)) fc2.weight = t.fc2_weight, fc2.dx = at::empty({p.rows, p.hidden}, t.dy.options());
-  path.add(run_backward(fc2, Activation::none));
+  NetworkLayer fc1_layer{activation, t.z, t.dfc1_bias};
+  path.add(run_backward(fc2, {Activation::none, {}, t.dfc2_bias}, t.dy, &fc1_layer));
   if (!forms_dz(p)) return path.path();
   BackwardTensors fc1;
-  fc1.dy = fc2.dx, fc1.x = t.x, fc1.weight = t.fc1_weight, fc1.grad_shortcut = t.grad_shortcut;
-  if (activation != Activation::none) fc1.z = t.z;
-  fc1.dx = t.dx, fc1.db = t.dfc1_bias;
-  fc1.dweight = t.dfc1_weight.storage, fc1.dweight_transposed = t.dfc1_weight.transposed;
-  path.add(run_backward(fc1, activation));
+  fc1.x = t.x, fc1.weight = t.fc1_weight, fc1.grad_shortcut = t.grad_shortcut;
+  fc1.dx = t.dx, fc1.dweight = t.dfc1_weight.storage, fc1.dweight_transposed = t.dfc1_weight.transposed;
+  path.add(run_backward(fc1, fc1_layer, fc2.dx));
   return path.path();
 }
 

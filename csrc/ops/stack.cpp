@@ -258,6 +258,12 @@ Path run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, StackGra
   std::vector<at::Tensor> inputs = restored_inputs(s, z, path);
   const auto empty_dx = [&](size_t i) { return at::empty({s.rows, s.layers[i].in_features}, grad.options()); };
   const size_t first = g.first_needed();
+  const auto needs_input = [&](size_t i) { return i > first || (i == 0 && g.needs_x()); };
+  const auto network_layer = [&](size_t i) {
+    const bool needs_dh = s.parameters.projections[i].defined() || (s.layers[i].adds_input && needs_input(i));
+    return NetworkLayer{s.activation, s.z_of(z, i), g.biases[i], needs_dh};
+  };
+  NetworkLayer layer = network_layer(s.layers.size() - 1);
   for (size_t i = s.layers.size(); i-- > first;) {
     const StackLayer& l = s.layers[i];
     g.allocate(i);
@@ -277,10 +283,14 @@ Path run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, StackGra
     } else if (s.concat()) {
       t.grad_shortcut = grad.narrow(1, 0, l.in_features);
     }
-    t.dy = s.concat() ? grad.narrow(1, l.in_features, l.out_features) : grad;
-    t.z = s.z_of(z, i), t.x = inputs[i], t.weight = s.parameters.weights[i];
-    t.dx = dx, t.dweight = g.weights[i].storage, t.dweight_transposed = g.weights[i].transposed, t.db = g.biases[i];
-    path.add(run_backward(t, s.activation));
+    t.x = inputs[i], t.weight = s.parameters.weights[i];
+    t.dx = dx, t.dweight = g.weights[i].storage, t.dweight_transposed = g.weights[i].transposed;
+    const at::Tensor dh = s.concat() ? grad.narrow(1, l.in_features, l.out_features) : grad;
+    // In a concatenation dx is not dh, but holds it.
+    const bool goes_on = i > first && !s.concat();
+    NetworkLayer before = i > first ? network_layer(i - 1) : NetworkLayer{};
+    path.add(run_backward(std::move(t), layer, dh, goes_on ? &before : nullptr));
+    layer = std::move(before);
     grad = dx;
     inputs.pop_back();
   }

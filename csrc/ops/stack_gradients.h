@@ -28,7 +28,13 @@ class StackGradients {
         needed_(needed),
         is_needed_(1 + 4 * parameters.layers()) {
     for (const int64_t position : needed) is_needed_[static_cast<size_t>(position)] = true;
+    for (size_t layer = 0; layer < parameters.layers(); ++layer) {
+      allocate(kBiases, layer, biases[layer]);
+      allocate(kProjectionBiases, layer, projection_biases[layer]);
+    }
   }
+
+  bool needs_x() const { return is_needed_[0]; }
 
   // The layer at which the backward ends.
   size_t first_needed() const {
@@ -37,24 +43,15 @@ class StackGradients {
     return i;
   }
 
-  // To be called before a layer's backward: where layers run one after the other, those that have run have given
-  // back memory by then.
+  // All but the biases'. To be called before a layer's backward: where layers run one after the other, those that
+  // have run have given back memory by then.
   void allocate(size_t layer) {
-    const at::TensorOptions options = input_.options();
     if (layer == 0 && is_needed_[0]) {
       x_gradient_ = empty_output(input_, input_.size(-1));
       x = x_gradient_.view({rows_, input_.size(-1)});
     }
-    for (int list = 0; list < kLists; ++list) {
-      if (!is_needed_[position_of(list, layer)]) continue;
-      const at::Tensor& t = stack_tensor(input_, parameters_, static_cast<int64_t>(position_of(list, layer)));
-      if (list % 2 == 0) {
-        (list == 0 ? weights : projections)[layer] =
-            WeightGradient(t.size(0), t.size(1), is_column_major(t), options);
-      } else {
-        (list == 1 ? biases : projection_biases)[layer] = at::empty({t.size(0)}, options);
-      }
-    }
+    allocate(kWeights, layer, weights[layer]);
+    allocate(kProjections, layer, projections[layer]);
   }
 
   std::vector<at::Tensor> in_order() const {
@@ -73,8 +70,21 @@ class StackGradients {
   }
 
  private:
-  static constexpr int kLists = 4;
+  // As they follow each other in `needed`.
+  enum List { kWeights, kBiases, kProjections, kProjectionBiases, kLists };
 
+  void allocate(List list, size_t layer, WeightGradient& gradient) const {
+    if (!is_needed_[position_of(list, layer)]) return;
+    const at::Tensor& t = tensor_at(list, layer);
+    gradient = WeightGradient(t.size(0), t.size(1), is_column_major(t), input_.options());
+  }
+  void allocate(List list, size_t layer, at::Tensor& gradient) const {
+    if (is_needed_[position_of(list, layer)])
+      gradient = at::empty({tensor_at(list, layer).size(0)}, input_.options());
+  }
+  const at::Tensor& tensor_at(List list, size_t layer) const {
+    return stack_tensor(input_, parameters_, static_cast<int64_t>(position_of(list, layer)));
+  }
   size_t position_of(int list, size_t layer) const { return 1 + static_cast<size_t>(list) * weights.size() + layer; }
   bool any_needed(size_t layer) const {
     for (int list = 0; list < kLists; ++list)

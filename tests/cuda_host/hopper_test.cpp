@@ -20,6 +20,12 @@ GemmProblem forward(int64_t rows, int64_t in, int64_t out, DType dtype = DType::
 GemmProblem dgrad(int64_t rows, int64_t in, int64_t out, DType dtype = DType::bf16) {
   return dgrad_gemm({rows, in, out, dtype}, {kAligned, out, 1}, {kAligned, in, 1}, {kAligned, in}, {kAligned, in});
 }
+// dz = (dz' W + dh) ⊙ gelu′(z), with dh stored too and db summed.
+GemmProblem backward_through(int64_t rows, int64_t in, int64_t out, DType dtype = DType::bf16) {
+  GemmProblem p = through_activation(dgrad(rows, in, out, dtype), Activation::gelu, {kAligned, in}, kAligned);
+  p.unscaled = {kAligned, in};
+  return p;
+}
 
 template <class Change>
 HopperKind changed(GemmProblem p, Change change) {
@@ -64,25 +70,66 @@ void test_kinds() {
   CHECK(changed(dgrad(100, 64, 128), [](P& p) { p.activation = Activation::gelu; }) == HopperKind::none);
 }
 
+void test_through_activation() {
+  using P = GemmProblem;
+  const HopperKind taken = HopperKind::through_activation;
+  for (const DType dtype : {DType::bf16, DType::f16})
+    CHECK(hopper_kind(backward_through(100, 64, 128, dtype)) == taken);
+  CHECK(hopper_kind(backward_through(100, 64, 128, DType::f32)) == HopperKind::none);
+  CHECK(hopper_kind(backward_through(0, 64, 128)) == HopperKind::none);
+  CHECK(hopper_kind(backward_through(100, 0, 128)) == HopperKind::none);
+  const P good = backward_through(100, 64, 128);
+  CHECK(changed(good, [](P& p) { p.unscaled = {}, p.addend = {}; }) == taken);
+  CHECK(changed(good, [](P& p) { p.column_sums = nullptr; }) == taken);
+  CHECK(changed(good, [](P& p) { p.column_sums = kAligned + 2; }) == taken);
+  CHECK(changed(good, [](P& p) { p.activation = Activation::gelu_tanh; }) == taken);
+  CHECK(changed(good, [](P& p) { p.activation = Activation::none; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.preactivation = {}; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.preactivation.data = kAligned + 2; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.unscaled.row_stride = 68; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.b = {kAligned, 1, 128}; }) == HopperKind::none);  // W stored by columns
+  CHECK(changed(good, [](P& p) { p.bias = kAligned; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.z = p.unscaled; }) == HopperKind::none);
+}
+
 void test_choice() {
-  CHECK(hopper_tile(forward(4096, 4096, 4096), kH100) == HopperTile::m128n256);
-  CHECK(hopper_tile(forward(1024, 4096, 1024), kH100) == HopperTile::m128n128);
-  CHECK(hopper_tile(forward(65536, 1024, 128), kH100) == HopperTile::m128n128);
-  CHECK(hopper_tile(forward(65536, 1024, 384), kH100) == HopperTile::m128n128);
-  CHECK(hopper_tile(forward(65536, 1024, 400), kH100) == HopperTile::m128n256);
-  CHECK(is_worth_a_hopper_kernel(forward(32768, 768, 768), kH100));
-  CHECK(is_worth_a_hopper_kernel(forward(1024, 4096, 1152), kH100));
-  CHECK(!is_worth_a_hopper_kernel(forward(1024, 4096, 1024), kH100));
-  CHECK(!is_worth_a_hopper_kernel(forward(16, 4096, 4096), kH100));
-  CHECK(!is_worth_a_hopper_kernel(forward(4096, 4096, 4096), {80, 108}));
-  CHECK(!is_worth_a_hopper_kernel(forward(4096, 4096, 4096), {100, 148}));
-  CHECK(is_worth_a_hopper_kernel(forward((int64_t{1} << 31) - 1, 64, 1 << 20), kH100));
+  CHECK(hopper_tile(forward(4096, 4096, 4096), HopperKind::forward, kH100) == HopperTile::m128n256);
+  CHECK(hopper_tile(forward(1024, 4096, 1024), HopperKind::forward, kH100) == HopperTile::m128n128);
+  CHECK(hopper_tile(forward(65536, 1024, 128), HopperKind::forward, kH100) == HopperTile::m128n128);
+  CHECK(hopper_tile(forward(65536, 1024, 384), HopperKind::forward, kH100) == HopperTile::m128n128);
+  CHECK(hopper_tile(forward(65536, 1024, 400), HopperKind::forward, kH100) == HopperTile::m128n256);
+  CHECK(is_worth_a_hopper_kernel(forward(32768, 768, 768), HopperKind::forward, kH100));
+  CHECK(is_worth_a_hopper_kernel(forward(1024, 4096, 1152), HopperKind::forward, kH100));
+  CHECK(!is_worth_a_hopper_kernel(forward(1024, 4096, 1024), HopperKind::forward, kH100));
+  CHECK(!is_worth_a_hopper_kernel(forward(16, 4096, 4096), HopperKind::forward, kH100));
+  CHECK(!is_worth_a_hopper_kernel(forward(4096, 4096, 4096), HopperKind::forward, {80, 108}));
+  CHECK(!is_worth_a_hopper_kernel(forward(4096, 4096, 4096), HopperKind::forward, {100, 148}));
+  CHECK(is_worth_a_hopper_kernel(forward((int64_t{1} << 31) - 1, 64, 1 << 20), HopperKind::forward, kH100));
+  // Through an activation with the wide tile, where that is the better one.
+  const HopperKind through = HopperKind::through_activation;
+  CHECK(hopper_tile(backward_through(8, 64, 128), through, kH100) == HopperTile::m128n256);
+  CHECK(is_worth_a_hopper_kernel(backward_through(8192, 4096, 1024), through, kH100));
+  CHECK(is_worth_a_hopper_kernel(backward_through(16896, 256, 1024), through, kH100));
+  CHECK(!is_worth_a_hopper_kernel(backward_through(16768, 256, 1024), through, kH100));
+  CHECK(!is_worth_a_hopper_kernel(backward_through(65536, 128, 1024), through, kH100));
+  CHECK(!is_worth_a_hopper_kernel(backward_through(8192, 4096, 1024), through, {100, 148}));
+}
+
+void test_workspace() {
+  const GemmProblem p = backward_through(129, 264, 64);
+  CHECK(hopper_workspace(p, HopperTile::m128n256) == 2 * 512 * 4);
+  CHECK(hopper_workspace(p, HopperTile::m128n128) == 2 * 384 * 4);
+  CHECK(hopper_workspace(backward_through((int64_t{1} << 31) - 1, (int64_t{1} << 31) - 8, 64),
+                         HopperTile::m128n256) == (int64_t{1} << 24) * (int64_t{1} << 31) * 4);
+  CHECK(hopper_workspace(dgrad(129, 264, 64), HopperTile::m128n256) == 0);
 }
 
 }  // namespace
 
 int main() {
   test_kinds();
+  test_through_activation();
+  test_workspace();
   test_choice();
   return failures != 0;
 }

@@ -97,18 +97,19 @@ void test_epilogue(int64_t rows, int64_t cols, bool with_bias, bool with_addend,
 }
 
 template <class T, class Act, int N>
-void test_preactivation_grad(int64_t rows, int64_t cols, bool with_dz, bool with_db) {
+void test_preactivation_grad(int64_t rows, int64_t cols, bool with_dz, bool with_db, bool in_place = false) {
   std::mt19937 random(static_cast<unsigned>(rows * 1000 + cols));
   const int64_t gap = N == 1 ? 1 : N;
   Matrix<T> dy(rows, cols, gap), z(rows, cols, 2 * gap), dz(rows, cols, gap), db(1, cols, 0);
   dy.fill(random), z.fill(random);
+  if (in_place) dz = dy;
   const ColumnSumGeometry g = column_sum_geometry(rows, cols, N);
   std::vector<compute_t<T>> partial(static_cast<size_t>(g.chunks * cols), NAN);
   const GradOperands<T> p{rows,
                           cols,
                           g.chunk_rows,
                           g.chunks,
-                          dy.data(),
+                          in_place ? dz.data() : dy.data(),
                           z.data(),
                           with_dz ? dz.data() : nullptr,
                           with_db ? partial.data() : nullptr,
@@ -117,8 +118,8 @@ void test_preactivation_grad(int64_t rows, int64_t cols, bool with_dz, bool with
                           dz.stride};
   if (rows > 0) run_grid(grid_of(g), block_of(g), preactivation_grad_kernel<T, Act, N>, p);
   if (with_db)
-    run_grid(dim3(static_cast<unsigned>(ceil_div(cols, kSumCols))), dim3(kSumCols, kSumRows), sum_chunks_kernel<T>,
-             partial.data(), g.chunks, cols, db.data());
+    run_grid(dim3(static_cast<unsigned>(ceil_div(cols, kSumCols))), dim3(kSumCols, kSumRows), sum_rows_kernel<T>,
+             partial.data(), g.chunks, cols, cols, db.data());
   for (int64_t j = 0; j < cols; ++j) {
     double sum = 0, size = 0;
     for (int64_t i = 0; i < rows; ++i) {
@@ -131,6 +132,23 @@ void test_preactivation_grad(int64_t rows, int64_t cols, bool with_dz, bool with
   dz.check_gaps();
 }
 
+// Rows of partial sums with room between them, as the tiles of a GEMM write them.
+template <class T>
+void test_sum_rows(int64_t rows, int64_t cols, int64_t gap) {
+  std::mt19937 random(static_cast<unsigned>(rows * 1000 + cols));
+  Matrix<compute_t<T>> partial(rows, cols, gap);
+  Matrix<T> sums(1, cols, 5);
+  partial.fill(random);
+  run_grid(dim3(static_cast<unsigned>(std::max<int64_t>(1, cols / kSumCols / 2))), dim3(kSumCols, kSumRows),
+           sum_rows_kernel<T>, partial.data(), rows, cols, partial.stride, sums.data());
+  for (int64_t j = 0; j < cols; ++j) {
+    double sum = 0;
+    for (int64_t i = 0; i < rows; ++i) sum += value_of(partial.at(i)[j]);
+    check_close(sums.at(0)[j], sum, 0);
+  }
+  sums.check_gaps();
+}
+
 template <class T, class Act>
 void test_type() {
   constexpr int N = static_cast<int>(kAccessBytes / sizeof(T));
@@ -140,9 +158,12 @@ void test_type() {
   test_epilogue<T, Act, 1>(3, 301, true, true, false);
   test_preactivation_grad<T, Act, N>(70, 33 * N, true, true);
   test_preactivation_grad<T, Act, N>(9, N, false, true);
+  test_preactivation_grad<T, Act, N>(70, 3 * N, true, true, /*in_place=*/true);
   test_preactivation_grad<T, Act, 1>(300, 37, true, false);
   test_preactivation_grad<T, Act, 1>(1100, 2, true, true);
   test_preactivation_grad<T, Act, 1>(0, 5, false, true);
+  test_sum_rows<T>(17, 200, 56);
+  test_sum_rows<T>(1, 3, 0);
 }
 
 }  // namespace

@@ -160,14 +160,22 @@ void preactivation_grad_case(int64_t number) {
   const bool has_z = c.activation != Activation::none;
   const Operand dy = c.input("dy", rows, cols, row_layout(rows, cols, c.rng), scale, c.kind);
   const Operand z = has_z ? c.input("z", rows, cols, row_layout(rows, cols, c.rng), 2) : c.absent("z");
-  const Output dz(c, "dz", rows, cols, !c.rng.one_in(3)), db(c, "db", 1, cols, !c.rng.one_in(3));
+  const bool with_dz = !c.rng.one_in(3);
+  const Output dz(c, "dz", rows, cols, with_dz), db(c, "db", 1, cols, !c.rng.one_in(3));
+  const bool in_place = with_dz && c.rng.one_in(3);
+  c.describe("in_place", in_place);
 
   PreActivationGradProblem p;
   p.rows = rows, p.cols = cols, p.dtype = c.dtype, p.activation = c.activation;
   p.dy = dy.row_major(), p.z = z.row_major();
   run_twice(c, [&](size_t run, const Parallel& parallel) {
     PreActivationGradProblem own = p;
-    own.dz = dz.of_run(run).mutable_row_major(), own.db = db.of_run(run).data;
+    Operand own_dz = dz.of_run(run);
+    own.dz = own_dz.mutable_row_major(), own.db = db.of_run(run).data;
+    if (in_place) {
+      own_dz.fill([&](int64_t i, int64_t j) { return dy.read(i, j); });
+      own.dy = own_dz.row_major();
+    }
     kernels().preactivation_grad(own, parallel);
   });
 

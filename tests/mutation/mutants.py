@@ -402,6 +402,22 @@ MUTANTS = [
         path="library",
     ),
     Mutant(
+        "dz takes dh's place where a shortcut still needs dh",
+        "csrc/ops/stack.cpp",
+        "s.parameters.projections[i].defined() || (s.layers[i].adds_input && needs_input(i));",
+        "!MUTANT && (s.parameters.projections[i].defined() || (s.layers[i].adds_input && needs_input(i)));",
+        "test_stack.py",
+        path="library",
+    ),
+    Mutant(
+        "dz of the layer before is formed without its db",
+        "csrc/ops/layer_calls.cpp",
+        "if (before.db.defined()) pass.db",
+        "if (before.db.defined() && !MUTANT) pass.db",
+        "test_mlp.py",
+        path="library",
+    ),
+    Mutant(
         "a fused model overlooks a dropout switched on",
         "csrc/plan_call.cpp",
         "case Role::dropout: return !is_active(dict);",

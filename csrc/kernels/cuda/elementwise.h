@@ -19,4 +19,7 @@ void epilogue(const GemmProblem& problem, const ConstRowMajor& product, Stream s
 size_t preactivation_grad_workspace(const PreActivationGradProblem& problem);
 void preactivation_grad(const PreActivationGradProblem& problem, void* workspace, Stream stream);
 
+// The sums of `rows` rows of partial sums, float or double by dtype, in a fixed order; `sums` has `cols` elements.
+void sum_rows(const ConstRowMajor& partial, int64_t rows, int64_t cols, DType dtype, void* sums, Stream stream);
+
 }  // namespace fastlane::cuda

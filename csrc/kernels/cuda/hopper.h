@@ -15,10 +15,11 @@ namespace fastlane::cuda {
 // Rows × columns of the result that a block computes at once.
 enum class HopperTile : uint8_t { m128n256, m128n128 };
 
-// Which of two kernels: they differ in how B lies and in what their epilogues do.
+// Which kernel: they differ in how B lies and in what their epilogues do.
 //   forward: B's columns lie along k; bias, z, activation, addend
 //   dgrad: B's rows lie along n; addend
-enum class HopperKind : uint8_t { none, forward, dgrad };
+//   through_activation: as dgrad, and on through the activation of the layer before
+enum class HopperKind : uint8_t { none, forward, dgrad, through_activation };
 
 // TMA: a base and strides of multiples of 16 bytes, no overlapping rows, strides below 2^40 bytes.
 inline bool tma_reads(const void* data, int64_t row_stride, int64_t cols, DType dtype) {
@@ -40,33 +41,63 @@ inline HopperKind hopper_kind(const GemmProblem& p) {
                         tma_takes(p.addend, p.n, p.dtype) && tma_takes(p.z, p.n, p.dtype) &&
                         tma_takes(p.out, p.n, p.dtype);
   if (!rows_fit) return HopperKind::none;
-  if (p.b.row_stride == 1 && tma_reads(p.b.data, p.b.col_stride, p.k, p.dtype)) return HopperKind::forward;
+  const bool through_activation = p.preactivation.data || p.column_sums;
+  if (!through_activation && p.b.row_stride == 1 && tma_reads(p.b.data, p.b.col_stride, p.k, p.dtype))
+    return HopperKind::forward;
   // wgmma reads 4-byte operands along k only.
-  const bool adds_only = !p.bias && !p.z.data && p.activation == Activation::none;
-  if (p.dtype != DType::f32 && adds_only && p.b.col_stride == 1 && tma_reads(p.b.data, p.b.row_stride, p.n, p.dtype))
-    return HopperKind::dgrad;
-  return HopperKind::none;
+  if (p.dtype == DType::f32 || p.bias || p.z.data || p.b.col_stride != 1 ||
+      !tma_reads(p.b.data, p.b.row_stride, p.n, p.dtype))
+    return HopperKind::none;
+  if (!through_activation) return p.activation == Activation::none ? HopperKind::dgrad : HopperKind::none;
+  // Of no rows there are sums, but no tiles to write them.
+  const bool fits = p.m > 0 && p.n > 0 && p.preactivation.data && p.activation != Activation::none &&
+                    tma_reads(p.preactivation.data, p.preactivation.row_stride, p.n, p.dtype) &&
+                    tma_takes(p.unscaled, p.n, p.dtype);
+  return fits ? HopperKind::through_activation : HopperKind::none;
 }
 
 // The wide tile reads fewer operands for each multiply-add, the other fills a GPU with smaller problems. Below half a
 // GPU of those the library, which can also cut along k, has the product. Estimates, not measured.
-inline int64_t tiles(const GemmProblem& p, int64_t rows, int64_t cols) {
-  return ceil_div(p.m, rows) * ceil_div(p.n, cols);
+constexpr int64_t kHopperTileRows = 128;
+constexpr int64_t hopper_tile_cols(HopperTile tile) { return tile == HopperTile::m128n256 ? 256 : 128; }
+inline int64_t tiles(const GemmProblem& p, HopperTile tile) {
+  return ceil_div(p.m, kHopperTileRows) * ceil_div(p.n, hopper_tile_cols(tile));
 }
-inline HopperTile hopper_tile(const GemmProblem& p, const Gpu& gpu) {
+inline bool suits_wide_tile(const GemmProblem& p, const Gpu& gpu) {
   const bool wastes_columns = ceil_div(p.n, 256) * 256 > ceil_div(p.n, 128) * 128;
-  return !wastes_columns && tiles(p, 128, 256) >= gpu.multiprocessors ? HopperTile::m128n256 : HopperTile::m128n128;
+  return !wastes_columns && tiles(p, HopperTile::m128n256) >= gpu.multiprocessors;
+}
+// Through an activation there is the wide one only.
+inline HopperTile hopper_tile(const GemmProblem& p, HopperKind kind, const Gpu& gpu) {
+  return kind == HopperKind::through_activation || suits_wide_tile(p, gpu) ? HopperTile::m128n256
+                                                                           : HopperTile::m128n128;
 }
 inline bool runs_hopper_kernels(const Gpu& gpu) { return gpu.capability == 90; }
-inline bool is_worth_a_hopper_kernel(const GemmProblem& p, const Gpu& gpu) {
-  return runs_hopper_kernels(gpu) && tiles(p, 128, 128) * 2 >= gpu.multiprocessors;
+inline bool is_worth_a_hopper_kernel(const GemmProblem& p, HopperKind kind, const Gpu& gpu) {
+  if (!runs_hopper_kernels(gpu)) return false;
+  return kind == HopperKind::through_activation ? suits_wide_tile(p, gpu)
+                                                : tiles(p, HopperTile::m128n128) * 2 >= gpu.multiprocessors;
+}
+
+// The sums of its columns that each tile writes: a row of floats for each row of tiles, as long as the tiles are.
+struct TileSums {
+  int64_t rows, cols;
+
+  TileSums(const GemmProblem& p, HopperTile tile)
+      : rows(ceil_div(p.m, kHopperTileRows)), cols(ceil_div(p.n, hopper_tile_cols(tile)) * hopper_tile_cols(tile)) {}
+};
+inline int64_t hopper_workspace(const GemmProblem& p, HopperTile tile) {
+  const TileSums sums(p, tile);
+  return p.column_sums ? sums.rows * sums.cols * int64_t{sizeof(float)} : 0;
 }
 
 // Whether this build has the kernels.
 bool has_hopper_kernels();
 
-// Runs the product, of a kind that is not none, on the given stream of the current device. False, with nothing done,
-// if CUTLASS cannot. A failed launch throws std::runtime_error.
-bool hopper_gemm(const GemmProblem& problem, HopperKind kind, HopperTile tile, int multiprocessors, Stream stream);
+// Runs the product, of a kind that is not none, on the given stream of the current device. `workspace` has as many
+// bytes as asked for, aligned to 16. False, with nothing done, if CUTLASS cannot. A failed launch throws
+// std::runtime_error.
+bool hopper_gemm(const GemmProblem& problem, HopperKind kind, HopperTile tile, int multiprocessors, void* workspace,
+                 Stream stream);
 
 }  // namespace fastlane::cuda

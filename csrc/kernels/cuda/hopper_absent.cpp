@@ -7,7 +7,7 @@ namespace fastlane::cuda {
 
 bool has_hopper_kernels() { return false; }
 
-bool hopper_gemm(const GemmProblem&, HopperKind, HopperTile, int, Stream) {
+bool hopper_gemm(const GemmProblem&, HopperKind, HopperTile, int, void*, Stream) {
   throw std::logic_error("fastlane_ext: this build has no Hopper kernels");
 }
 

@@ -9,6 +9,7 @@
 #include "cutlass/cutlass.h"
 #include "cutlass/epilogue/collective/collective_builder.hpp"
 #include "cutlass/epilogue/fusion/operations.hpp"
+#include "cutlass/epilogue/thread/activation.h"
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/gemm/device/gemm_universal_adapter.h"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
@@ -18,6 +19,7 @@
 namespace fastlane::cuda::hopper {
 
 namespace fusion = cutlass::epilogue::fusion;
+using cute::_0;
 using cute::_1;
 using cute::_128;
 using cute::_2;
@@ -39,20 +41,31 @@ using Tile = Shape<_128, Cols, cute::Int<128 / sizeof(E)>>;
 template <template <class> class Op, class Out>
 using Compute = fusion::Sm90Compute<Op, Out, float, kRound>;
 
-// beta · C + Value, rounded to E. With beta = 0, C is not read.
-template <class E, class Value>
-using PlusAddend = fusion::Sm90EVT<Compute<cutlass::homogeneous_multiply_add, E>, fusion::Sm90ScalarBroadcast<float>,
-                                   fusion::Sm90SrcFetch<E>, Value>;
+// beta · C + Value, as Out. With beta = 0, C is not read.
+template <class E, class Out, class Value>
+using PlusAddend = fusion::Sm90EVT<Compute<cutlass::homogeneous_multiply_add, Out>,
+                                   fusion::Sm90ScalarBroadcast<float>, fusion::Sm90SrcFetch<E>, Value>;
+inline float beta(const GemmProblem& p) { return p.addend.data ? 1.0f : 0.0f; }
+
+// A matrix beside C and the result, read or written by TMA.
+template <class E, class TileShape>
+struct Aux {
+  using Descriptor = cutlass::epilogue::collective::detail::EpilogueDescriptor<
+      TileShape, cutlass::epilogue::collective::EpilogueTileAuto, E, E, EpilogueSchedule>;
+  using ToMemory = cutlass::epilogue::collective::detail::AuxStoreDescriptor<Descriptor, RowMajorLayout, E>;
+  using Store =
+      fusion::Sm90AuxStore<ToMemory::Stages, typename ToMemory::EpilogueTile, E, kRound, typename ToMemory::Stride,
+                           typename ToMemory::SmemLayoutAtom, typename ToMemory::CopyOpR2S>;
+  using FromMemory = cutlass::epilogue::collective::detail::AuxLoadDescriptor<Descriptor, RowMajorLayout, E>;
+  using Load =
+      fusion::Sm90AuxLoad<FromMemory::Stages, typename FromMemory::EpilogueTile, E, typename FromMemory::Stride,
+                          typename FromMemory::SmemLayoutAtom, typename FromMemory::CopyOpS2R>;
+};
 
 template <class E, class TileShape>
 struct ForwardParts {
   using Bias = fusion::Sm90RowBroadcast<0, TileShape, E, float>;
   using Z = fusion::Sm90EVT<Compute<cutlass::plus, float>, Bias, fusion::Sm90AccFetch>;
-  using Descriptor = cutlass::epilogue::collective::detail::EpilogueDescriptor<
-      TileShape, cutlass::epilogue::collective::EpilogueTileAuto, E, E, EpilogueSchedule>;
-  using Aux = cutlass::epilogue::collective::detail::AuxStoreDescriptor<Descriptor, RowMajorLayout, E>;
-  using Store = fusion::Sm90AuxStore<Aux::Stages, typename Aux::EpilogueTile, E, kRound, typename Aux::Stride,
-                                     typename Aux::SmemLayoutAtom, typename Aux::CopyOpR2S>;
 };
 
 // Of rows that are contiguous; there is one batch.
@@ -62,9 +75,9 @@ inline Stride<int64_t, _1, int64_t> row_major(int64_t row_stride) { return {row_
 template <class E, class TileShape, bool kStoresZ>
 struct ForwardEpilogue {
   using Parts = ForwardParts<E, TileShape>;
-  using KeptZ =
-      std::conditional_t<kStoresZ, fusion::Sm90EVT<typename Parts::Store, typename Parts::Z>, typename Parts::Z>;
-  using Tree = PlusAddend<E, fusion::Sm90EVT<Compute<Activate, float>, KeptZ>>;
+  using KeptZ = std::conditional_t<kStoresZ, fusion::Sm90EVT<typename Aux<E, TileShape>::Store, typename Parts::Z>,
+                                   typename Parts::Z>;
+  using Tree = PlusAddend<E, E, fusion::Sm90EVT<Compute<Activate, float>, KeptZ>>;
 
   static typename Tree::Arguments arguments(const GemmProblem& p) {
     const typename Parts::Z::Arguments z{{static_cast<const E*>(p.bias)}, {}, {}};
@@ -74,17 +87,37 @@ struct ForwardEpilogue {
     } else {
       kept = z;
     }
-    return {{{p.addend.data ? 1.0f : 0.0f}}, {}, {kept, {p.activation}}, {}};
+    return {{{beta(p)}}, {}, {kept, {p.activation}}, {}};
   }
 };
 
 // acc + addend.
 template <class E>
 struct DgradEpilogue {
-  using Tree = PlusAddend<E, fusion::Sm90AccFetch>;
+  using Tree = PlusAddend<E, E, fusion::Sm90AccFetch>;
+
+  static typename Tree::Arguments arguments(const GemmProblem& p) { return {{{beta(p)}}, {}, {}, {}}; }
+};
+
+// (acc + addend) ⊙ act′(preactivation); acc + addend is stored as `unscaled` on its way. Each tile writes the sums of
+// its columns as a row of float to `column_sums`. One kernel serves with and without either.
+template <class E, class TileShape>
+struct ThroughActivationEpilogue {
+  using Unscaled = fusion::Sm90EVT<typename Aux<E, TileShape>::Store, PlusAddend<E, float, fusion::Sm90AccFetch>>;
+  using Scaled = fusion::Sm90EVT<Compute<TimesSlope, float>, Unscaled, typename Aux<E, TileShape>::Load>;
+  using Sums =
+      fusion::Sm90RowReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, TileShape, float, float, kRound,
+                               Stride<_0, _1, _0>, kVector<float>, /*EnableNullptr=*/true, /*FinalReduction=*/false>;
+  using Tree = fusion::Sm90EVT<Compute<cutlass::epilogue::thread::Identity, E>, fusion::Sm90EVT<Sums, Scaled>>;
 
   static typename Tree::Arguments arguments(const GemmProblem& p) {
-    return {{{p.addend.data ? 1.0f : 0.0f}}, {}, {}, {}};
+    const typename Unscaled::Arguments unscaled{{{{beta(p)}}, {}, {}, {}},
+                                                {static_cast<E*>(p.unscaled.data), row_major(p.unscaled.row_stride)}};
+    const typename Scaled::Arguments scaled{
+        unscaled,
+        {static_cast<const E*>(p.preactivation.data), E(0), row_major(p.preactivation.row_stride)},
+        {p.activation}};
+    return {{scaled, {p.column_sums}}, {}};
   }
 };
 
@@ -159,6 +192,15 @@ bool run_dgrad(const GemmProblem& p, HopperTile tile, int multiprocessors, Strea
   return tile == HopperTile::m128n256
              ? Kernel<E, Tile<E, _256>, RowMajorLayout, DgradEpilogue<E>>::run(p, multiprocessors, stream)
              : Kernel<E, Tile<E, _128>, RowMajorLayout, DgradEpilogue<E>>::run(p, multiprocessors, stream);
+}
+
+// Of the narrow tile, nvcc 13.0 keeps the column sums on the stack. z and `unscaled` take the place of a stage of the
+// main loop.
+template <class E>
+bool run_through_activation(const GemmProblem& p, HopperTile tile, int multiprocessors, Stream stream) {
+  using Epilogue = ThroughActivationEpilogue<E, Tile<E, _256>>;
+  return tile == HopperTile::m128n256 &&
+         Kernel<E, Tile<E, _256>, RowMajorLayout, Epilogue>::run(p, multiprocessors, stream);
 }
 
 }  // namespace fastlane::cuda::hopper

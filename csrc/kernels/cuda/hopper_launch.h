@@ -9,5 +9,6 @@ using HopperLaunch = bool(const GemmProblem&, HopperTile, int multiprocessors, S
 
 HopperLaunch hopper_forward_bf16, hopper_forward_f16, hopper_forward_tf32;
 HopperLaunch hopper_dgrad_bf16, hopper_dgrad_f16;
+HopperLaunch hopper_through_activation_bf16, hopper_through_activation_f16;
 
 }  // namespace fastlane::cuda

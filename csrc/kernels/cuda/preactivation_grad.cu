@@ -42,12 +42,17 @@ void preactivation_grad(const PreActivationGradProblem& problem, void* workspace
       preactivation_grad_kernel<T, decltype(activation), N><<<grid, block, 0, stream>>>(operands);
       FASTLANE_CHECK_LAUNCH("preactivation_grad");
     }
-    if (problem.db) {
-      const auto blocks = static_cast<unsigned>(std::min(kMaxGridCols, ceil_div(problem.cols, kSumCols)));
-      sum_chunks_kernel<T><<<blocks, dim3(kSumCols, kSumRows), 0, stream>>>(partial_db, g.chunks, problem.cols,
-                                                                            static_cast<T*>(problem.db));
-      FASTLANE_CHECK_LAUNCH("sum_chunks");
-    }
+  });
+  if (problem.db) sum_rows({workspace, problem.cols}, g.chunks, problem.cols, problem.dtype, problem.db, stream);
+}
+
+void sum_rows(const ConstRowMajor& partial, int64_t rows, int64_t cols, DType dtype, void* sums, Stream stream) {
+  const auto blocks = static_cast<unsigned>(std::min(kMaxGridCols, ceil_div(cols, kSumCols)));
+  with_types(dtype, /*access=*/1, Activation::none, [&](auto stored, auto) {
+    using T = typename decltype(stored)::type;
+    sum_rows_kernel<T><<<blocks, dim3(kSumCols, kSumRows), 0, stream>>>(
+        static_cast<const compute_t<T>*>(partial.data), rows, cols, partial.row_stride, static_cast<T*>(sums));
+    FASTLANE_CHECK_LAUNCH("sum_rows");
   });
 }
 

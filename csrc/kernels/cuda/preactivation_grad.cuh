@@ -60,23 +60,23 @@ __global__ void __launch_bounds__(kBlockThreads, 2) preactivation_grad_kernel(co
   }
 }
 
-// db of 32 columns: each thread adds every eighth chunk, then the first of each column adds the eight sums. In
-// double, since there may be very many chunks.
+// Sums of 32 columns: each thread adds every eighth row, then the first of each column adds the eight sums. In
+// double, since there may be very many rows.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads)
-    sum_chunks_kernel(const compute_t<T>* partial_db, int64_t chunks, int64_t cols, T* db) {
+    sum_rows_kernel(const compute_t<T>* partial, int64_t rows, int64_t cols, int64_t row_stride, T* out) {
   __shared__ double sums[kSumRows][kSumCols];
   for (int64_t first_col = int64_t{blockIdx.x} * kSumCols; first_col < cols;
        first_col += int64_t{gridDim.x} * kSumCols) {
     const int64_t col = first_col + threadIdx.x;
     double sum = 0;
     if (col < cols)
-      for (int64_t chunk = threadIdx.y; chunk < chunks; chunk += kSumRows) sum += partial_db[chunk * cols + col];
+      for (int64_t row = threadIdx.y; row < rows; row += kSumRows) sum += partial[row * row_stride + col];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y == 0 && col < cols) {
       for (int y = 1; y < kSumRows; ++y) sum += sums[y][threadIdx.x];
-      db[col] = rounded<T>(static_cast<compute_t<T>>(sum));
+      out[col] = rounded<T>(static_cast<compute_t<T>>(sum));
     }
     __syncthreads();
   }
