@@ -231,6 +231,16 @@ def test_cuda_tensor_in_a_cpu_build(name):
     assert "FASTLANE_CUDA=1 pip install --no-build-isolation" in message
 
 
+@pytest.mark.skipif(bool(fl.build_info()["cuda_archs"]), reason="for a build without CUDA kernels")
+def test_every_operator_says_so_in_a_cpu_build():
+    cpu, cuda = (
+        {name for name in torch._C._dispatch_get_registrations_for_dispatch_key(key) if name.startswith("fastlane::")}
+        for key in ("CPU", "CUDA")
+    )
+    assert "fastlane::mlp_residual" in cpu
+    assert cuda == cpu
+
+
 def test_wrong_arguments_leave_no_trace(assert_fused):
     """After an error the same tensors, set right, work: no counter moved, no history recorded."""
     right = arguments()

@@ -19,8 +19,9 @@ void raise_no_cuda(const c10::OperatorHandle& op, c10::Stack*) {
 const Backend& cuda_backend() { TORCH_INTERNAL_ASSERT(false, "no CUDA kernels in this build"); }
 
 TORCH_LIBRARY_IMPL(fastlane, CUDA, m) {
-  for (const char* op : {"linear_gelu_residual", "linear_gelu_concat", "linear_gelu_forward", "linear_gelu_backward",
-                         "residual_stack", "residual_stack_forward", "residual_stack_backward"})
+  for (const char* op :
+       {"linear_gelu_residual", "linear_gelu_concat", "linear_gelu_forward", "linear_gelu_backward", "residual_stack",
+        "residual_stack_forward", "residual_stack_backward", "mlp_residual", "mlp_forward", "mlp_backward"})
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&raise_no_cuda>());
 }
 
