@@ -10,7 +10,17 @@ struct ActivationArguments {
   Activation activation = Activation::none;
 };
 
-// act(z) of a fragment; the branch is outside the loop over its elements.
+// The branch is outside the loop over a fragment's elements.
+template <class F>
+__device__ auto with_activation(Activation activation, F f) {
+  switch (activation) {
+    case Activation::gelu: return f(ExactGelu{});
+    case Activation::gelu_tanh: return f(TanhGelu{});
+    default: return f(NoActivation{});
+  }
+}
+
+// act(z) of a fragment.
 template <class T>
 struct Activate {
   using Arguments = ActivationArguments;
@@ -20,20 +30,12 @@ struct Activate<cutlass::Array<float, N>> {
   using Fragment = cutlass::Array<float, N>;
 
   __device__ Fragment operator()(const Fragment& z, const ActivationArguments& arguments) const {
-    switch (arguments.activation) {
-      case Activation::gelu: return each<ExactGelu>(z);
-      case Activation::gelu_tanh: return each<TanhGelu>(z);
-      default: return z;
-    }
-  }
-
- private:
-  template <class Act>
-  static __device__ Fragment each(const Fragment& z) {
-    Fragment out;
+    return with_activation(arguments.activation, [&](auto activation) {
+      Fragment out;
 #pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = Act::value(z[i]);
-    return out;
+      for (int i = 0; i < N; ++i) out[i] = activation.value(z[i]);
+      return out;
+    });
   }
 };
 
@@ -48,20 +50,12 @@ struct TimesSlope<cutlass::Array<float, N>> {
 
   __device__ Fragment operator()(const Fragment& grad, const Fragment& z,
                                  const ActivationArguments& arguments) const {
-    switch (arguments.activation) {
-      case Activation::gelu: return each<ExactGelu>(grad, z);
-      case Activation::gelu_tanh: return each<TanhGelu>(grad, z);
-      default: return grad;
-    }
-  }
-
- private:
-  template <class Act>
-  static __device__ Fragment each(const Fragment& grad, const Fragment& z) {
-    Fragment out;
+    return with_activation(arguments.activation, [&](auto activation) {
+      Fragment out;
 #pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = grad[i] * Act::slope(z[i]);
-    return out;
+      for (int i = 0; i < N; ++i) out[i] = grad[i] * activation.slope(z[i]);
+      return out;
+    });
   }
 };
 

@@ -62,25 +62,19 @@ struct Aux {
                           typename FromMemory::SmemLayoutAtom, typename FromMemory::CopyOpS2R>;
 };
 
-template <class E, class TileShape>
-struct ForwardParts {
-  using Bias = fusion::Sm90RowBroadcast<0, TileShape, E, float>;
-  using Z = fusion::Sm90EVT<Compute<cutlass::plus, float>, Bias, fusion::Sm90AccFetch>;
-};
-
 // Of rows that are contiguous; there is one batch.
 inline Stride<int64_t, _1, int64_t> row_major(int64_t row_stride) { return {row_stride, _1{}, 0}; }
 
 // act(acc + bias) + addend; acc + bias is stored as z on its way. One kernel serves all activations.
 template <class E, class TileShape, bool kStoresZ>
 struct ForwardEpilogue {
-  using Parts = ForwardParts<E, TileShape>;
-  using KeptZ = std::conditional_t<kStoresZ, fusion::Sm90EVT<typename Aux<E, TileShape>::Store, typename Parts::Z>,
-                                   typename Parts::Z>;
+  using Bias = fusion::Sm90RowBroadcast<0, TileShape, E, float>;
+  using Z = fusion::Sm90EVT<Compute<cutlass::plus, float>, Bias, fusion::Sm90AccFetch>;
+  using KeptZ = std::conditional_t<kStoresZ, fusion::Sm90EVT<typename Aux<E, TileShape>::Store, Z>, Z>;
   using Tree = PlusAddend<E, E, fusion::Sm90EVT<Compute<Activate, float>, KeptZ>>;
 
   static typename Tree::Arguments arguments(const GemmProblem& p) {
-    const typename Parts::Z::Arguments z{{static_cast<const E*>(p.bias)}, {}, {}};
+    const typename Z::Arguments z{{static_cast<const E*>(p.bias)}, {}, {}};
     typename KeptZ::Arguments kept;
     if constexpr (kStoresZ) {
       kept = {z, {static_cast<E*>(p.z.data), row_major(p.z.row_stride)}};
