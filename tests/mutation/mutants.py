@@ -412,8 +412,8 @@ MUTANTS = [
     Mutant(
         "dz of the layer before is formed without its db",
         "csrc/ops/layer_calls.cpp",
-        "if (before.db.defined()) pass.db",
-        "if (before.db.defined() && !MUTANT) pass.db",
+        "if (before.db.defined()) p.db",
+        "if (before.db.defined() && !MUTANT) p.db",
         "test_mlp.py",
         path="library",
     ),
