@@ -33,8 +33,8 @@ bool hopper_gemm(const GemmProblem& problem, HopperKind kind, HopperTile tile, i
   if (problem.column_sums) by_tiles.column_sums = workspace;
   if (!launch(by_tiles, tile, multiprocessors, stream)) return false;
   if (!problem.column_sums) return true;
-  const TileSums sums(problem, tile);
-  sum_rows({workspace, sums.cols}, sums.rows, problem.n, problem.dtype, problem.column_sums, stream);
+  const TileGrid grid(problem, tile);
+  sum_rows({workspace, grid.covered_cols}, grid.rows, problem.n, problem.dtype, problem.column_sums, stream);
   return true;
 }
 

@@ -56,16 +56,22 @@ inline HopperKind hopper_kind(const GemmProblem& p) {
   return fits ? HopperKind::through_activation : HopperKind::none;
 }
 
+// The tiles of a result, and the columns that they cover.
+struct TileGrid {
+  int64_t rows, cols, covered_cols;
+
+  TileGrid(const GemmProblem& p, HopperTile tile) {
+    const int64_t tile_rows = 128, tile_cols = tile == HopperTile::m128n256 ? 256 : 128;
+    rows = ceil_div(p.m, tile_rows), cols = ceil_div(p.n, tile_cols), covered_cols = cols * tile_cols;
+  }
+  int64_t tiles() const { return rows * cols; }
+};
+
 // The wide tile reads fewer operands for each multiply-add, the other fills a GPU with smaller problems. Below half a
 // GPU of those the library, which can also cut along k, has the product. Estimates, not measured.
-constexpr int64_t kHopperTileRows = 128;
-constexpr int64_t hopper_tile_cols(HopperTile tile) { return tile == HopperTile::m128n256 ? 256 : 128; }
-inline int64_t tiles(const GemmProblem& p, HopperTile tile) {
-  return ceil_div(p.m, kHopperTileRows) * ceil_div(p.n, hopper_tile_cols(tile));
-}
 inline bool suits_wide_tile(const GemmProblem& p, const Gpu& gpu) {
-  const bool wastes_columns = ceil_div(p.n, 256) * 256 > ceil_div(p.n, 128) * 128;
-  return !wastes_columns && tiles(p, HopperTile::m128n256) >= gpu.multiprocessors;
+  const TileGrid wide(p, HopperTile::m128n256), narrow(p, HopperTile::m128n128);
+  return wide.covered_cols == narrow.covered_cols && wide.tiles() >= gpu.multiprocessors;
 }
 // Through an activation there is the wide one only.
 inline HopperTile hopper_tile(const GemmProblem& p, HopperKind kind, const Gpu& gpu) {
@@ -75,20 +81,15 @@ inline HopperTile hopper_tile(const GemmProblem& p, HopperKind kind, const Gpu& 
 inline bool runs_hopper_kernels(const Gpu& gpu) { return gpu.capability == 90; }
 inline bool is_worth_a_hopper_kernel(const GemmProblem& p, HopperKind kind, const Gpu& gpu) {
   if (!runs_hopper_kernels(gpu)) return false;
-  return kind == HopperKind::through_activation ? suits_wide_tile(p, gpu)
-                                                : tiles(p, HopperTile::m128n128) * 2 >= gpu.multiprocessors;
+  return kind == HopperKind::through_activation
+             ? suits_wide_tile(p, gpu)
+             : TileGrid(p, HopperTile::m128n128).tiles() * 2 >= gpu.multiprocessors;
 }
 
-// The sums of its columns that each tile writes: a row of floats for each row of tiles, as long as the tiles are.
-struct TileSums {
-  int64_t rows, cols;
-
-  TileSums(const GemmProblem& p, HopperTile tile)
-      : rows(ceil_div(p.m, kHopperTileRows)), cols(ceil_div(p.n, hopper_tile_cols(tile)) * hopper_tile_cols(tile)) {}
-};
+// The sums of its columns that each tile writes: for each row of tiles a row of floats, one for each column covered.
 inline int64_t hopper_workspace(const GemmProblem& p, HopperTile tile) {
-  const TileSums sums(p, tile);
-  return p.column_sums ? sums.rows * sums.cols * int64_t{sizeof(float)} : 0;
+  const TileGrid grid(p, tile);
+  return p.column_sums ? grid.rows * grid.covered_cols * int64_t{sizeof(float)} : 0;
 }
 
 // Whether this build has the kernels.
