@@ -300,6 +300,7 @@ def test_compile(dynamic):
 
 
 def test_opcheck():
+    pytest.importorskip("expecttest", reason="torch's opcheck needs expecttest")
     case = on_gpu(make_case((6,), 16, 16))
     arguments = [t.requires_grad_() for t in (case.x, case.weight, case.bias, case.residual_data)]
     torch.library.opcheck(torch.ops.fastlane.linear_gelu_residual.default, arguments)
