@@ -18,7 +18,8 @@ class Call(nn.Module):
         self.values = nn.ParameterList(torch.randn(shape) / shape[-1] ** 0.5 for shape in shapes)
 
     def forward(self, x):
-        return self.function(x, *self.values)
+        # By index: torch 2.11's compiler cannot unpack a ParameterList.
+        return self.function(x, *(self.values[i] for i in range(len(self.values))))
 
 
 class TransformerMlp(nn.Module):

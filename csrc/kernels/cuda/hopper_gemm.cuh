@@ -115,12 +115,22 @@ struct ThroughActivationEpilogue {
   }
 };
 
+// CUTLASS puts A and B behind the epilogue's shared memory and leaves their alignment to its size. TMA and wgmma
+// repeat their swizzle of 128 bytes every 1024.
+constexpr size_t kSwizzleBytes = 1024;
+template <class Tree>
+struct Aligned : Tree {
+  struct alignas(kSwizzleBytes) SharedStorage : Tree::SharedStorage {};
+  using Tree::Tree;
+};
+
 template <class E, class TileShape, class LayoutB, class Epilogue>
 class Kernel {
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, TileShape, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, E, RowMajorLayout, kVector<E>, E, RowMajorLayout,
-      kVector<E>, EpilogueSchedule, typename Epilogue::Tree>::CollectiveOp;
+      kVector<E>, EpilogueSchedule, Aligned<typename Epilogue::Tree>>::CollectiveOp;
+  static_assert(alignof(typename CollectiveEpilogue::TensorStorage) % kSwizzleBytes == 0);
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, E, RowMajorLayout, kVector<E>, E, LayoutB, kVector<E>,
       float, TileShape, Cluster,
