@@ -66,11 +66,24 @@ def results(op, leaves):
     return y, [y, *(grad for grad in grads if grad is not None)]
 
 
+def torchs_linear_takes(x, weight):
+    """Torch 2.11's refuses rows that are sharded in their second dimension."""
+    try:
+        nn.functional.linear(x, weight)
+    except RuntimeError:
+        return False
+    return True
+
+
 def op_on_dtensors(op, placements):
     plain = [t.requires_grad_() for t in operands()]
     _, expected = results(op, plain)
     on = mesh()
     leaves = [distribute_tensor(t, on, [way]).requires_grad_() for t, way in zip(operands(), placements, strict=True)]
+    if not torchs_linear_takes(*leaves[:2]):
+        with pytest.raises(RuntimeError, match="redistribution"):
+            op(*leaves)
+        return
     fl.reset_stats()
     y, got = results(op, leaves)
     assert fl.stats()["fallback"] == {COMPOSED: 1}, fl.stats()

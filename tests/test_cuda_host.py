@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from build_support import find_compiler, find_cuda_home  # noqa: E402
+from build_support import find_compiler, find_cuda_home, find_cutlass  # noqa: E402
 
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
 # Those that launch kernels of our own.
@@ -50,6 +50,33 @@ def test_kernels_on_the_host(name, tmp_path):
     """Every line of the device code runs, with the toolkit's headers and without a GPU; see cuda_host/grid.h."""
     headers = toolkit_home() / "include"
     run_program(name, tmp_path, "-std=c++20", "-Wno-unknown-pragmas", "-isystem", str(headers))
+
+
+def test_hopper_kernels_on_the_host(tmp_path):
+    """Their PTX, as nvcc makes it of CUTLASS's templates, launched by CUTLASS's host code; see cuda_host/ptx."""
+    home, cutlass = toolkit_home(), find_cutlass()
+    if cutlass is None:
+        pytest.skip("needs CUTLASS: pip install --no-deps nvidia-cutlass==4.2.0.0")
+    # One file, because what takes longest is to read CUTLASS.
+    kernels = tmp_path / "kernels.cu"
+    kernels.write_text("".join(f'#include "{path}"\n' for path in sorted(KERNELS.glob("hopper_*.cu"))))
+    nvcc = [str(home / "bin" / "nvcc"), f"-I{cutlass}", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-std=c++20"]
+    nvcc += ["-gencode=arch=compute_90a,code=compute_90a", "--keep", "--keep-dir", str(tmp_path), "-c", str(kernels)]
+    subprocess.run([*nvcc, "-o", str(tmp_path / "kernels.o")], check=True, capture_output=True)
+    folder = ROOT / "tests" / "cuda_host"
+    sources = [folder / "hopper_kernels_test.cpp", KERNELS / "hopper.cpp", *sorted((folder / "ptx").glob("*.cpp"))]
+    compiler = [*find_compiler()[0].split(), "-O2", "-std=c++20", "-frounding-math", "-Wall", "-Wextra", "-Werror"]
+    compiler += [f"-I{ROOT / 'csrc'}", f"-I{folder}", "-isystem", str(home / "include")]
+    program = tmp_path / "hopper_kernels_test"
+    subprocess.run([*compiler, *map(str, sources), str(tmp_path / "kernels.o"), "-o", str(program)], check=True)
+    runs = [
+        subprocess.Popen([str(program), dtype, str(tmp_path / "kernels.ptx")], stdout=subprocess.PIPE, text=True)
+        for dtype in ("bf16", "f16", "f32")
+    ]
+    for run in runs:
+        output, _ = run.communicate()
+        assert run.returncode == 0, output
+        assert "kernels ran" in output and not output.startswith("0 ")
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -99,7 +126,7 @@ def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path):
 
 
 def run_gpu_script(folder, *steps, seconds="60", hopper_status="0"):
-    """benchmarks/gpu.sh with programs that only print what they were asked for; the Hopper tests fail or are skipped."""
+    """benchmarks/gpu.sh with programs that only print what they were asked for."""
     programs = folder / "programs"
     programs.mkdir(exist_ok=True)
     (programs / "python").write_text(

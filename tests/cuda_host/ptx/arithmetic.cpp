@@ -1,0 +1,173 @@
+// Registers to registers. approx instructions give what is exact but for one rounding.
+#include <algorithm>
+#include <cfenv>
+#include <cmath>
+#include <utility>
+
+#include "instructions.h"
+
+namespace ptx {
+namespace {
+
+// operand 0 ← f(operands 1, 2, … as `From`), f without a capture
+template <class To, class... From, class F>
+Handler compute(F) {
+  return [](Machine& m, Thread& t, const Instruction& i) {
+    const auto call = [&]<size_t... n>(std::index_sequence<n...>) {
+      return F{}(read<From>(m, t, i.operands[n + 1])...);
+    };
+    write<To>(t, i.operands[0], static_cast<To>(call(std::index_sequence_for<From...>{})));
+    return true;
+  };
+}
+template <class V, class F>
+Handler unary(F f) {
+  return compute<V, V>(f);
+}
+template <class V, class F>
+Handler binary(F f) {
+  return compute<V, V, V>(f);
+}
+template <class V, class F>
+Handler ternary(F f) {
+  return compute<V, V, V, V>(f);
+}
+template <class V, class F>
+Handler compare(F f) {
+  return compute<uint64_t, V, V>(f);
+}
+
+float fma_rounded_down(float a, float b, float c) {
+  const int before = std::fegetround();
+  std::fesetround(FE_DOWNWARD);
+  const volatile float x = a, y = b, z = c;
+  const float result = std::fma(x, y, z);
+  std::fesetround(before);
+  return result;
+}
+
+// Each of four digits names a byte of a, then b; its highest bit asks for copies of that byte's sign.
+uint32_t permuted(uint32_t a, uint32_t b, uint32_t digits) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (uint32_t n = 0; n < 4; ++n) {
+    const uint32_t digit = digits >> 4 * n & 15;
+    uint32_t byte = static_cast<uint32_t>(bytes >> 8 * (digit & 7)) & 0xff;
+    if (digit & 8) byte = byte & 0x80 ? 0xff : 0;
+    result |= byte << 8 * n;
+  }
+  return result;
+}
+
+// Between a register and the two halves of it, or between registers.
+template <class Whole, class Half>
+bool move(Machine& m, Thread& t, const Instruction& i) {
+  const Operand &to = i.operands[0], &from = i.operands[1];
+  constexpr unsigned kHalf = sizeof(Half) * 8;
+  if (to.kind == Operand::Kind::vector) {
+    const Whole value = read<Whole>(m, t, from);
+    write<Half>(t, to.parts[0], static_cast<Half>(value));
+    write<Half>(t, to.parts[1], static_cast<Half>(value >> kHalf));
+  } else if (from.kind == Operand::Kind::vector) {
+    const Whole low = read<Half>(m, t, from.parts[0]), high = read<Half>(m, t, from.parts[1]);
+    write<Whole>(t, to, low | high << kHalf);
+  } else {
+    write<Whole>(t, to, read<Whole>(m, t, from));
+  }
+  return true;
+}
+
+void add_floats(Table& table) {
+  table["abs.f32"] = unary<float>([](float a) { return std::fabs(a); });
+  table["neg.f32"] = unary<float>([](float a) { return -a; });
+  table["add.f32"] = binary<float>([](float a, float b) { return a + b; });
+  table["sub.f32"] = binary<float>([](float a, float b) { return a - b; });
+  table["mul.f32"] = table["mul.rn.f32"] = binary<float>([](float a, float b) { return a * b; });
+  table["div.rn.f32"] = binary<float>([](float a, float b) { return a / b; });
+  table["rcp.rn.f32"] = table["rcp.approx.ftz.f32"] = unary<float>([](float a) { return 1 / a; });
+  table["ex2.approx.ftz.f32"] = unary<float>([](float a) { return std::exp2(a); });
+  table["copysign.f32"] = binary<float>([](float sign, float size) { return std::copysign(size, sign); });
+  table["fma.rn.f32"] = ternary<float>([](float a, float b, float c) { return std::fma(a, b, c); });
+  table["fma.rm.f32"] = ternary<float>([](float a, float b, float c) { return fma_rounded_down(a, b, c); });
+  table["setp.eq.f32"] = compare<float>([](float a, float b) { return a == b; });
+  table["setp.neu.f32"] = compare<float>([](float a, float b) { return !(a == b); });
+  table["setp.lt.f32"] = compare<float>([](float a, float b) { return a < b; });
+  table["setp.gt.f32"] = compare<float>([](float a, float b) { return a > b; });
+}
+
+void add_conversions(Table& table) {
+  table["cvt.sat.f32.f32"] = unary<float>([](float a) { return a > 0 ? std::min(a, 1.0f) : 0.0f; });
+  table["cvt.rzi.f32.f32"] = unary<float>([](float a) { return std::trunc(a); });
+  table["cvt.f32.f16"] = compute<float, uint16_t>([](uint16_t a) { return from_f16(a); });
+  table["cvt.rn.f16.f32"] = compute<uint16_t, float>([](float a) { return to_f16(a); });
+  // PTX names the upper half first.
+  table["cvt.rn.f16x2.f32"] = compute<uint32_t, float, float>(
+      [](float high, float low) { return static_cast<uint32_t>(to_f16(high)) << 16 | to_f16(low); });
+  table["cvt.rn.bf16x2.f32"] = compute<uint32_t, float, float>(
+      [](float high, float low) { return static_cast<uint32_t>(to_bf16(high)) << 16 | to_bf16(low); });
+  table["cvt.s64.s32"] = compute<int64_t, int32_t>([](int32_t a) { return a; });
+  table["cvt.u64.u32"] = compute<uint64_t, uint32_t>([](uint32_t a) { return a; });
+  table["cvt.u32.u64"] = compute<uint32_t, uint64_t>([](uint64_t a) { return a; });
+}
+
+void add_integers(Table& table) {
+  using u16 = uint16_t;
+  using u32 = uint32_t;
+  using u64 = uint64_t;
+  table["add.s32"] = binary<u32>([](u32 a, u32 b) { return a + b; });
+  table["sub.s32"] = binary<u32>([](u32 a, u32 b) { return a - b; });
+  table["neg.s32"] = unary<u32>([](u32 a) { return 0 - a; });
+  table["mul.lo.s32"] = binary<u32>([](u32 a, u32 b) { return a * b; });
+  table["mad.lo.s32"] = ternary<u32>([](u32 a, u32 b, u32 c) { return a * b + c; });
+  table["min.s32"] = binary<int32_t>([](int32_t a, int32_t b) { return std::min(a, b); });
+  table["add.s64"] = binary<u64>([](u64 a, u64 b) { return a + b; });
+  table["sub.s64"] = binary<u64>([](u64 a, u64 b) { return a - b; });
+  table["mul.lo.s64"] = binary<u64>([](u64 a, u64 b) { return a * b; });
+  table["mul.hi.u64"] = binary<u64>([](u64 a, u64 b) { return static_cast<unsigned __int128>(a) * b >> 64; });
+  table["mul.wide.u32"] = compute<u64, u32, u32>([](u32 a, u32 b) { return u64{a} * b; });
+  table["mul.wide.s32"] = compute<int64_t, int32_t, int32_t>([](int32_t a, int32_t b) { return int64_t{a} * b; });
+  table["and.b16"] = binary<u16>([](u16 a, u16 b) { return a & b; });
+  table["and.b32"] = binary<u32>([](u32 a, u32 b) { return a & b; });
+  table["or.b32"] = binary<u32>([](u32 a, u32 b) { return a | b; });
+  table["xor.b32"] = binary<u32>([](u32 a, u32 b) { return a ^ b; });
+  table["prmt.b32"] = ternary<u32>([](u32 a, u32 b, u32 digits) { return permuted(a, b, digits); });
+  table["not.b32"] = unary<u32>([](u32 a) { return ~a; });
+  table["and.b64"] = table["and.pred"] = binary<u64>([](u64 a, u64 b) { return a & b; });
+  table["or.b64"] = table["or.pred"] = binary<u64>([](u64 a, u64 b) { return a | b; });
+  table["not.pred"] = unary<u64>([](u64 a) { return ~a & 1; });
+  table["shl.b32"] = binary<u32>([](u32 a, u32 n) { return n > 31 ? 0 : a << n; });
+  table["shr.u32"] = binary<u32>([](u32 a, u32 n) { return n > 31 ? 0 : a >> n; });
+  table["shr.s32"] = compute<int32_t, int32_t, u32>([](int32_t a, u32 n) { return a >> std::min(n, 31u); });
+  table["shl.b64"] = compute<u64, u64, u32>([](u64 a, u32 n) { return n > 63 ? 0 : a << n; });
+  table["shr.u64"] = compute<u64, u64, u32>([](u64 a, u32 n) { return n > 63 ? 0 : a >> n; });
+  table["setp.eq.s16"] = compare<u16>([](u16 a, u16 b) { return a == b; });
+  table["setp.ne.s16"] = compare<u16>([](u16 a, u16 b) { return a != b; });
+  table["setp.eq.b32"] = table["setp.eq.s32"] = compare<u32>([](u32 a, u32 b) { return a == b; });
+  table["setp.ne.b32"] = table["setp.ne.s32"] = compare<u32>([](u32 a, u32 b) { return a != b; });
+  table["setp.lt.s32"] = compare<int32_t>([](int32_t a, int32_t b) { return a < b; });
+  table["setp.le.s32"] = compare<int32_t>([](int32_t a, int32_t b) { return a <= b; });
+  table["setp.gt.s32"] = compare<int32_t>([](int32_t a, int32_t b) { return a > b; });
+  table["setp.ge.s32"] = compare<int32_t>([](int32_t a, int32_t b) { return a >= b; });
+  table["setp.lt.u32"] = compare<u32>([](u32 a, u32 b) { return a < b; });
+  table["setp.gt.u32"] = compare<u32>([](u32 a, u32 b) { return a > b; });
+  table["setp.eq.s64"] = compare<u64>([](u64 a, u64 b) { return a == b; });
+  table["setp.le.u64"] = compare<u64>([](u64 a, u64 b) { return a <= b; });
+}
+
+}  // namespace
+
+void add_arithmetic(Table& table) {
+  add_floats(table);
+  add_conversions(table);
+  add_integers(table);
+  table["selp.b32"] = table["selp.u32"] = table["selp.f32"] = compute<uint32_t, uint32_t, uint32_t, uint64_t>(
+      [](uint32_t a, uint32_t b, uint64_t p) { return p & 1 ? a : b; });
+  for (const char* opcode : {"mov.b32", "mov.u32", "mov.s32", "mov.f32"}) table[opcode] = move<uint32_t, uint16_t>;
+  for (const char* opcode : {"mov.b64", "mov.u64"}) table[opcode] = move<uint64_t, uint32_t>;
+  table["mov.u16"] = unary<uint16_t>([](uint16_t a) { return a; });
+  table["mov.pred"] = unary<uint64_t>([](uint64_t a) { return a & 1; });
+  // Global addresses are the host's.
+  table["cvta.param.u64"] = table["cvta.to.global.u64"] = unary<uint64_t>([](uint64_t a) { return a; });
+}
+
+}  // namespace ptx

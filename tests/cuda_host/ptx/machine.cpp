@@ -1,0 +1,183 @@
+#include "machine.h"
+
+#include <algorithm>
+
+namespace ptx {
+namespace {
+
+constexpr uint64_t kPoison = 0x7fffdeadffffbeef;  // NaN in any part
+
+std::string where(const Kernel& kernel, const Thread& t) {
+  const Instruction& i = kernel.code[t.next];
+  return "block " + std::to_string(t.block->rank) + ", thread " + std::to_string(t.index) + ", PTX line " +
+         std::to_string(i.line) + ", " + i.opcode;
+}
+
+void run_all(const Pending::Work& work) {
+  for (const auto& each : work) each();
+}
+
+}  // namespace
+
+void Pending::commit() {
+  groups.push_back(std::move(open));
+  open.clear();
+}
+void Pending::wait(uint64_t groups_left) {
+  for (; groups.size() > groups_left; groups.pop_front()) run_all(groups.front());
+}
+bool Pending::empty() const {
+  return open.empty() && std::all_of(groups.begin(), groups.end(), [](const Work& work) { return work.empty(); });
+}
+
+Block& Machine::block_of(uint32_t address) {
+  const uint32_t rank = (address >> kOffsetBits) - 1;
+  if (rank >= blocks.size()) throw std::runtime_error("shared memory of no block of the cluster");
+  return blocks[rank];
+}
+
+uint8_t* Machine::shared(uint32_t address, size_t bytes) {
+  Block& block = block_of(address);
+  const uint32_t offset = address & kOffsetMask;
+  if (offset < kSharedBase || offset + bytes > block.shared.size() || offset % std::min<size_t>(bytes, 16) != 0)
+    throw std::runtime_error("shared memory: " + std::to_string(bytes) + " bytes at " + std::to_string(offset));
+  return block.shared.data() + offset;
+}
+
+void Machine::check_global(const void* address, size_t bytes, bool writes) {
+  const auto* const begin = static_cast<const char*>(address);
+  const auto covers = [&](const Range& range) {
+    const auto* const from = static_cast<const char*>(range.begin);
+    return begin >= from && begin + bytes <= from + range.bytes && (range.writable || !writes);
+  };
+  if (latest < allowed.size() && covers(allowed[latest])) return;
+  const auto found = std::find_if(allowed.begin(), allowed.end(), covers);
+  if (found == allowed.end()) throw std::runtime_error(writes ? "stray write" : "stray read");
+  latest = static_cast<size_t>(found - allowed.begin());
+}
+
+bool Machine::gathered(Thread& t, uint32_t first, uint32_t count, uint32_t mask) {
+  t.parked = true;
+  Thread* const group = t.block->threads.data() + first;
+  const auto takes_part = [&](uint32_t i) { return (mask >> i % 32 & 1) != 0; };
+  for (uint32_t i = 0; i < count; ++i)
+    if (takes_part(i) && !(group[i].parked && group[i].next == t.next)) return false;
+  for (uint32_t i = 0; i < count; ++i) {
+    if (!takes_part(i)) continue;
+    group[i].parked = false;
+    if (&group[i] != &t) ++group[i].next;
+  }
+  ++events;
+  return true;
+}
+
+void Machine::complete_phase(MBarrier& barrier) {
+  if (barrier.pending != 0 || barrier.bytes_and_phase / 2 != 0) return;
+  barrier.bytes_and_phase ^= 1;
+  barrier.pending = barrier.expected;
+  ++events;
+}
+void Machine::arrive(MBarrier& barrier) {
+  if (barrier.pending == 0) throw std::runtime_error("mbarrier: more arrivals than its count");
+  --barrier.pending;
+  complete_phase(barrier);
+}
+void Machine::expect_bytes(MBarrier& barrier, int32_t bytes) { barrier.bytes_and_phase += 2 * bytes; }
+void Machine::complete_bytes(MBarrier& barrier, int32_t bytes) {
+  barrier.bytes_and_phase -= 2 * bytes;
+  complete_phase(barrier);
+}
+
+void Machine::launch(const Kernel& kernel, Size3 grid_, Size3 cluster_, uint32_t threads_, size_t shared_bytes,
+                     const void* parameters_) {
+  grid = grid_, cluster = cluster_, threads = threads_, parameters = parameters_;
+  if (grid.x % cluster.x != 0 || cluster.y != 1 || cluster.z != 1 || threads % 32 != 0)
+    throw std::runtime_error("launch: grid, cluster and block do not fit");
+  blocks.resize(cluster.x);
+  for (Block& block : blocks) {
+    block.registers.resize(size_t{kernel.registers} * threads);
+    block.shared.resize(kSharedBase + shared_bytes);
+  }
+  for (uint32_t z = 0; z < grid.z; ++z)
+    for (uint32_t y = 0; y < grid.y; ++y)
+      for (uint32_t x = 0; x < grid.x; x += cluster.x) {
+        start_cluster(kernel, {x, y, z});
+        run_cluster(kernel);
+      }
+}
+
+void Machine::start_cluster(const Kernel& kernel, Size3 first) {
+  cluster_arrived = cluster_phase = 0;
+  uint32_t rank = 0;
+  for (Block& block : blocks) {
+    block.rank = rank, block.index = {first.x + rank, first.y, first.z};
+    ++rank;
+    std::fill(block.registers.begin(), block.registers.end(), kPoison);
+    std::fill(block.shared.begin(), block.shared.end(), uint8_t{0xff});
+    block.products.assign((threads + 127) / 128, {});
+    for (auto& waiting : block.waiting) waiting.clear();
+    block.threads.assign(threads, {});
+    for (uint32_t i = 0; i < threads; ++i) {
+      Thread& t = block.threads[i];
+      t.block = &block, t.index = i, t.registers = block.registers.data() + size_t{kernel.registers} * i;
+    }
+  }
+}
+
+void Machine::run(const Kernel& kernel, Thread& t, uint64_t instructions) {
+  t.yields = false;
+  for (; instructions > 0 && !t.done && !t.parked && !t.yields; --instructions) {
+    const Instruction& i = kernel.code[t.next];
+    const bool skipped = i.guard >= 0 && ((t.registers[i.guard] & 1) != 0) == i.guard_negated;
+    if (!skipped && i.branches) {
+      t.next = i.target;
+      continue;
+    }
+    try {
+      if (!skipped && !i.execute(*this, t, i)) return;
+    } catch (const std::exception& error) {
+      throw std::runtime_error(where(kernel, t) + ": " + error.what());
+    }
+    ++t.next;
+  }
+}
+
+void Machine::finish_a_load() {
+  const auto chosen = loads.begin() + static_cast<ptrdiff_t>(random() % loads.size());
+  const auto load = std::move(*chosen);
+  loads.erase(chosen);
+  load();
+  ++events;
+}
+
+void Machine::run_cluster(const Kernel& kernel) {
+  std::vector<Thread*> warps;  // their first threads
+  for (Block& block : blocks)
+    for (uint32_t i = 0; i < threads; i += 32) warps.push_back(&block.threads[i]);
+  constexpr int kPatience = 300;
+  for (int rounds_without_event = 0;;) {
+    const uint64_t before = events;
+    bool all_done = true;
+    std::shuffle(warps.begin(), warps.end(), random);
+    for (Thread* const warp : warps) {
+      const uint64_t instructions = 1 + random() % 3000;
+      for (Thread* t = warp; t != warp + 32; ++t) {
+        if (t->done) continue;
+        all_done = false;
+        run(kernel, *t, instructions);
+      }
+      if (!loads.empty() && random() % 8 == 0) finish_a_load();
+    }
+    if (all_done) break;
+    rounds_without_event = events == before ? rounds_without_event + 1 : 0;
+    if (rounds_without_event > 2 && !loads.empty()) finish_a_load();
+    if (rounds_without_event < kPatience) continue;
+    std::string report = "deadlock";
+    for (const Thread* const warp : warps)
+      if (!warp->done) report += "\n  " + where(kernel, *warp);
+    throw std::runtime_error(report);
+  }
+  if (!loads.empty()) throw std::runtime_error("a TMA load arrives after its cluster has ended");
+}
+
+}  // namespace ptx

@@ -1,0 +1,107 @@
+// Runs a PTX kernel on the host. Threads run one at a time in a random order, and what is asynchronous on a GPU
+// happens at once or as late as it may, by chance: where a result depends on a missing barrier, two runs will differ.
+#pragma once
+
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <random>
+#include <stdexcept>
+
+#include "program.h"
+
+namespace ptx {
+
+struct Size3 {
+  uint32_t x = 1, y = 1, z = 1;
+};
+
+// Work that a GPU does on its own. `groups` are closed by a commit and run by a wait.
+struct Pending {
+  using Work = std::vector<std::function<void()>>;
+  Work open;
+  std::deque<Work> groups;
+
+  void commit();
+  void wait(uint64_t groups_left);
+  bool empty() const;
+};
+
+struct Block;
+struct Thread {
+  uint64_t* registers = nullptr;
+  Block* block = nullptr;
+  uint32_t index = 0, next = 0;  // in the block; of the next instruction
+  // `parked` threads are set on their way by another one. One that yields lets the others run.
+  bool done = false, parked = false, yields = false;
+  uint32_t cluster_phase = 0;  // when it arrived at the cluster's barrier
+  Pending stores;  // by TMA
+
+  uint32_t lane() const { return index % 32; }
+};
+
+struct Block {
+  uint32_t rank = 0;  // in its cluster
+  Size3 index;  // in the grid
+  std::vector<uint8_t> shared;
+  std::vector<uint64_t> registers;
+  std::vector<Thread> threads;
+  std::vector<Thread*> waiting[16];  // at bar.sync
+  std::vector<Pending> products;  // by wgmma, for each group of four warps
+};
+
+// The 8 bytes in shared memory. The last bit is the phase, the others are bytes still to come.
+struct MBarrier {
+  uint16_t expected, pending;
+  int32_t bytes_and_phase;
+};
+
+// Global memory that a kernel may touch.
+struct Range {
+  const void* begin;
+  size_t bytes;
+  bool writable;
+};
+
+// An address of shared memory is its block's rank plus one, and in the last 24 bits the offset, which starts where it
+// does on a GPU.
+constexpr uint32_t kSharedBase = 1024, kOffsetBits = 24, kOffsetMask = (1u << kOffsetBits) - 1;
+
+struct Machine {
+  Machine(uint64_t seed, std::vector<Range> allowed) : random(seed), allowed(std::move(allowed)) {}
+
+  // Throws std::runtime_error with the line of PTX: a deadlock, a stray access, what the hardware would refuse.
+  void launch(const Kernel& kernel, Size3 grid, Size3 cluster, uint32_t threads, size_t shared_bytes,
+              const void* parameters);
+
+  bool coin() { return random() % 2 == 0; }
+  Block& block_of(uint32_t address);
+  uint8_t* shared(uint32_t address, size_t bytes);
+  void check_global(const void* address, size_t bytes, bool writes);
+  // Whether those of `count` threads from `first` on that `mask` names, for each warp, have all come to t's
+  // instruction. Then the others go on with t.
+  bool gathered(Thread& t, uint32_t first, uint32_t count, uint32_t mask = ~0u);
+  void arrive(MBarrier& barrier);
+  void expect_bytes(MBarrier& barrier, int32_t bytes);
+  void complete_bytes(MBarrier& barrier, int32_t bytes);
+
+  std::mt19937_64 random;
+  std::vector<Range> allowed;
+  size_t latest = 0;  // of them, since neighbours are asked for one after the other
+  std::vector<Block> blocks;  // of the present cluster
+  std::deque<std::function<void()>> loads;  // by TMA, on their way
+  Size3 grid, cluster;
+  uint32_t threads = 0;
+  const void* parameters = nullptr;
+  uint32_t cluster_arrived = 0, cluster_phase = 0;
+  uint64_t events = 0;  // what may have set a waiting thread on its way
+
+ private:
+  void start_cluster(const Kernel& kernel, Size3 first);
+  void run_cluster(const Kernel& kernel);
+  void run(const Kernel& kernel, Thread& t, uint64_t instructions);
+  void finish_a_load();
+  void complete_phase(MBarrier& barrier);
+};
+
+}  // namespace ptx

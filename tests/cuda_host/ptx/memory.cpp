@@ -1,0 +1,156 @@
+// Loads and stores, and barriers.
+#include <algorithm>
+
+#include "instructions.h"
+
+namespace ptx {
+namespace {
+
+enum class Space { global, shared, parameter };
+
+template <Space space>
+void* resolve(Machine& m, uint64_t address, size_t bytes, bool writes) {
+  if constexpr (space == Space::shared) {
+    return m.shared(static_cast<uint32_t>(address), bytes);
+  } else {
+    void* const place = reinterpret_cast<void*>(address);
+    if (space == Space::global) m.check_global(place, bytes, writes);
+    return place;
+  }
+}
+
+// One register or a vector of them.
+template <class V, Space space, bool stores>
+bool access(Machine& m, Thread& t, const Instruction& i) {
+  const Operand &values = i.operands[stores ? 1 : 0], &place = i.operands[stores ? 0 : 1];
+  const size_t count = std::max<size_t>(1, values.parts.size());
+  char* memory = static_cast<char*>(resolve<space>(m, address(m, t, place), count * sizeof(V), stores));
+  for (size_t n = 0; n < count; ++n, memory += sizeof(V)) {
+    const Operand& each = values.parts.empty() ? values : values.parts[n];
+    V value;
+    if (stores) {
+      value = read<V>(m, t, each);
+      std::memcpy(memory, &value, sizeof value);
+    } else {
+      std::memcpy(&value, memory, sizeof value);
+      write<V>(t, each, value);
+    }
+  }
+  return true;
+}
+template <class V, Space space>
+constexpr Handler load = access<V, space, false>;
+template <class V, Space space>
+constexpr Handler store = access<V, space, true>;
+
+bool block_barrier(Machine& m, Thread& t, const Instruction& i) {
+  const auto& o = i.operands;
+  const uint32_t which = read<uint32_t>(m, t, o[0]);
+  const uint32_t count = o.size() > 1 ? read<uint32_t>(m, t, o[1]) : m.threads;
+  auto& waiting = t.block->waiting[which % 16];
+  if (waiting.size() + 1 < count) {
+    t.parked = true;
+    waiting.push_back(&t);
+    return false;
+  }
+  for (Thread* const other : waiting) {
+    other->parked = false;
+    ++other->next;
+  }
+  waiting.clear();
+  ++m.events;
+  return true;
+}
+
+bool cluster_arrive(Machine& m, Thread& t, const Instruction&) {
+  t.cluster_phase = m.cluster_phase;
+  if (++m.cluster_arrived < m.threads * m.blocks.size()) return true;
+  m.cluster_arrived = 0;
+  ++m.cluster_phase;
+  ++m.events;
+  return true;
+}
+
+MBarrier& mbarrier(Machine& m, Thread& t, const Operand& place) {
+  return *reinterpret_cast<MBarrier*>(m.shared(shared_address(m, t, place), sizeof(MBarrier)));
+}
+
+// Operand 0 is the state before, which nobody asks for.
+bool arrive(Machine& m, Thread& t, const Instruction& i) {
+  m.arrive(mbarrier(m, t, i.operands[1]));
+  return true;
+}
+
+bool try_wait(Machine& m, Thread& t, const Instruction& i) {
+  const int32_t phase = mbarrier(m, t, i.operands[1]).bytes_and_phase & 1;
+  const bool completed = phase != read<int32_t>(m, t, i.operands[2]);
+  t.yields = !completed;
+  write<uint64_t>(t, i.operands[0], completed);
+  return true;
+}
+
+bool map_to_block(Machine& m, Thread& t, const Instruction& i) {
+  const uint32_t rank = read<uint32_t>(m, t, i.operands[2]);
+  if (rank >= m.blocks.size()) throw std::runtime_error("mapa: no such block");
+  write<uint32_t>(t, i.operands[0], (read<uint32_t>(m, t, i.operands[1]) & kOffsetMask) | (rank + 1) << kOffsetBits);
+  return true;
+}
+
+bool end_thread(Machine& m, Thread& t, const Instruction&) {
+  if (!t.stores.empty()) throw std::runtime_error("a TMA store may still read shared memory");
+  if (!t.block->products[t.index / 128].empty()) throw std::runtime_error("a wgmma was not waited for");
+  t.done = true;
+  ++m.events;
+  return true;
+}
+
+}  // namespace
+
+void add_memory(Table& table) {
+  table["ld.param.u8"] = load<uint8_t, Space::parameter>;
+  table["ld.param.u16"] = load<uint16_t, Space::parameter>;
+  for (const char* type : {"u32", "f32", "v2.u32"})
+    table[std::string("ld.param.") + type] = load<uint32_t, Space::parameter>;
+  for (const char* type : {"u64", "v2.u64"})
+    table[std::string("ld.param.") + type] = load<uint64_t, Space::parameter>;
+  table["ld.global.u16"] = load<uint16_t, Space::global>;
+  table["ld.global.f32"] = load<uint32_t, Space::global>;
+  table["st.global.f32"] = store<uint32_t, Space::global>;
+  table["st.shared.u16"] = store<uint16_t, Space::shared>;
+  for (const char* type : {"u32", "f32", "v2.f32", "v4.f32"}) {
+    table[std::string("ld.shared.") + type] = load<uint32_t, Space::shared>;
+    table[std::string("st.shared.") + type] = store<uint32_t, Space::shared>;
+  }
+}
+
+void add_synchronisation(Table& table) {
+  const Handler nothing = [](Machine&, Thread&, const Instruction&) { return true; };
+  // Threads run one at a time, so that memory is in order.
+  for (const char* opcode : {"fence.mbarrier_init.release.cluster", "fence.proxy.async.shared::cta",
+                             "setmaxnreg.dec.sync.aligned.u32", "setmaxnreg.inc.sync.aligned.u32"})
+    table[opcode] = nothing;
+  table["ret"] = end_thread;
+  table["bar.sync"] = block_barrier;
+  table["barrier.cluster.arrive.relaxed.aligned"] = cluster_arrive;
+  table["barrier.cluster.wait.aligned"] = [](Machine& m, Thread& t, const Instruction&) {
+    return t.cluster_phase != m.cluster_phase;
+  };
+  table["mapa.shared::cluster.u32"] = map_to_block;
+  table["mbarrier.init.shared::cta.b64"] = [](Machine& m, Thread& t, const Instruction& i) {
+    const auto count = read<uint16_t>(m, t, i.operands[1]);
+    mbarrier(m, t, i.operands[0]) = {count, count, 0};
+    return true;
+  };
+  table["mbarrier.try_wait.parity.shared::cta.b64"] = try_wait;
+  table["mbarrier.arrive.shared::cluster.b64"] = table["mbarrier.arrive.shared::cta.b64"] = arrive;
+  table["mbarrier.expect_tx.shared::cta.b64"] = [](Machine& m, Thread& t, const Instruction& i) {
+    m.expect_bytes(mbarrier(m, t, i.operands[0]), read<int32_t>(m, t, i.operands[1]));
+    return true;
+  };
+  table["mbarrier.arrive.expect_tx.shared::cta.b64"] = [](Machine& m, Thread& t, const Instruction& i) {
+    m.expect_bytes(mbarrier(m, t, i.operands[1]), read<int32_t>(m, t, i.operands[2]));
+    return arrive(m, t, i);
+  };
+}
+
+}  // namespace ptx

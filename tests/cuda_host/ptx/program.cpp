@@ -1,0 +1,224 @@
+#include "program.h"
+
+#include <cctype>
+#include <stdexcept>
+
+#include "instructions.h"
+
+namespace ptx {
+namespace {
+
+bool is_of_name(char c) { return std::isalnum(static_cast<unsigned char>(c)) || std::string("_$%.:").find(c) < 5; }
+
+class Parser {
+ public:
+  explicit Parser(std::string text) : text_(std::move(text)) {
+    for (size_t i = 0; (i = text_.find("//", i)) != std::string::npos;)
+      while (text_[i] != '\n' && text_[i] != '\0') text_[i++] = ' ';
+  }
+
+  std::map<std::string, Kernel> run() {
+    std::map<std::string, Kernel> kernels;
+    for (size_t at = 0; (at = text_.find(".entry", at)) != std::string::npos; at = position_) {
+      position_ = at + 6;
+      Kernel kernel;
+      kernel.name = name();
+      parameter_ = kernel.name + "_param_0";
+      position_ = text_.find('[', position_) + 1;
+      kernel.parameter_bytes = static_cast<uint32_t>(std::stoul(name()));
+      position_ = text_.find('{', position_) + 1;
+      read_body(kernel);
+      kernels[kernel.name] = std::move(kernel);
+    }
+    return kernels;
+  }
+
+ private:
+  struct Scope {
+    std::map<std::string, uint32_t> registers, labels;
+    std::vector<std::pair<uint32_t, std::string>> branches;
+  };
+
+  [[noreturn]] void fail(const std::string& what) {
+    throw std::runtime_error("PTX, line " + std::to_string(line()) + ": " + what);
+  }
+
+  int line() {
+    while (counted_ < position_) line_ += text_[counted_++] == '\n';
+    return line_;
+  }
+
+  char next() {
+    while (std::isspace(static_cast<unsigned char>(text_[position_]))) ++position_;
+    return text_[position_];
+  }
+  bool take(char c) {
+    if (next() != c) return false;
+    ++position_;
+    return true;
+  }
+  void expect(char c) {
+    if (!take(c)) fail(std::string("expected ") + c + " before " + text_.substr(position_, 40));
+  }
+  std::string name() {
+    next();
+    const size_t start = position_;
+    while (is_of_name(text_[position_])) ++position_;
+    if (position_ == start) fail("cannot read " + text_.substr(position_, 40));
+    return text_.substr(start, position_ - start);
+  }
+  std::string signed_number() {
+    const std::string sign = take('-') ? "-" : "";
+    return sign + name();
+  }
+  static uint64_t bits_of_number(const std::string& text) {
+    if (text.rfind("0f", 0) == 0) return std::stoull(text.substr(2), nullptr, 16);
+    return text[0] == '-' ? static_cast<uint64_t>(std::stoll(text, nullptr, 0)) : std::stoull(text, nullptr, 0);
+  }
+
+  // The number of a register, or −1. Inline assembly declares its own in braces.
+  int find(const std::string& register_name) const {
+    for (size_t i = scopes_.size(); i-- > 0;) {
+      const auto found = scopes_[i].registers.find(register_name);
+      if (found != scopes_[i].registers.end()) return static_cast<int>(found->second);
+    }
+    return -1;
+  }
+
+  void read_body(Kernel& kernel) {
+    kernel_ = &kernel;
+    scopes_.assign(1, {});
+    while (!scopes_.empty()) {
+      if (take('{')) {
+        scopes_.emplace_back();
+      } else if (take('}')) {
+        close_scope();
+      } else if (next() == '.') {
+        read_directive();
+      } else if (!take(';')) {
+        read_statement();
+      }
+    }
+  }
+
+  // A branch looks for its label in its own scope, then further out.
+  void close_scope() {
+    const Scope scope = std::move(scopes_.back());
+    scopes_.pop_back();
+    for (const auto& [index, label] : scope.branches) {
+      const auto found = scope.labels.find(label);
+      if (found != scope.labels.end()) {
+        kernel_->code[index].target = found->second;
+      } else if (scopes_.empty()) {
+        fail("no label " + label);
+      } else {
+        scopes_.back().branches.emplace_back(index, label);
+      }
+    }
+  }
+
+  void read_directive() {
+    const std::string what = name();
+    if (what == ".pragma") {
+      position_ = text_.find(';', position_);
+    } else if (what == ".reg") {
+      name();  // the type
+      do read_declared(name());
+      while (take(','));
+    } else {
+      fail("unknown directive " + what);
+    }
+    expect(';');
+  }
+
+  void read_declared(const std::string& register_name) {
+    std::map<std::string, uint32_t>& registers = scopes_.back().registers;
+    if (!take('<')) {
+      registers[register_name] = kernel_->registers++;
+      return;
+    }
+    const unsigned long count = std::stoul(name());
+    for (unsigned long i = 0; i < count; ++i) registers[register_name + std::to_string(i)] = kernel_->registers++;
+    expect('>');
+  }
+
+  void read_statement() {
+    Instruction instruction;
+    if (take('@')) {
+      instruction.guard_negated = take('!');
+      instruction.guard = find(name());
+      if (instruction.guard < 0) fail("unknown guard");
+    }
+    std::string word = name();
+    if (word.back() == ':') {
+      word.pop_back();
+      scopes_.back().labels[word] = static_cast<uint32_t>(kernel_->code.size());
+      return;
+    }
+    instruction.line = line();
+    instruction.opcode = word;
+    instruction.branches = word == "bra" || word == "bra.uni";
+    if (instruction.branches) {
+      scopes_.back().branches.emplace_back(kernel_->code.size(), name());
+    } else {
+      instruction.execute = handler_of(word);
+      if (!instruction.execute) fail("unknown opcode " + word);
+      while (next() != ';') {
+        instruction.operands.push_back(read_operand());
+        if (!take(',') && !take('|')) break;
+      }
+    }
+    expect(';');
+    kernel_->code.push_back(std::move(instruction));
+  }
+
+  Operand read_operand() {
+    using Kind = Operand::Kind;
+    Operand result;
+    if (take('{')) {
+      result.kind = Kind::vector;
+      do result.parts.push_back(read_operand());
+      while (take(','));
+      expect('}');
+      return result;
+    }
+    if (take('[')) {
+      result.kind = Kind::address;
+      result.parts.push_back(read_operand());
+      if (take('+')) result.value = bits_of_number(signed_number());
+      if (take(',')) result.parts.push_back(read_operand());
+      expect(']');
+      return result;
+    }
+    if (next() == '-' || std::isdigit(static_cast<unsigned char>(next()))) {
+      result.kind = Kind::immediate;
+      result.value = bits_of_number(signed_number());
+      return result;
+    }
+    const std::string word = name();
+    if (word == "_") return result;
+    const int number = find(word);
+    if (number >= 0) {
+      result.kind = Kind::reg;
+      result.value = static_cast<uint64_t>(number);
+    } else if (word == parameter_) {
+      result.kind = Kind::parameter;
+    } else {
+      result.kind = word[0] == '%' ? Kind::special : Kind::shared_symbol;
+      result.name = word;
+    }
+    return result;
+  }
+
+  std::string text_, parameter_;
+  size_t position_ = 0, counted_ = 0;
+  int line_ = 1;
+  Kernel* kernel_ = nullptr;
+  std::vector<Scope> scopes_;
+};
+
+}  // namespace
+
+std::map<std::string, Kernel> parse(const std::string& text) { return Parser(text).run(); }
+
+}  // namespace ptx

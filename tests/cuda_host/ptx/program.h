@@ -1,0 +1,45 @@
+// PTX from its text to instructions that a Machine runs.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace ptx {
+
+struct Operand {
+  enum class Kind : uint8_t { none, reg, immediate, special, shared_symbol, parameter, vector, address };
+  Kind kind = Kind::none;
+  uint64_t value = 0;  // a register's number, an immediate's bits, or an address's offset
+  std::string name;  // of a special register
+  std::vector<Operand> parts;  // a vector's; an address's base and, of a tensor, its coordinates
+};
+
+struct Machine;
+struct Thread;
+struct Instruction;
+// False: the thread has to wait, and executes the same instruction again.
+using Handler = bool (*)(Machine&, Thread&, const Instruction&);
+
+struct Instruction {
+  Handler execute = nullptr;
+  std::string opcode;
+  std::vector<Operand> operands;
+  int guard = -1;  // a register's number
+  bool guard_negated = false, branches = false;
+  uint32_t target = 0;
+  int line = 0;
+};
+
+struct Kernel {
+  std::string name;
+  std::vector<Instruction> code;
+  uint32_t registers = 0, parameter_bytes = 0;
+};
+
+// The kernels of a file, by name. Each takes one struct, and no shared memory but what its launch gives it. Throws
+// std::runtime_error at what it does not know, opcodes among it.
+std::map<std::string, Kernel> parse(const std::string& text);
+
+}  // namespace ptx
