@@ -52,31 +52,39 @@ def test_kernels_on_the_host(name, tmp_path):
     run_program(name, tmp_path, "-std=c++20", "-Wno-unknown-pragmas", "-isystem", str(headers))
 
 
-def test_hopper_kernels_on_the_host(tmp_path):
-    """Their PTX, as nvcc makes it of CUTLASS's templates, launched by CUTLASS's host code; see cuda_host/ptx."""
-    home, cutlass = toolkit_home(), find_cutlass()
-    if cutlass is None:
-        pytest.skip("needs CUTLASS: pip install --no-deps nvidia-cutlass==4.2.0.0")
-    # One file, because what takes longest is to read CUTLASS.
-    kernels = tmp_path / "kernels.cu"
-    kernels.write_text("".join(f'#include "{path}"\n' for path in sorted(KERNELS.glob("hopper_*.cu"))))
-    nvcc = [str(home / "bin" / "nvcc"), f"-I{cutlass}", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-std=c++20"]
-    nvcc += ["-gencode=arch=compute_90a,code=compute_90a", "--keep", "--keep-dir", str(tmp_path), "-c", str(kernels)]
-    subprocess.run([*nvcc, "-o", str(tmp_path / "kernels.o")], check=True, capture_output=True)
-    folder = ROOT / "tests" / "cuda_host"
-    sources = [folder / "hopper_kernels_test.cpp", KERNELS / "hopper.cpp", *sorted((folder / "ptx").glob("*.cpp"))]
+def run_ptx(name, folder, kernels, architecture, argument_lists, *flags):
+    """Link cuda_host/NAME.cpp and cuda_host/ptx with a file that includes `kernels`; run it once for each arguments."""
+    home, host = toolkit_home(), ROOT / "tests" / "cuda_host"
+    source = folder / "kernels.cu"
+    source.write_text("".join(f'#include "{path}"\n' for path in kernels))
+    nvcc = [str(home / "bin" / "nvcc"), "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-std=c++20", *flags]
+    nvcc += [f"-gencode=arch=compute_{architecture},code=compute_{architecture}", "--keep", "--keep-dir", str(folder)]
+    subprocess.run([*nvcc, "-c", str(source), "-o", str(folder / "kernels.o")], check=True, capture_output=True)
     compiler = [*find_compiler()[0].split(), "-O2", "-std=c++20", "-frounding-math", "-Wall", "-Wextra", "-Werror"]
-    compiler += [f"-I{ROOT / 'csrc'}", f"-I{folder}", "-isystem", str(home / "include")]
-    program = tmp_path / "hopper_kernels_test"
-    subprocess.run([*compiler, *map(str, sources), str(tmp_path / "kernels.o"), "-o", str(program)], check=True)
-    runs = [
-        subprocess.Popen([str(program), dtype, str(tmp_path / "kernels.ptx")], stdout=subprocess.PIPE, text=True)
-        for dtype in ("bf16", "f16", "f32")
-    ]
-    for run in runs:
+    compiler += ["-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{host}", "-isystem", str(home / "include")]
+    sources = [host / f"{name}.cpp", *sorted((host / "ptx").glob("*.cpp"))]
+    program = folder / name
+    subprocess.run([*compiler, *map(str, sources), str(folder / "kernels.o"), "-o", str(program)], check=True)
+    commands = [[str(program), *arguments, str(folder / "kernels.ptx")] for arguments in argument_lists]
+    for run in [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]:
         output, _ = run.communicate()
         assert run.returncode == 0, output
         assert "kernels ran" in output and not output.startswith("0 ")
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_launches_on_the_host(architecture, tmp_path):
+    """Our own kernels as nvcc makes them, with what their launchers give them; see cuda_host/ptx."""
+    run_ptx("launches_test", tmp_path, [KERNELS / name for name in SOURCES], architecture, [[]])
+
+
+def test_hopper_kernels_on_the_host(tmp_path):
+    """Those of CUTLASS's templates, launched by its host code. One file, because what takes longest is to read it."""
+    cutlass = find_cutlass()
+    if cutlass is None:
+        pytest.skip("needs CUTLASS: pip install --no-deps nvidia-cutlass==4.2.0.0")
+    kernels = [*sorted(KERNELS.glob("hopper_*.cu")), KERNELS / "hopper.cpp", KERNELS / "preactivation_grad.cu"]
+    run_ptx("hopper_kernels_test", tmp_path, kernels, "90a", [["bf16"], ["f16"], ["f32"]], f"-I{cutlass}")
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -77,27 +77,34 @@ bool move(Machine& m, Thread& t, const Instruction& i) {
   return true;
 }
 
-void add_floats(Table& table) {
-  table["abs.f32"] = unary<float>([](float a) { return std::fabs(a); });
-  table["neg.f32"] = unary<float>([](float a) { return -a; });
-  table["add.f32"] = binary<float>([](float a, float b) { return a + b; });
-  table["sub.f32"] = binary<float>([](float a, float b) { return a - b; });
-  table["mul.f32"] = table["mul.rn.f32"] = binary<float>([](float a, float b) { return a * b; });
-  table["div.rn.f32"] = binary<float>([](float a, float b) { return a / b; });
-  table["rcp.rn.f32"] = table["rcp.approx.ftz.f32"] = unary<float>([](float a) { return 1 / a; });
-  table["ex2.approx.ftz.f32"] = unary<float>([](float a) { return std::exp2(a); });
-  table["copysign.f32"] = binary<float>([](float sign, float size) { return std::copysign(size, sign); });
-  table["fma.rn.f32"] = ternary<float>([](float a, float b, float c) { return std::fma(a, b, c); });
-  table["fma.rm.f32"] = ternary<float>([](float a, float b, float c) { return fma_rounded_down(a, b, c); });
-  table["setp.eq.f32"] = compare<float>([](float a, float b) { return a == b; });
-  table["setp.neu.f32"] = compare<float>([](float a, float b) { return !(a == b); });
-  table["setp.lt.f32"] = compare<float>([](float a, float b) { return a < b; });
-  table["setp.gt.f32"] = compare<float>([](float a, float b) { return a > b; });
+template <class R>
+void add_floats(Table& table, const std::string& type) {
+  table["abs" + type] = unary<R>([](R a) { return std::fabs(a); });
+  table["neg" + type] = unary<R>([](R a) { return -a; });
+  table["add" + type] = table["add.rn" + type] = binary<R>([](R a, R b) { return a + b; });
+  table["sub" + type] = binary<R>([](R a, R b) { return a - b; });
+  table["mul" + type] = table["mul.rn" + type] = binary<R>([](R a, R b) { return a * b; });
+  table["div.rn" + type] = binary<R>([](R a, R b) { return a / b; });
+  table["rcp.rn" + type] = table["rcp.approx.ftz" + type] = unary<R>([](R a) { return 1 / a; });
+  table["copysign" + type] = binary<R>([](R sign, R size) { return std::copysign(size, sign); });
+  table["fma.rn" + type] = ternary<R>([](R a, R b, R c) { return std::fma(a, b, c); });
+  table["setp.eq" + type] = compare<R>([](R a, R b) { return a == b; });
+  table["setp.neu" + type] = compare<R>([](R a, R b) { return !(a == b); });
+  table["setp.lt" + type] = compare<R>([](R a, R b) { return a < b; });
+  table["setp.gt" + type] = compare<R>([](R a, R b) { return a > b; });
+  table["setp.geu" + type] = compare<R>([](R a, R b) { return !(a < b); });
 }
 
+// Conversions, and what there is of float alone.
 void add_conversions(Table& table) {
+  table["ex2.approx.ftz.f32"] = unary<float>([](float a) { return std::exp2(a); });
+  table["fma.rm.f32"] = ternary<float>([](float a, float b, float c) { return fma_rounded_down(a, b, c); });
+  table["cvt.f64.f32"] = compute<double, float>([](float a) { return a; });
+  table["cvt.rn.f32.f64"] = compute<float, double>([](double a) { return a; });
+  table["cvt.rn.bf16.f32"] = compute<uint16_t, float>([](float a) { return to_bf16(a); });
   table["cvt.sat.f32.f32"] = unary<float>([](float a) { return a > 0 ? std::min(a, 1.0f) : 0.0f; });
   table["cvt.rzi.f32.f32"] = unary<float>([](float a) { return std::trunc(a); });
+  table["cvt.f32.bf16"] = compute<float, uint16_t>([](uint16_t a) { return from_bf16(a); });
   table["cvt.f32.f16"] = compute<float, uint16_t>([](uint16_t a) { return from_f16(a); });
   table["cvt.rn.f16.f32"] = compute<uint16_t, float>([](float a) { return to_f16(a); });
   // PTX names the upper half first.
@@ -105,9 +112,20 @@ void add_conversions(Table& table) {
       [](float high, float low) { return static_cast<uint32_t>(to_f16(high)) << 16 | to_f16(low); });
   table["cvt.rn.bf16x2.f32"] = compute<uint32_t, float, float>(
       [](float high, float low) { return static_cast<uint32_t>(to_bf16(high)) << 16 | to_bf16(low); });
+  table["cvt.u16.u32"] = compute<uint16_t, uint32_t>([](uint32_t a) { return a; });
   table["cvt.s64.s32"] = compute<int64_t, int32_t>([](int32_t a) { return a; });
   table["cvt.u64.u32"] = compute<uint64_t, uint32_t>([](uint32_t a) { return a; });
   table["cvt.u32.u64"] = compute<uint32_t, uint64_t>([](uint64_t a) { return a; });
+}
+
+template <class V>
+void add_comparisons(Table& table, const std::string& type) {
+  table["setp.eq" + type] = compare<V>([](V a, V b) { return a == b; });
+  table["setp.ne" + type] = compare<V>([](V a, V b) { return a != b; });
+  table["setp.lt" + type] = compare<V>([](V a, V b) { return a < b; });
+  table["setp.le" + type] = compare<V>([](V a, V b) { return a <= b; });
+  table["setp.gt" + type] = compare<V>([](V a, V b) { return a > b; });
+  table["setp.ge" + type] = compare<V>([](V a, V b) { return a >= b; });
 }
 
 void add_integers(Table& table) {
@@ -140,31 +158,38 @@ void add_integers(Table& table) {
   table["shr.s32"] = compute<int32_t, int32_t, u32>([](int32_t a, u32 n) { return a >> std::min(n, 31u); });
   table["shl.b64"] = compute<u64, u64, u32>([](u64 a, u32 n) { return n > 63 ? 0 : a << n; });
   table["shr.u64"] = compute<u64, u64, u32>([](u64 a, u32 n) { return n > 63 ? 0 : a >> n; });
-  table["setp.eq.s16"] = compare<u16>([](u16 a, u16 b) { return a == b; });
-  table["setp.ne.s16"] = compare<u16>([](u16 a, u16 b) { return a != b; });
-  table["setp.eq.b32"] = table["setp.eq.s32"] = compare<u32>([](u32 a, u32 b) { return a == b; });
-  table["setp.ne.b32"] = table["setp.ne.s32"] = compare<u32>([](u32 a, u32 b) { return a != b; });
-  table["setp.lt.s32"] = compare<int32_t>([](int32_t a, int32_t b) { return a < b; });
-  table["setp.le.s32"] = compare<int32_t>([](int32_t a, int32_t b) { return a <= b; });
-  table["setp.gt.s32"] = compare<int32_t>([](int32_t a, int32_t b) { return a > b; });
-  table["setp.ge.s32"] = compare<int32_t>([](int32_t a, int32_t b) { return a >= b; });
-  table["setp.lt.u32"] = compare<u32>([](u32 a, u32 b) { return a < b; });
-  table["setp.gt.u32"] = compare<u32>([](u32 a, u32 b) { return a > b; });
-  table["setp.eq.s64"] = compare<u64>([](u64 a, u64 b) { return a == b; });
-  table["setp.le.u64"] = compare<u64>([](u64 a, u64 b) { return a <= b; });
+  table["xor.pred"] = binary<u64>([](u64 a, u64 b) { return a ^ b; });
+  table["not.b64"] = unary<u64>([](u64 a) { return ~a; });
+  table["add.s16"] = binary<u16>([](u16 a, u16 b) { return a + b; });
+  table["max.s32"] = binary<int32_t>([](int32_t a, int32_t b) { return std::max(a, b); });
+  table["min.s64"] = binary<int64_t>([](int64_t a, int64_t b) { return std::min(a, b); });
+  table["max.s64"] = binary<int64_t>([](int64_t a, int64_t b) { return std::max(a, b); });
+  table["neg.s64"] = unary<u64>([](u64 a) { return 0 - a; });
+  table["mul.hi.s32"] = binary<int32_t>([](int32_t a, int32_t b) { return int64_t{a} * b >> 32; });
+  table["mul.wide.u16"] = compute<u32, u16, u16>([](u16 a, u16 b) { return u32{a} * b; });
+  table["shr.s64"] = compute<int64_t, int64_t, u32>([](int64_t a, u32 n) { return a >> std::min(n, 63u); });
 }
 
 }  // namespace
 
 void add_arithmetic(Table& table) {
-  add_floats(table);
+  add_floats<float>(table, ".f32");
+  add_floats<double>(table, ".f64");
   add_conversions(table);
+  add_comparisons<int16_t>(table, ".s16");
+  add_comparisons<int32_t>(table, ".s32");
+  add_comparisons<int64_t>(table, ".s64");
+  add_comparisons<uint32_t>(table, ".u32");
+  add_comparisons<uint64_t>(table, ".u64");
+  add_comparisons<uint32_t>(table, ".b32");
   add_integers(table);
   table["selp.b32"] = table["selp.u32"] = table["selp.f32"] = compute<uint32_t, uint32_t, uint32_t, uint64_t>(
       [](uint32_t a, uint32_t b, uint64_t p) { return p & 1 ? a : b; });
+  table["selp.u16"] = table["selp.f64"] = compute<uint64_t, uint64_t, uint64_t, uint64_t>(
+      [](uint64_t a, uint64_t b, uint64_t p) { return p & 1 ? a : b; });
   for (const char* opcode : {"mov.b32", "mov.u32", "mov.s32", "mov.f32"}) table[opcode] = move<uint32_t, uint16_t>;
-  for (const char* opcode : {"mov.b64", "mov.u64"}) table[opcode] = move<uint64_t, uint32_t>;
-  table["mov.u16"] = unary<uint16_t>([](uint16_t a) { return a; });
+  for (const char* opcode : {"mov.b64", "mov.u64", "mov.f64"}) table[opcode] = move<uint64_t, uint32_t>;
+  table["mov.u16"] = table["mov.b16"] = unary<uint16_t>([](uint16_t a) { return a; });
   table["mov.pred"] = unary<uint64_t>([](uint64_t a) { return a & 1; });
   // Global addresses are the host's.
   table["cvta.param.u64"] = table["cvta.to.global.u64"] = unary<uint64_t>([](uint64_t a) { return a; });

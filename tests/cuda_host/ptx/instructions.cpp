@@ -7,7 +7,8 @@ namespace ptx {
 Handler handler_of(const std::string& opcode) {
   static const Table table = [] {
     Table all;
-    for (const auto add : {add_arithmetic, add_memory, add_synchronisation, add_warp, add_tma, add_wgmma}) add(all);
+    for (const auto add : {add_arithmetic, add_memory, add_synchronisation, add_warp, add_tma, add_tensor_cores})
+      add(all);
     return all;
   }();
   const auto found = table.find(opcode);
@@ -18,7 +19,10 @@ namespace {
 
 uint64_t special(const Machine& m, const Thread& t, const std::string& name) {
   const Block& block = *t.block;
-  if (name == "%tid.x") return t.index;
+  if (name == "%tid.x") return t.index % m.block.x;
+  if (name == "%tid.y") return t.index / m.block.x;
+  if (name == "%ntid.x") return m.block.x;
+  if (name == "%ntid.y") return m.block.y;
   if (name == "%ctaid.x") return block.index.x;
   if (name == "%ctaid.y") return block.index.y;
   if (name == "%ctaid.z") return block.index.z;
@@ -37,8 +41,8 @@ uint64_t bits(const Machine& m, const Thread& t, const Operand& operand) {
     case Operand::Kind::reg: return t.registers[operand.value];
     case Operand::Kind::immediate: return operand.value;
     case Operand::Kind::special: return special(m, t, operand.name);
-    case Operand::Kind::parameter: return reinterpret_cast<uint64_t>(m.parameters);
-    case Operand::Kind::shared_symbol: return ((t.block->rank + 1) << kOffsetBits) + kSharedBase;
+    case Operand::Kind::parameter: return reinterpret_cast<uint64_t>(m.parameters[operand.value]);
+    case Operand::Kind::shared_symbol: return ((t.block->rank + 1) << kOffsetBits) + kSharedBase + operand.value;
     default: throw std::runtime_error("an operand without a value");
   }
 }

@@ -15,7 +15,7 @@ void add_memory(Table& table);
 void add_synchronisation(Table& table);
 void add_warp(Table& table);
 void add_tma(Table& table);
-void add_wgmma(Table& table);
+void add_tensor_cores(Table& table);
 
 // Null if there is none.
 Handler handler_of(const std::string& opcode);

@@ -88,15 +88,16 @@ void Machine::complete_bytes(MBarrier& barrier, int32_t bytes) {
   complete_phase(barrier);
 }
 
-void Machine::launch(const Kernel& kernel, Size3 grid_, Size3 cluster_, uint32_t threads_, size_t shared_bytes,
-                     const void* parameters_) {
-  grid = grid_, cluster = cluster_, threads = threads_, parameters = parameters_;
-  if (grid.x % cluster.x != 0 || cluster.y != 1 || cluster.z != 1 || threads % 32 != 0)
+void Machine::launch(const Kernel& kernel, Size3 grid_, Size3 cluster_, Size3 block_, size_t shared_bytes,
+                     const void* const* parameters_) {
+  grid = grid_, cluster = cluster_, block = block_, parameters = parameters_;
+  threads = block.x * block.y;
+  if (grid.x % cluster.x != 0 || cluster.y != 1 || cluster.z != 1 || block.z != 1 || threads % 32 != 0)
     throw std::runtime_error("launch: grid, cluster and block do not fit");
   blocks.resize(cluster.x);
-  for (Block& block : blocks) {
-    block.registers.resize(size_t{kernel.registers} * threads);
-    block.shared.resize(kSharedBase + shared_bytes);
+  for (Block& each : blocks) {
+    each.registers.resize(size_t{kernel.registers} * threads);
+    each.shared.resize(kSharedBase + launchs_shared_memory(kernel) + shared_bytes);
   }
   for (uint32_t z = 0; z < grid.z; ++z)
     for (uint32_t y = 0; y < grid.y; ++y)
@@ -109,17 +110,17 @@ void Machine::launch(const Kernel& kernel, Size3 grid_, Size3 cluster_, uint32_t
 void Machine::start_cluster(const Kernel& kernel, Size3 first) {
   cluster_arrived = cluster_phase = 0;
   uint32_t rank = 0;
-  for (Block& block : blocks) {
-    block.rank = rank, block.index = {first.x + rank, first.y, first.z};
+  for (Block& each : blocks) {
+    each.rank = rank, each.index = {first.x + rank, first.y, first.z};
     ++rank;
-    std::fill(block.registers.begin(), block.registers.end(), kPoison);
-    std::fill(block.shared.begin(), block.shared.end(), uint8_t{0xff});
-    block.products.assign((threads + 127) / 128, {});
-    for (auto& waiting : block.waiting) waiting.clear();
-    block.threads.assign(threads, {});
+    std::fill(each.registers.begin(), each.registers.end(), kPoison);
+    std::fill(each.shared.begin(), each.shared.end(), uint8_t{0xff});
+    each.products.assign((threads + 127) / 128, {});
+    for (auto& waiting : each.waiting) waiting.clear();
+    each.threads.assign(threads, {});
     for (uint32_t i = 0; i < threads; ++i) {
-      Thread& t = block.threads[i];
-      t.block = &block, t.index = i, t.registers = block.registers.data() + size_t{kernel.registers} * i;
+      Thread& t = each.threads[i];
+      t.block = &each, t.index = i, t.registers = each.registers.data() + size_t{kernel.registers} * i;
     }
   }
 }
@@ -152,8 +153,8 @@ void Machine::finish_a_load() {
 
 void Machine::run_cluster(const Kernel& kernel) {
   std::vector<Thread*> warps;  // their first threads
-  for (Block& block : blocks)
-    for (uint32_t i = 0; i < threads; i += 32) warps.push_back(&block.threads[i]);
+  for (Block& each : blocks)
+    for (uint32_t i = 0; i < threads; i += 32) warps.push_back(&each.threads[i]);
   constexpr int kPatience = 300;
   int rounds_without_event = 0;
   int rounds_to_start = blocks.size() > 1 ? 10 : 0;  // until which one block has not begun

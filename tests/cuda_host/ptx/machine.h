@@ -71,8 +71,9 @@ struct Machine {
   Machine(uint64_t seed, std::vector<Range> allowed) : random(seed), allowed(std::move(allowed)) {}
 
   // Throws std::runtime_error with the line of PTX: a deadlock, a stray access, what the hardware would refuse.
-  void launch(const Kernel& kernel, Size3 grid, Size3 cluster, uint32_t threads, size_t shared_bytes,
-              const void* parameters);
+  // `parameters` are pointers to them.
+  void launch(const Kernel& kernel, Size3 grid, Size3 cluster, Size3 block, size_t shared_bytes,
+              const void* const* parameters);
 
   bool coin() { return random() % 2 == 0; }
   Block& block_of(uint32_t address);
@@ -90,9 +91,9 @@ struct Machine {
   size_t latest = 0;  // of them, since neighbours are asked for one after the other
   std::vector<Block> blocks;  // of the present cluster
   std::deque<std::function<void()>> loads;  // by TMA, on their way
-  Size3 grid, cluster;
-  uint32_t threads = 0;
-  const void* parameters = nullptr;
+  Size3 grid, cluster, block;
+  uint32_t threads = 0;  // in a block
+  const void* const* parameters = nullptr;
   uint32_t cluster_arrived = 0, cluster_phase = 0;
   uint64_t events = 0;  // what may have set a waiting thread on its way
 

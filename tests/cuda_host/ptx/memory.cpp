@@ -43,6 +43,15 @@ constexpr Handler load = access<V, space, false>;
 template <class V, Space space>
 constexpr Handler store = access<V, space, true>;
 
+template <class V>
+void add_accesses(Table& table, const std::string& type) {
+  table["ld.param." + type] = load<V, Space::parameter>;
+  table["ld.global." + type] = load<V, Space::global>;
+  table["st.global." + type] = store<V, Space::global>;
+  table["ld.shared." + type] = load<V, Space::shared>;
+  table["st.shared." + type] = store<V, Space::shared>;
+}
+
 bool block_barrier(Machine& m, Thread& t, const Instruction& i) {
   const auto& o = i.operands;
   const uint32_t which = read<uint32_t>(m, t, o[0]);
@@ -108,18 +117,11 @@ bool end_thread(Machine& m, Thread& t, const Instruction&) {
 
 void add_memory(Table& table) {
   table["ld.param.u8"] = load<uint8_t, Space::parameter>;
-  table["ld.param.u16"] = load<uint16_t, Space::parameter>;
-  for (const char* type : {"u32", "f32", "v2.u32"})
-    table[std::string("ld.param.") + type] = load<uint32_t, Space::parameter>;
-  for (const char* type : {"u64", "v2.u64"})
-    table[std::string("ld.param.") + type] = load<uint64_t, Space::parameter>;
-  table["ld.global.u16"] = load<uint16_t, Space::global>;
-  table["ld.global.f32"] = load<uint32_t, Space::global>;
-  table["st.global.f32"] = store<uint32_t, Space::global>;
-  table["st.shared.u16"] = store<uint16_t, Space::shared>;
-  for (const char* type : {"u32", "f32", "v2.f32", "v4.f32"}) {
-    table[std::string("ld.shared.") + type] = load<uint32_t, Space::shared>;
-    table[std::string("st.shared.") + type] = store<uint32_t, Space::shared>;
+  for (const char* count : {"", "v2.", "v4."}) {
+    const std::string vector = count;
+    add_accesses<uint16_t>(table, vector + "u16");
+    for (const char* type : {"u32", "f32"}) add_accesses<uint32_t>(table, vector + type);
+    for (const char* type : {"u64", "f64"}) add_accesses<uint64_t>(table, vector + type);
   }
 }
 

@@ -23,9 +23,8 @@ class Parser {
       position_ = at + 6;
       Kernel kernel;
       kernel.name = name();
-      parameter_ = kernel.name + "_param_0";
-      position_ = text_.find('[', position_) + 1;
-      kernel.parameter_bytes = static_cast<uint32_t>(std::stoul(name()));
+      parameter_ = kernel.name + "_param_";
+      shared_.clear();
       position_ = text_.find('{', position_) + 1;
       read_body(kernel);
       kernels[kernel.name] = std::move(kernel);
@@ -72,7 +71,7 @@ class Parser {
     return sign + name();
   }
   static uint64_t bits_of_number(const std::string& text) {
-    if (text.rfind("0f", 0) == 0) return std::stoull(text.substr(2), nullptr, 16);
+    if (text.rfind("0f", 0) == 0 || text.rfind("0d", 0) == 0) return std::stoull(text.substr(2), nullptr, 16);
     return text[0] == '-' ? static_cast<uint64_t>(std::stoll(text, nullptr, 0)) : std::stoull(text, nullptr, 0);
   }
 
@@ -125,6 +124,8 @@ class Parser {
       name();  // the type
       do read_declared(name());
       while (take(','));
+    } else if (what == ".shared") {
+      read_shared();
     } else {
       fail("unknown directive " + what);
     }
@@ -140,6 +141,18 @@ class Parser {
     const unsigned long count = std::stoul(name());
     for (unsigned long i = 0; i < count; ++i) registers[register_name + std::to_string(i)] = kernel_->registers++;
     expect('>');
+  }
+
+  // .align BYTES .b8 name[BYTES]
+  void read_shared() {
+    name();
+    const auto alignment = static_cast<uint32_t>(std::stoul(name()));
+    name();
+    kernel_->shared_bytes = (kernel_->shared_bytes + alignment - 1) / alignment * alignment;
+    shared_[name()] = kernel_->shared_bytes;
+    expect('[');
+    kernel_->shared_bytes += static_cast<uint32_t>(std::stoul(name()));
+    expect(']');
   }
 
   void read_statement() {
@@ -201,16 +214,23 @@ class Parser {
     if (number >= 0) {
       result.kind = Kind::reg;
       result.value = static_cast<uint64_t>(number);
-    } else if (word == parameter_) {
+    } else if (word.rfind(parameter_, 0) == 0) {
       result.kind = Kind::parameter;
-    } else {
-      result.kind = word[0] == '%' ? Kind::special : Kind::shared_symbol;
+      result.value = std::stoul(word.substr(parameter_.size()));
+    } else if (word[0] == '%') {
+      result.kind = Kind::special;
       result.name = word;
+    } else {
+      // Declared in the kernel, or else the launch's.
+      const auto found = shared_.find(word);
+      result.kind = Kind::shared_symbol;
+      result.value = found != shared_.end() ? found->second : launchs_shared_memory(*kernel_);
     }
     return result;
   }
 
   std::string text_, parameter_;
+  std::map<std::string, uint32_t> shared_;
   size_t position_ = 0, counted_ = 0;
   int line_ = 1;
   Kernel* kernel_ = nullptr;
@@ -218,6 +238,8 @@ class Parser {
 };
 
 }  // namespace
+
+uint32_t launchs_shared_memory(const Kernel& kernel) { return (kernel.shared_bytes + 15) / 16 * 16; }
 
 std::map<std::string, Kernel> parse(const std::string& text) { return Parser(text).run(); }
 

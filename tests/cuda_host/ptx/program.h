@@ -11,7 +11,8 @@ namespace ptx {
 struct Operand {
   enum class Kind : uint8_t { none, reg, immediate, special, shared_symbol, parameter, vector, address };
   Kind kind = Kind::none;
-  uint64_t value = 0;  // a register's number, an immediate's bits, or an address's offset
+  // A register's or parameter's number, an immediate's bits, an address's offset, where shared memory begins.
+  uint64_t value = 0;
   std::string name;  // of a special register
   std::vector<Operand> parts;  // a vector's; an address's base and, of a tensor, its coordinates
 };
@@ -35,11 +36,14 @@ struct Instruction {
 struct Kernel {
   std::string name;
   std::vector<Instruction> code;
-  uint32_t registers = 0, parameter_bytes = 0;
+  uint32_t registers = 0;
+  uint32_t shared_bytes = 0;  // but for what its launch gives it, which lies behind
 };
 
-// The kernels of a file, by name. Each takes one struct, and no shared memory but what its launch gives it. Throws
-// std::runtime_error at what it does not know, opcodes among it.
+// Where the launch's shared memory begins.
+uint32_t launchs_shared_memory(const Kernel& kernel);
+
+// The kernels of a file, by name. Throws std::runtime_error at what it does not know, opcodes among it.
 std::map<std::string, Kernel> parse(const std::string& text);
 
 }  // namespace ptx

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <fstream>
 #include <iterator>
+#include <utility>
 
 #include "tensor_map.h"
 
@@ -76,24 +77,41 @@ CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, voi
   return CUDA_SUCCESS;
 }
 
-// A GPU of capability 9.0 gives a block as much.
-constexpr size_t kMostSharedBytes = size_t{227} << 10;
+// What a GPU of capability 9.0 gives a block, and how much of it to a kernel that did not ask.
+constexpr size_t kMostSharedBytes = size_t{227} << 10, kSharedBytesUnasked = size_t{48} << 10;
+std::map<const void*, size_t>& shared_limits() {
+  static std::map<const void*, size_t> of_functions;
+  return of_functions;
+}
 
-cudaError_t launch(const void* function, const cudaLaunchConfig_t& config, void** arguments) {
+struct Configuration {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+};
+// Of the launch by <<<>>> that is under way.
+Configuration pushed;
+
+Size3 size_of(dim3 d) { return {d.x, d.y, d.z}; }
+
+cudaError_t launch(const void* function, const Configuration& c, Size3 cluster, void** arguments) {
   const auto found = kernels().find(names()[function]);
   if (found == kernels().end()) return cudaErrorInvalidDeviceFunction;
-  if (config.dynamicSmemBytes > kMostSharedBytes) return cudaErrorInvalidValue;
-  Size3 cluster;
-  for (unsigned i = 0; i < config.numAttrs; ++i) {
-    const cudaLaunchAttribute& attribute = config.attrs[i];
-    if (attribute.id != cudaLaunchAttributeClusterDimension) continue;
-    cluster = {attribute.val.clusterDim.x, attribute.val.clusterDim.y, attribute.val.clusterDim.z};
-  }
+  const auto limit = shared_limits().find(function);
+  if (c.shared_bytes > (limit == shared_limits().end() ? kSharedBytesUnasked : limit->second))
+    return cudaErrorInvalidValue;
+  if (c.grid.x == 0 || c.grid.y > 65535 || c.grid.z > 65535 || c.block.x * c.block.y * c.block.z > 1024)
+    return cudaErrorInvalidConfiguration;
   ++runtime().launches;
   Machine machine(runtime().seed++, runtime().allowed);
-  machine.launch(found->second, {config.gridDim.x, config.gridDim.y, config.gridDim.z}, cluster, config.blockDim.x,
-                 config.dynamicSmemBytes, arguments[0]);
+  machine.launch(found->second, size_of(c.grid), cluster, size_of(c.block), c.shared_bytes, arguments);
   return cudaSuccess;
+}
+
+// As cudaGetLastError has it.
+cudaError_t latest_error = cudaSuccess;
+cudaError_t noted(cudaError_t error) {
+  if (error != cudaSuccess) latest_error = error;
+  return error;
 }
 
 }  // namespace
@@ -125,27 +143,46 @@ void __cudaRegisterFunction(void**, const char* function, char*, const char* nam
   ptx::names()[function] = name;
 }
 
-// What `<<<>>>` becomes; CUTLASS does not launch its kernels so.
-cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaErrorNotSupported; }
-cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSupported; }
-cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) {
-  return cudaErrorNotSupported;
+// What <<<>>> becomes.
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared_bytes, CUstream_st*) {
+  ptx::pushed = {grid, block, shared_bytes};
+  return 0;
 }
-
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared_bytes, void*) {
+  *grid = ptx::pushed.grid, *block = ptx::pushed.block, *shared_bytes = ptx::pushed.shared_bytes;
+  return cudaSuccess;
+}
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
+  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));
+  return cudaSuccess;
+}
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments, size_t shared_bytes,
+                               cudaStream_t) {
+  return ptx::noted(ptx::launch(kernel, {grid, block, shared_bytes}, {}, arguments));
+}
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
-  return ptx::launch(function, *config, arguments);
+  ptx::Size3 cluster;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id != cudaLaunchAttributeClusterDimension) continue;
+    cluster = {attribute.val.clusterDim.x, attribute.val.clusterDim.y, attribute.val.clusterDim.z};
+  }
+  return ptx::noted(
+      ptx::launch(function, {config->gridDim, config->blockDim, config->dynamicSmemBytes}, cluster, arguments));
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
-  const bool too_much =
-      attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && static_cast<size_t>(value) > ptx::kMostSharedBytes;
-  return too_much ? cudaErrorInvalidValue : cudaSuccess;
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  const auto bytes = static_cast<size_t>(value);
+  if (bytes > ptx::kMostSharedBytes) return ptx::noted(cudaErrorInvalidValue);
+  ptx::shared_limits()[function] = bytes;
+  return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int*, cudaDeviceAttr, int) { return cudaErrorNotSupported; }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return std::exchange(ptx::latest_error, cudaSuccess); }
 const char* cudaGetErrorString(cudaError_t) { return "an error of tests/cuda_host/ptx"; }
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {

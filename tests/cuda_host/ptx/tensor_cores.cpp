@@ -1,4 +1,6 @@
-// D += A B by the four warps of a warpgroup, of operands in shared memory.
+// Products of matrices: wgmma by four warps, of operands in shared memory; mma by one, of operands in its registers.
+#include <cmath>
+
 #include "instructions.h"
 
 namespace ptx {
@@ -6,18 +8,24 @@ namespace {
 
 constexpr uint32_t kGroup = 128, kRows = 64, kBytesAlongK = 32;
 
-float element(const uint8_t* place, char type) {
-  if (type == 't') {  // TF32: the last 13 bits are not read
+// b: bf16, h: f16, t: TF32
+template <char type>
+constexpr uint32_t kElement = type == 't' ? 4 : 2;
+
+template <char type>
+double element(const void* place) {
+  if constexpr (type == 't') {
     uint32_t stored;
     std::memcpy(&stored, place, sizeof stored);
-    stored &= 0xffffe000u;
+    stored &= 0xffffe000u;  // the other bits are not read
     float value;
     std::memcpy(&value, &stored, sizeof value);
     return value;
+  } else {
+    uint16_t stored;
+    std::memcpy(&stored, place, sizeof stored);
+    return type == 'b' ? from_bf16(stored) : from_f16(stored);
   }
-  uint16_t stored;
-  std::memcpy(&stored, place, sizeof stored);
-  return type == 'b' ? from_bf16(stored) : from_f16(stored);
 }
 
 // An operand by its descriptor. The layouts in bytes, with rows of W = 16 · 2^swizzle bytes, T of them 16 bytes:
@@ -45,12 +53,13 @@ struct Matrix {
     return swizzled(start + at, swizzle_bits);
   }
 
-  std::vector<double> values(Machine& m, const Block& block, uint32_t count, char type) const {
+  template <char type>
+  std::vector<double> values(Machine& m, const Block& block, uint32_t count) const {
     std::vector<double> all;
     const uint32_t base = (block.rank + 1) << kOffsetBits;
     for (uint32_t mn = 0; mn < count; ++mn)
       for (uint32_t k = 0; k < kBytesAlongK / element_bytes; ++k)
-        all.push_back(element(m.shared(base + offset(mn, k), element_bytes), type));
+        all.push_back(element<type>(m.shared(base + offset(mn, k), element_bytes)));
     return all;
   }
 };
@@ -58,18 +67,18 @@ struct Matrix {
 // Operands: D, the descriptors of A and B, whether D is added to, the signs of A and B and, of 16 bits, whether they
 // lie along m and n.
 template <uint32_t columns, char type>
-bool multiply(Machine& m, Thread& t, const Instruction& i) {
+bool multiply_by_warpgroup(Machine& m, Thread& t, const Instruction& i) {
   const uint32_t first = t.index / kGroup * kGroup;
   if (!m.gathered(t, first, kGroup)) return false;
   const auto& o = i.operands;
-  constexpr uint32_t kElement = type == 't' ? 4 : 2, kDeep = kBytesAlongK / kElement;
+  constexpr uint32_t kDeep = kBytesAlongK / kElement<type>;
   if (o[4].value != 1 || o[5].value != 1) throw std::runtime_error("wgmma: a negated operand");
   const auto is_set = [&](size_t n) { return n < o.size() && o[n].value != 0; };
-  const Matrix a(bits(m, t, o[1]), kElement, !is_set(6)), b(bits(m, t, o[2]), kElement, !is_set(7));
+  const Matrix a(bits(m, t, o[1]), kElement<type>, !is_set(6)), b(bits(m, t, o[2]), kElement<type>, !is_set(7));
   const bool adds = bits(m, t, o[3]) & 1;
   Block& block = *t.block;
   const auto run = [&m, &block, &o, first, a, b, adds] {
-    const std::vector<double> of_a = a.values(m, block, kRows, type), of_b = b.values(m, block, columns, type);
+    const std::vector<double> of_a = a.values<type>(m, block, kRows), of_b = b.values<type>(m, block, columns);
     for (uint32_t n = 0; n < kGroup; ++n) {
       Thread& each = block.threads[first + n];
       for (uint32_t j = 0; j < columns / 2; ++j) {
@@ -104,18 +113,55 @@ bool wait(Machine& m, Thread& t, const Instruction& i) {
   return true;
 }
 
+// mma.m16n8k16 and, of 4 bytes, m16n8k8. With lane = 4 g + l: register r of A is row g + 8 (r % 2), register r of B
+// column g, and both hold 4 bytes along k from 4 l + 16 (r / 2), of B 4 l + 16 r; register r of C and D is row
+// g + 8 (r / 2), column 2 l + r % 2. Sums are rounded toward zero.
+template <char type>
+bool multiply_by_warp(Machine& m, Thread& t, const Instruction& i) {
+  const uint32_t first = t.index - t.lane();
+  if (!m.gathered(t, first, 32)) return false;
+  constexpr uint32_t kPerRegister = 4 / kElement<type>, kDeep = 8 * kPerRegister;
+  const auto& o = i.operands;
+  double a[16][kDeep], b[8][kDeep];
+  const auto spread = [&](double* row, uint32_t registers, uint32_t from) {
+    for (uint32_t e = 0; e < kPerRegister; ++e)
+      row[from + e] = element<type>(reinterpret_cast<const char*>(&registers) + e * kElement<type>);
+  };
+  Thread* const lanes = t.block->threads.data() + first;
+  for (uint32_t lane = 0; lane < 32; ++lane) {
+    const uint32_t g = lane / 4, k = lane % 4 * kPerRegister;
+    for (uint32_t r = 0; r < 4; ++r)
+      spread(a[g + r % 2 * 8], read<uint32_t>(m, lanes[lane], o[1].parts[r]), k + r / 2 * 4 * kPerRegister);
+    for (uint32_t r = 0; r < 2; ++r)
+      spread(b[g], read<uint32_t>(m, lanes[lane], o[2].parts[r]), k + r * 4 * kPerRegister);
+  }
+  for (uint32_t lane = 0; lane < 32; ++lane)
+    for (uint32_t r = 0; r < 4; ++r) {
+      const uint32_t row = lane / 4 + r / 2 * 8, col = lane % 4 * 2 + r % 2;
+      double sum = read<float>(m, lanes[lane], o[3].parts[r]);
+      for (uint32_t k = 0; k < kDeep; ++k) sum += a[row][k] * b[col][k];
+      float rounded = static_cast<float>(sum);
+      if (std::fabs(static_cast<double>(rounded)) > std::fabs(sum)) rounded = std::nextafter(rounded, 0.0f);
+      write<float>(lanes[lane], o[0].parts[r], rounded);
+    }
+  return true;
+}
+
 }  // namespace
 
-void add_wgmma(Table& table) {
+void add_tensor_cores(Table& table) {
   const auto name = [](const char* shape, const char* type) {
     return std::string("wgmma.mma_async.sync.aligned.") + shape + ".f32." + type + "." + type;
   };
-  table[name("m64n128k16", "bf16")] = multiply<128, 'b'>;
-  table[name("m64n256k16", "bf16")] = multiply<256, 'b'>;
-  table[name("m64n128k16", "f16")] = multiply<128, 'h'>;
-  table[name("m64n256k16", "f16")] = multiply<256, 'h'>;
-  table[name("m64n128k8", "tf32")] = multiply<128, 't'>;
-  table[name("m64n256k8", "tf32")] = multiply<256, 't'>;
+  table[name("m64n128k16", "bf16")] = multiply_by_warpgroup<128, 'b'>;
+  table[name("m64n256k16", "bf16")] = multiply_by_warpgroup<256, 'b'>;
+  table[name("m64n128k16", "f16")] = multiply_by_warpgroup<128, 'h'>;
+  table[name("m64n256k16", "f16")] = multiply_by_warpgroup<256, 'h'>;
+  table[name("m64n128k8", "tf32")] = multiply_by_warpgroup<128, 't'>;
+  table[name("m64n256k8", "tf32")] = multiply_by_warpgroup<256, 't'>;
+  table["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] = multiply_by_warp<'b'>;
+  table["mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"] = multiply_by_warp<'h'>;
+  table["mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"] = multiply_by_warp<'t'>;
   table["wgmma.fence.sync.aligned"] = [](Machine&, Thread&, const Instruction&) { return true; };
   table["wgmma.commit_group.sync.aligned"] = commit;
   table["wgmma.wait_group.sync.aligned"] = wait;
