@@ -59,15 +59,21 @@ def run_ptx(name, folder, kernels, architecture, argument_lists, *flags):
     source.write_text("".join(f'#include "{path}"\n' for path in kernels))
     nvcc = [str(home / "bin" / "nvcc"), "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-std=c++20", *flags]
     nvcc += [f"-gencode=arch=compute_{architecture},code=compute_{architecture}", "--keep", "--keep-dir", str(folder)]
-    subprocess.run([*nvcc, "-c", str(source), "-o", str(folder / "kernels.o")], check=True, capture_output=True)
+    command = [*nvcc, "-c", str(source), "-o", str(folder / "kernels.o")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for file in folder.iterdir():  # nvcc keeps hundreds of megabytes
+        if file.name not in ("kernels.o", "kernels.ptx"):
+            file.unlink()
     compiler = [*find_compiler()[0].split(), "-O2", "-std=c++20", "-frounding-math", "-Wall", "-Wextra", "-Werror"]
     compiler += ["-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{host}", "-isystem", str(home / "include")]
     sources = [host / f"{name}.cpp", *sorted((host / "ptx").glob("*.cpp"))]
     program = folder / name
     subprocess.run([*compiler, *map(str, sources), str(folder / "kernels.o"), "-o", str(program)], check=True)
     commands = [[str(program), *arguments, str(folder / "kernels.ptx")] for arguments in argument_lists]
-    for run in [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]:
-        output, _ = run.communicate()
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    outputs = [run.communicate()[0] for run in runs]
+    for run, output in zip(runs, outputs, strict=True):
         assert run.returncode == 0, output
         assert "kernels ran" in output and not output.startswith("0 ")
 
@@ -194,6 +200,13 @@ def test_the_gpu_script_runs_the_steps_it_was_asked_for(tmp_path):
 def test_the_gpu_script_does_not_pass_what_was_skipped(tmp_path):
     assert run_gpu_script(tmp_path, "tests", "hopper-tests").returncode == 1
     assert read_summary(tmp_path)["hopper-tests"] == "failed with status 5"
+
+
+def test_the_gpu_script_refuses_what_it_cannot_do(tmp_path):
+    wrong = run_gpu_script(tmp_path, seconds="8m")
+    assert wrong.returncode == 2 and "GPU_SECONDS: got '8m', expected whole seconds" in wrong.stdout
+    (tmp_path / "results").touch()  # where a folder should be
+    assert run_gpu_script(tmp_path).returncode not in (0, 2)
 
 
 def test_the_gpu_script_ends_in_time(tmp_path):

@@ -13,7 +13,8 @@
 namespace fastlane::cuda {
 
 template <class T>
-constexpr double kUnit = sizeof(T) >= sizeof(float)         ? 4e-7
+constexpr double kUnit = std::is_same_v<T, double>          ? 4e-15
+                         : std::is_same_v<T, float>         ? 4e-7
                          : std::is_same_v<T, __nv_bfloat16> ? 8e-3
                                                             : 1e-3;
 
@@ -29,7 +30,7 @@ struct Matrix {
       : rows(rows), cols(cols), stride(cols + gap), memory(static_cast<size_t>(rows * stride + 1), rounded<T>(NAN)) {}
   T* row(int64_t i) { return memory.data() + i * stride; }
   double operator()(int64_t i, int64_t j) const {
-    return static_cast<float>(memory[static_cast<size_t>(i * stride + j)]);
+    return static_cast<compute_t<T>>(memory[static_cast<size_t>(i * stride + j)]);
   }
   void fill(std::mt19937& random, float scale) {
     std::normal_distribution<float> normal(0, scale);

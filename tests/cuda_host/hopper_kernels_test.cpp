@@ -1,7 +1,6 @@
 // The Hopper kernels' PTX run on the host, launched by CUTLASS's own host code, against the same formulas in double.
 // Usage: hopper_kernels_test bf16|f16|f32 PTX...
 #include <cmath>
-#include <cstdlib>
 #include <random>
 
 #include "check.h"
@@ -221,7 +220,11 @@ void test_kind(HopperKind kind) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::string name = argv[1];
+  const std::string name = argc > 1 ? argv[1] : "";
+  if (name != "bf16" && name != "f16" && name != "f32") {
+    std::printf("usage: hopper_kernels_test bf16|f16|f32 PTX...\n");
+    return 2;
+  }
   dtype = name == "bf16" ? DType::bf16 : name == "f16" ? DType::f16 : DType::f32;
   for (int i = 2; i < argc; ++i) ptx::load(argv[i]);
   test_kind(HopperKind::forward);

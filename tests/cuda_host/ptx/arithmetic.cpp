@@ -1,5 +1,6 @@
-// Registers to registers. approx instructions give what is exact but for one rounding.
+// Registers to registers. Of float, approx instructions give what is exact but for one rounding.
 #include <algorithm>
+#include <bit>
 #include <cfenv>
 #include <cmath>
 #include <utility>
@@ -85,7 +86,7 @@ void add_floats(Table& table, const std::string& type) {
   table["sub" + type] = binary<R>([](R a, R b) { return a - b; });
   table["mul" + type] = table["mul.rn" + type] = binary<R>([](R a, R b) { return a * b; });
   table["div.rn" + type] = binary<R>([](R a, R b) { return a / b; });
-  table["rcp.rn" + type] = table["rcp.approx.ftz" + type] = unary<R>([](R a) { return 1 / a; });
+  table["rcp.rn" + type] = unary<R>([](R a) { return 1 / a; });
   table["copysign" + type] = binary<R>([](R sign, R size) { return std::copysign(size, sign); });
   table["fma.rn" + type] = ternary<R>([](R a, R b, R c) { return std::fma(a, b, c); });
   table["setp.eq" + type] = compare<R>([](R a, R b) { return a == b; });
@@ -97,6 +98,10 @@ void add_floats(Table& table, const std::string& type) {
 
 // Conversions, and what there is of float alone.
 void add_conversions(Table& table) {
+  table["rcp.approx.ftz.f32"] = unary<float>([](float a) { return 1 / a; });
+  // Of double only the upper half of the bits is given.
+  table["rcp.approx.ftz.f64"] =
+      unary<double>([](double a) { return std::bit_cast<double>(std::bit_cast<uint64_t>(1 / a) >> 32 << 32); });
   table["ex2.approx.ftz.f32"] = unary<float>([](float a) { return std::exp2(a); });
   table["fma.rm.f32"] = ternary<float>([](float a, float b, float c) { return fma_rounded_down(a, b, c); });
   table["cvt.f64.f32"] = compute<double, float>([](float a) { return a; });

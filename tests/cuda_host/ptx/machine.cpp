@@ -1,11 +1,12 @@
 #include "machine.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace ptx {
 namespace {
 
-constexpr uint64_t kPoison = 0x7fffdeadffffbeef;  // NaN in any part
+constexpr uint64_t kPoison = 0x7fef7fef7fef7fef;  // NaN as f16, bf16, f32 and f64
 
 std::string where(const Kernel& kernel, const Thread& t) {
   const Instruction& i = kernel.code[t.next];
@@ -18,6 +19,16 @@ void run_all(const Pending::Work& work) {
 }
 
 }  // namespace
+
+std::function<void()> begun_at(const Instruction& i, std::function<void()> work) {
+  return [line = i.line, work = std::move(work)] {
+    try {
+      work();
+    } catch (const std::exception& error) {
+      throw std::runtime_error("begun on PTX line " + std::to_string(line) + ": " + error.what());
+    }
+  };
+}
 
 void Pending::commit() {
   groups.push_back(std::move(open));
@@ -33,7 +44,9 @@ bool Pending::empty() const {
 Block& Machine::block_of(uint32_t address) {
   const uint32_t rank = (address >> kOffsetBits) - 1;
   if (rank >= blocks.size()) throw std::runtime_error("shared memory of no block of the cluster");
-  return blocks[rank];
+  Block& block = blocks[rank];
+  if (block.running == 0) throw std::runtime_error("shared memory of a block that has ended");
+  return block;
 }
 
 uint8_t* Machine::shared(uint32_t address, size_t bytes) {
@@ -97,7 +110,7 @@ void Machine::launch(const Kernel& kernel, Size3 grid_, Size3 cluster_, Size3 bl
   blocks.resize(cluster.x);
   for (Block& each : blocks) {
     each.registers.resize(size_t{kernel.registers} * threads);
-    each.shared.resize(kSharedBase + launchs_shared_memory(kernel) + shared_bytes);
+    each.shared.resize(kSharedBase + dynamic_shared_offset(kernel) + shared_bytes);
   }
   for (uint32_t z = 0; z < grid.z; ++z)
     for (uint32_t y = 0; y < grid.y; ++y)
@@ -111,6 +124,8 @@ void Machine::start_cluster(const Kernel& kernel, Size3 first) {
   cluster_arrived = cluster_phase = 0;
   uint32_t rank = 0;
   for (Block& each : blocks) {
+    each.stores_late = coin();
+    each.running = threads;
     each.rank = rank, each.index = {first.x + rank, first.y, first.z};
     ++rank;
     std::fill(each.registers.begin(), each.registers.end(), kPoison);
@@ -152,37 +167,46 @@ void Machine::finish_a_load() {
 }
 
 void Machine::run_cluster(const Kernel& kernel) {
-  std::vector<Thread*> warps;  // their first threads
+  struct Warp {
+    Thread* lanes;
+    uint64_t sleeps;  // rounds, while others run ahead
+  };
+  std::vector<Warp> warps;
+  // One block may begin late.
+  const Block* const late = blocks.size() > 1 ? &blocks[random() % blocks.size()] : nullptr;
   for (Block& each : blocks)
-    for (uint32_t i = 0; i < threads; i += 32) warps.push_back(&each.threads[i]);
+    for (uint32_t i = 0; i < threads; i += 32) warps.push_back({&each.threads[i], &each == late ? 10u : 0u});
+  uint32_t order[32];
+  std::iota(std::begin(order), std::end(order), 0u);
   constexpr int kPatience = 300;
-  int rounds_without_event = 0;
-  int rounds_to_start = blocks.size() > 1 ? 10 : 0;  // until which one block has not begun
-  const Block* const late = &blocks[random() % blocks.size()];
-  for (;; --rounds_to_start) {
+  for (int rounds_without_event = 0;;) {
     const uint64_t before = events;
-    bool all_done = true;
+    bool all_done = true, all_awake = true;
     std::shuffle(warps.begin(), warps.end(), random);
-    for (Thread* const warp : warps) {
-      if (warp->block == late && rounds_to_start > 0) {
-        all_done = false;
+    for (Warp& warp : warps) {
+      if (std::all_of(warp.lanes, warp.lanes + 32, [](const Thread& t) { return t.done; })) continue;
+      all_done = false;
+      if (warp.sleeps > 0) {
+        --warp.sleeps;
+        all_awake = false;
         continue;
       }
+      if (random() % 16 == 0) warp.sleeps = random() % 100;
+      std::shuffle(std::begin(order), std::end(order), random);
       const uint64_t instructions = 1 + random() % 3000;
-      for (Thread* t = warp; t != warp + 32; ++t) {
-        if (t->done) continue;
-        all_done = false;
-        run(kernel, *t, instructions);
-      }
+      for (const uint32_t lane : order)
+        if (!warp.lanes[lane].done) run(kernel, warp.lanes[lane], instructions);
       if (!loads.empty() && random() % 8 == 0) finish_a_load();
     }
     if (all_done) break;
-    rounds_without_event = events == before ? rounds_without_event + 1 : 0;
+    rounds_without_event = events == before && all_awake ? rounds_without_event + 1 : 0;
     if (rounds_without_event > 2 && !loads.empty()) finish_a_load();
     if (rounds_without_event < kPatience) continue;
     std::string report = "deadlock";
-    for (const Thread* const warp : warps)
-      if (!warp->done) report += "\n  " + where(kernel, *warp);
+    for (const Warp& warp : warps) {
+      const auto waiting = std::find_if(warp.lanes, warp.lanes + 32, [](const Thread& t) { return !t.done; });
+      if (waiting != warp.lanes + 32) report += "\n  " + where(kernel, *waiting);
+    }
     throw std::runtime_error(report);
   }
   if (!loads.empty()) throw std::runtime_error("a TMA load arrives after its cluster has ended");

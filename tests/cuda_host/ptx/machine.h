@@ -27,6 +27,9 @@ struct Pending {
   bool empty() const;
 };
 
+// `work`, whose errors name the instruction that began it.
+std::function<void()> begun_at(const Instruction& i, std::function<void()> work);
+
 struct Block;
 struct Thread {
   uint64_t* registers = nullptr;
@@ -42,6 +45,8 @@ struct Thread {
 
 struct Block {
   uint32_t rank = 0;  // in its cluster
+  uint32_t running = 0;  // threads
+  bool stores_late = false;  // by TMA; all of a block's, since every lane of a warp gives the same order
   Size3 index;  // in the grid
   std::vector<uint8_t> shared;
   std::vector<uint64_t> registers;

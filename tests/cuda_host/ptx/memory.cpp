@@ -24,7 +24,9 @@ template <class V, Space space, bool stores>
 bool access(Machine& m, Thread& t, const Instruction& i) {
   const Operand &values = i.operands[stores ? 1 : 0], &place = i.operands[stores ? 0 : 1];
   const size_t count = std::max<size_t>(1, values.parts.size());
-  char* memory = static_cast<char*>(resolve<space>(m, address(m, t, place), count * sizeof(V), stores));
+  const uint64_t from = address(m, t, place);
+  if (from % (count * sizeof(V)) != 0) throw std::runtime_error("a misaligned address");
+  char* memory = static_cast<char*>(resolve<space>(m, from, count * sizeof(V), stores));
   for (size_t n = 0; n < count; ++n, memory += sizeof(V)) {
     const Operand& each = values.parts.empty() ? values : values.parts[n];
     V value;
@@ -56,7 +58,8 @@ bool block_barrier(Machine& m, Thread& t, const Instruction& i) {
   const auto& o = i.operands;
   const uint32_t which = read<uint32_t>(m, t, o[0]);
   const uint32_t count = o.size() > 1 ? read<uint32_t>(m, t, o[1]) : m.threads;
-  auto& waiting = t.block->waiting[which % 16];
+  if (which >= 16) throw std::runtime_error("bar.sync: no such barrier");
+  auto& waiting = t.block->waiting[which];
   if (waiting.size() + 1 < count) {
     t.parked = true;
     waiting.push_back(&t);
@@ -89,6 +92,10 @@ bool arrive(Machine& m, Thread& t, const Instruction& i) {
   m.arrive(mbarrier(m, t, i.operands[1]));
   return true;
 }
+bool arrive_once(Machine& m, Thread& t, const Instruction& i) {
+  if (i.operands.size() != 2) throw std::runtime_error("mbarrier.arrive: a count");
+  return arrive(m, t, i);
+}
 
 bool try_wait(Machine& m, Thread& t, const Instruction& i) {
   const int32_t phase = mbarrier(m, t, i.operands[1]).bytes_and_phase & 1;
@@ -109,6 +116,7 @@ bool end_thread(Machine& m, Thread& t, const Instruction&) {
   if (!t.stores.empty()) throw std::runtime_error("a TMA store may still read shared memory");
   if (!t.block->products[t.index / 128].empty()) throw std::runtime_error("a wgmma was not waited for");
   t.done = true;
+  --t.block->running;
   ++m.events;
   return true;
 }
@@ -139,12 +147,13 @@ void add_synchronisation(Table& table) {
   };
   table["mapa.shared::cluster.u32"] = map_to_block;
   table["mbarrier.init.shared::cta.b64"] = [](Machine& m, Thread& t, const Instruction& i) {
-    const auto count = read<uint16_t>(m, t, i.operands[1]);
-    mbarrier(m, t, i.operands[0]) = {count, count, 0};
+    const auto count = read<uint32_t>(m, t, i.operands[1]);
+    if (count == 0 || count > 65535) throw std::runtime_error("mbarrier.init: count");
+    mbarrier(m, t, i.operands[0]) = {static_cast<uint16_t>(count), static_cast<uint16_t>(count), 0};
     return true;
   };
   table["mbarrier.try_wait.parity.shared::cta.b64"] = try_wait;
-  table["mbarrier.arrive.shared::cluster.b64"] = table["mbarrier.arrive.shared::cta.b64"] = arrive;
+  table["mbarrier.arrive.shared::cluster.b64"] = table["mbarrier.arrive.shared::cta.b64"] = arrive_once;
   table["mbarrier.expect_tx.shared::cta.b64"] = [](Machine& m, Thread& t, const Instruction& i) {
     m.expect_bytes(mbarrier(m, t, i.operands[0]), read<int32_t>(m, t, i.operands[1]));
     return true;

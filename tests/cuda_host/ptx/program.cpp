@@ -22,12 +22,12 @@ class Parser {
     for (size_t at = 0; (at = text_.find(".entry", at)) != std::string::npos; at = position_) {
       position_ = at + 6;
       Kernel kernel;
-      kernel.name = name();
-      parameter_ = kernel.name + "_param_";
+      const std::string kernel_name = name();
+      parameter_ = kernel_name + "_param_";
       shared_.clear();
       position_ = text_.find('{', position_) + 1;
       read_body(kernel);
-      kernels[kernel.name] = std::move(kernel);
+      kernels[kernel_name] = std::move(kernel);
     }
     return kernels;
   }
@@ -221,10 +221,11 @@ class Parser {
       result.kind = Kind::special;
       result.name = word;
     } else {
-      // Declared in the kernel, or else the launch's.
+      // Declared in the kernel, or without a size for all of them, which is the launch's.
       const auto found = shared_.find(word);
+      if (found == shared_.end() && text_.find(word + "[]") == std::string::npos) fail("unknown name " + word);
       result.kind = Kind::shared_symbol;
-      result.value = found != shared_.end() ? found->second : launchs_shared_memory(*kernel_);
+      result.value = found != shared_.end() ? found->second : dynamic_shared_offset(*kernel_);
     }
     return result;
   }
@@ -239,7 +240,7 @@ class Parser {
 
 }  // namespace
 
-uint32_t launchs_shared_memory(const Kernel& kernel) { return (kernel.shared_bytes + 15) / 16 * 16; }
+uint32_t dynamic_shared_offset(const Kernel& kernel) { return (kernel.shared_bytes + 15) / 16 * 16; }
 
 std::map<std::string, Kernel> parse(const std::string& text) { return Parser(text).run(); }
 

@@ -34,14 +34,13 @@ struct Instruction {
 };
 
 struct Kernel {
-  std::string name;
   std::vector<Instruction> code;
   uint32_t registers = 0;
   uint32_t shared_bytes = 0;  // but for what its launch gives it, which lies behind
 };
 
 // Where the launch's shared memory begins.
-uint32_t launchs_shared_memory(const Kernel& kernel);
+uint32_t dynamic_shared_offset(const Kernel& kernel);
 
 // The kernels of a file, by name. Throws std::runtime_error at what it does not know, opcodes among it.
 std::map<std::string, Kernel> parse(const std::string& text);

@@ -71,7 +71,7 @@ CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, voi
     default: return refuse("swizzle");
   }
   const cuuint32_t row = box[0] * map.element_bytes;
-  if (row % 16 != 0 || (map.swizzle_bits > 0 && row > 16u << map.swizzle_bits)) return refuse("row of the box");
+  if (row % 16 != 0 || (map.swizzle_bits > 0 && row != 16u << map.swizzle_bits)) return refuse("row of the box");
   std::memset(static_cast<void*>(out), 0, sizeof *out);
   std::memcpy(static_cast<void*>(out), &map, sizeof map);
   return CUDA_SUCCESS;

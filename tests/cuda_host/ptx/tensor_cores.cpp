@@ -44,6 +44,9 @@ struct Matrix {
         along_k(along_k) {
     if (swizzle_bits == 4) throw std::runtime_error("wgmma: a layout without swizzle");
     if (descriptor >> 49 & 7) throw std::runtime_error("wgmma: a base offset");
+    // Without it the swizzle counts rows from a multiple of eight of them.
+    const uint32_t row = 16u << swizzle_bits;
+    if (start % (8 * row) / row != 0) throw std::runtime_error("wgmma: an operand off the swizzle's pattern");
   }
 
   uint32_t offset(uint32_t mn, uint32_t k) const {
@@ -77,6 +80,10 @@ bool multiply_by_warpgroup(Machine& m, Thread& t, const Instruction& i) {
   const Matrix a(bits(m, t, o[1]), kElement<type>, !is_set(6)), b(bits(m, t, o[2]), kElement<type>, !is_set(7));
   const bool adds = bits(m, t, o[3]) & 1;
   Block& block = *t.block;
+  for (uint32_t n = first; n < first + kGroup; ++n)
+    for (const size_t same : {1, 2, 3})
+      if (bits(m, block.threads[n], o[same]) != bits(m, t, o[same]))
+        throw std::runtime_error("wgmma: operands differ between threads");
   const auto run = [&m, &block, &o, first, a, b, adds] {
     const std::vector<double> of_a = a.values<type>(m, block, kRows), of_b = b.values<type>(m, block, columns);
     for (uint32_t n = 0; n < kGroup; ++n) {
@@ -94,7 +101,7 @@ bool multiply_by_warpgroup(Machine& m, Thread& t, const Instruction& i) {
   if (products.empty() && m.coin()) {
     run();
   } else {
-    products.open.push_back(run);
+    products.open.push_back(begun_at(i, run));
   }
   return true;
 }
@@ -115,7 +122,8 @@ bool wait(Machine& m, Thread& t, const Instruction& i) {
 
 // mma.m16n8k16 and, of 4 bytes, m16n8k8. With lane = 4 g + l: register r of A is row g + 8 (r % 2), register r of B
 // column g, and both hold 4 bytes along k from 4 l + 16 (r / 2), of B 4 l + 16 r; register r of C and D is row
-// g + 8 (r / 2), column 2 l + r % 2. Sums are rounded toward zero.
+// g + 8 (r / 2), column 2 l + r % 2. Sums are rounded
+// toward zero, as tensor cores are said to, so that a result that depends on it shows.
 template <char type>
 bool multiply_by_warp(Machine& m, Thread& t, const Instruction& i) {
   const uint32_t first = t.index - t.lane();

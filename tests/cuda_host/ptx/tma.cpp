@@ -16,7 +16,7 @@ struct Box {
     const auto& coordinates = tensor.parts[1].parts;
     if (map.mark != TensorMap::kMark || coordinates.size() != map.rank) throw std::runtime_error("TMA: tensor map");
     for (size_t d = 0; d < coordinates.size(); ++d) at[d] = read<int32_t>(m, t, coordinates[d]);
-    // The swizzle is of the address, and repeats after as much; without one, 128 bytes are asked for.
+    // TMA asks for 128 bytes. The swizzle is of the address and repeats after this many, as the readers expect.
     if (offset % (128u << map.swizzle_bits) != 0)
       throw std::runtime_error("TMA: shared memory at " + std::to_string(offset) + " does not suit the swizzle");
   }
@@ -65,7 +65,7 @@ bool load(Machine& m, Thread& t, const Instruction& i) {
       m.complete_bytes(*state, static_cast<int32_t>(box.bytes()));
     };
     if (m.coin()) {
-      m.loads.push_back(arrive);
+      m.loads.push_back(begun_at(i, arrive));
     } else {
       arrive();
     }
@@ -84,8 +84,8 @@ bool store(Machine& m, Thread& t, const Instruction& i) {
       std::memcpy(to, m.shared(base + offset, box.map.element_bytes), box.map.element_bytes);
     });
   };
-  if (m.coin()) {
-    t.stores.open.push_back(leave);
+  if (t.block->stores_late) {
+    t.stores.open.push_back(begun_at(i, leave));
   } else {
     leave();
   }
