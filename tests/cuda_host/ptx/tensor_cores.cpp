@@ -122,8 +122,8 @@ bool wait(Machine& m, Thread& t, const Instruction& i) {
 
 // mma.m16n8k16 and, of 4 bytes, m16n8k8. With lane = 4 g + l: register r of A is row g + 8 (r % 2), register r of B
 // column g, and both hold 4 bytes along k from 4 l + 16 (r / 2), of B 4 l + 16 r; register r of C and D is row
-// g + 8 (r / 2), column 2 l + r % 2. Sums are rounded
-// toward zero, as tensor cores are said to, so that a result that depends on it shows.
+// g + 8 (r / 2), column 2 l + r % 2. Sums are rounded toward zero, as tensor cores are said to, since narrow stacks
+// round them at every layer; wgmma's, which go through one epilogue, to nearest.
 template <char type>
 bool multiply_by_warp(Machine& m, Thread& t, const Instruction& i) {
   const uint32_t first = t.index - t.lane();
