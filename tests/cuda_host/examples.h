@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "formulas.h"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/narrow_stack.h"
 
@@ -17,8 +18,6 @@ constexpr double kUnit = std::is_same_v<T, double>          ? 4e-15
                          : std::is_same_v<T, float>         ? 4e-7
                          : std::is_same_v<T, __nv_bfloat16> ? 8e-3
                                                             : 1e-3;
-
-using Doubles = std::vector<double>;
 
 template <class T>
 struct Matrix {
@@ -54,13 +53,6 @@ struct Matrix {
     CHECK(error <= tolerance * largest);
   }
 };
-
-inline double act(Activation a, double z) {
-  return a == Activation::none ? z : a == Activation::gelu ? gelu(z) : gelu_tanh(z);
-}
-inline double slope(Activation a, double z) {
-  return a == Activation::none ? 1 : a == Activation::gelu ? gelu_derivative(z) : gelu_tanh_derivative(z);
-}
 
 // A stack with its results, and the same in double from the values that forward kept.
 template <class T>

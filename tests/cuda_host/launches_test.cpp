@@ -92,11 +92,13 @@ void test_stack(const std::vector<int64_t>& sizes, int width, int64_t rows, Acti
 
 template <class T>
 void test_passes() {
-  test_epilogue<T>(37, 80, 8, Activation::gelu, true);
-  test_epilogue<T>(300, 9, 3, Activation::gelu_tanh, true);
+  for (const Activation activation : {Activation::none, Activation::gelu, Activation::gelu_tanh}) {
+    test_epilogue<T>(37, 80, 8, activation, true);
+    test_epilogue<T>(300, 9, 3, activation, true);
+    test_preactivation_grad<T>(1100, 16, 8, activation, true);
+    test_preactivation_grad<T>(70, 33, 3, activation, true);
+  }
   test_epilogue<T>(5, 2000, 8, Activation::none, false);
-  test_preactivation_grad<T>(1100, 16, 8, Activation::gelu, true);
-  test_preactivation_grad<T>(70, 33, 3, Activation::gelu_tanh, true);
   test_preactivation_grad<T>(9, 600, 8, Activation::none, false);
 }
 
@@ -111,7 +113,8 @@ void test_stacks_of_16_bits() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  for (int i = 1; i < argc; ++i) ptx::load(argv[i]);
+  size_t kernels = 0;
+  for (int i = 1; i < argc; ++i) kernels += ptx::load(argv[i]);
   try {
     test_passes<float>();
     test_passes<double>();
@@ -125,6 +128,7 @@ int main(int argc, char** argv) {
     std::printf("%s\n", error.what());
     return 1;
   }
-  std::printf("%d kernels ran\n", ptx::runtime().launches);
+  CHECK(ptx::runtime().kernels.size() == kernels);
+  std::printf("%d launches, %zu kernels of %zu\n", ptx::runtime().launches, ptx::runtime().kernels.size(), kernels);
   return failures != 0;
 }

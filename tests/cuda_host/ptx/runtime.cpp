@@ -102,6 +102,7 @@ cudaError_t launch(const void* function, const Configuration& c, Size3 cluster, 
   if (c.grid.x == 0 || c.grid.y > 65535 || c.grid.z > 65535 || c.block.x * c.block.y * c.block.z > 1024)
     return cudaErrorInvalidConfiguration;
   ++runtime().launches;
+  runtime().kernels.insert(found->first);
   Machine machine(runtime().seed++, runtime().allowed);
   machine.launch(found->second, size_of(c.grid), cluster, size_of(c.block), c.shared_bytes, arguments);
   return cudaSuccess;
@@ -121,10 +122,13 @@ Runtime& runtime() {
   return only;
 }
 
-void load(const std::string& path) {
+size_t load(const std::string& path) {
   std::ifstream file(path);
   if (!file) throw std::runtime_error("cannot read " + path);
-  kernels().merge(parse({std::istreambuf_iterator<char>(file), {}}));
+  std::map<std::string, Kernel> of_file = parse({std::istreambuf_iterator<char>(file), {}});
+  const size_t count = of_file.size();
+  kernels().merge(of_file);
+  return count;
 }
 
 }  // namespace ptx
