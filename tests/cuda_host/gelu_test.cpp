@@ -1,5 +1,5 @@
-// The device's formulas, gelu.h in float, compiled for the host: against the same formulas in long double.
-#include "kernels/gelu.h"
+// The device's formulas, gelu.h in float and gelu16.h, compiled for the host: against gelu.h's in long double.
+#include "kernels/cuda/gelu16.h"
 
 #include <algorithm>
 #include <cmath>
@@ -46,10 +46,52 @@ void test_errors(double step, double tolerance) {
   for (const Largest& largest : {exact, exact_slope, tanh_form, tanh_slope}) CHECK(largest.error <= tolerance);
 }
 
+// Half a unit in the last place of a value stored with so many bits behind the leading one, denormals among them.
+double half_unit(double value, int bits, int least_exponent) {
+  const int exponent = value == 0 ? least_exponent : std::max(std::ilogb(value), least_exponent);
+  return std::ldexp(1, exponent - bits - 1);
+}
+
+// What gelu16.h adds to the rounding of its results, in halves of a unit in their last place; of the derivatives,
+// which are not stored but multiplied, against Φ + |x|φ, denormals aside.
+void test_16_bits() {
+  struct Type {
+    const char* name;
+    int bits, least_exponent;
+    double end;
+  };
+  for (const Type& type : {Type{"bfloat16", 7, -126, 15}, Type{"float16", 10, -14, 8}}) {
+    Largest exact, exact_slope, tanh_form, tanh_slope;
+    const auto test_at = [&](float z) {
+      const Real x = z, s = sigma(two_u(x)),
+                 two_u_slope = two_u(1) / Real{1.044715L} * (1 + 3 * Real{0.044715L} * x * x);
+      const auto add = [&](Largest& largest, float got, Real want, Real size, int least_exponent) {
+        largest.add(static_cast<double>(std::fabs(got - want)) /
+                    half_unit(static_cast<double>(size), type.bits, least_exponent));
+      };
+      const int slope_exponent = std::max(type.least_exponent, -100);
+      add(exact, bits16::gelu(z), x * cdf(x), x * cdf(x), type.least_exponent);
+      add(tanh_form, bits16::gelu_tanh(z), x * s, x * s, type.least_exponent);
+      add(exact_slope, bits16::gelu_derivative(z), cdf(x) + x * density(x), cdf(x) + std::fabs(x) * density(x),
+          slope_exponent);
+      const Real other = x * s * (1 - s) * two_u_slope;
+      add(tanh_slope, bits16::gelu_tanh_derivative(z), s + other, s + std::fabs(other), slope_exponent);
+    };
+    for (double at = 0; at <= type.end; at += 1e-4) test_at(static_cast<float>(at)), test_at(static_cast<float>(-at));
+    for (float at = std::numeric_limits<float>::min(); at < 1e30f; at *= 1.01f) test_at(at), test_at(-at);
+    std::printf("%s: largest errors in half units: gelu %.2g, its slope %.2g, tanh form %.2g, its slope %.2g\n",
+                type.name, exact.error, exact_slope.error, tanh_form.error, tanh_slope.error);
+    for (const Largest& largest : {exact, exact_slope, tanh_form, tanh_slope}) CHECK(largest.error <= 0.4);
+  }
+}
+
 template <class R>
-void test_extremes() {
+using Functions = std::initializer_list<R (*)(R)>;
+
+template <class R>
+void test_extremes(Functions<R> values, Functions<R> slopes, R error_at_0) {
   const R infinity = std::numeric_limits<R>::infinity(), nan = std::numeric_limits<R>::quiet_NaN();
-  for (const auto value : {gelu<R>, gelu_tanh<R>}) {
+  for (const auto value : values) {
     CHECK(value(infinity) == infinity);
     CHECK(value(-infinity) == 0);
     CHECK(value(R(0)) == 0 && !std::signbit(value(R(0))));
@@ -57,10 +99,10 @@ void test_extremes() {
     CHECK(std::isnan(value(nan)));
     CHECK(value(R(1000)) == R(1000));
   }
-  for (const auto slope : {gelu_derivative<R>, gelu_tanh_derivative<R>}) {
+  for (const auto slope : slopes) {
     CHECK(slope(infinity) == 1);
     CHECK(slope(-infinity) == 0);
-    CHECK(slope(R(0)) == R(0.5));
+    CHECK(std::fabs(slope(R(0)) - R(0.5)) <= error_at_0);
     CHECK(std::isnan(slope(nan)));
   }
 }
@@ -70,7 +112,10 @@ void test_extremes() {
 int main() {
   test_errors<float>(1e-4, 1e-5);
   test_errors<double>(1e-4, 2e-14);
-  test_extremes<float>();
-  test_extremes<double>();
+  test_16_bits();
+  test_extremes<float>({gelu, gelu_tanh}, {gelu_derivative, gelu_tanh_derivative}, 0);
+  test_extremes<double>({gelu, gelu_tanh}, {gelu_derivative, gelu_tanh_derivative}, 0);
+  test_extremes<float>({bits16::gelu, bits16::gelu_tanh}, {bits16::gelu_derivative, bits16::gelu_tanh_derivative},
+                       1e-5f);
   return failures != 0;
 }

@@ -90,7 +90,7 @@ void test_epilogue(int64_t rows, int64_t cols, bool with_bias, bool with_addend,
     for (int64_t j = 0; j < cols; ++j) {
       const double sum = value_of(product.at(i)[j]) + (with_bias ? value_of(bias.at(0)[j]) : 0);
       const double add = with_addend ? value_of(addend.at(i)[j]) : 0;
-      check_close(out.at(i)[j], Act::value(sum) + add, std::fabs(sum) + std::fabs(add));
+      check_close(out.at(i)[j], Act::template value<double>(sum) + add, std::fabs(sum) + std::fabs(add));
       if (with_z) check_close(z.at(i)[j], sum, 0);
     }
   out.check_gaps(), z.check_gaps();
@@ -123,7 +123,7 @@ void test_preactivation_grad(int64_t rows, int64_t cols, bool with_dz, bool with
   for (int64_t j = 0; j < cols; ++j) {
     double sum = 0, size = 0;
     for (int64_t i = 0; i < rows; ++i) {
-      const double grad = value_of(dy.at(i)[j]) * Act::slope(value_of(z.at(i)[j]));
+      const double grad = value_of(dy.at(i)[j]) * Act::template slope<double>(value_of(z.at(i)[j]));
       if (with_dz) check_close(dz.at(i)[j], grad, std::fabs(value_of(dy.at(i)[j])));
       sum += grad, size += std::fabs(grad);
     }

@@ -9,6 +9,7 @@
 
 #include "../gelu.h"
 #include "../problem.h"
+#include "gelu16.h"
 #include "geometry.h"
 
 namespace fastlane::cuda {
@@ -47,34 +48,47 @@ __device__ void store(T* p, const Access<T, N>& values) {
   *reinterpret_cast<Access<T, N>*>(p) = values;
 }
 
+// T is what the result is stored in.
 struct NoActivation {
-  template <class R>
-  static __device__ R value(R z) {
+  template <class T>
+  static __device__ compute_t<T> value(compute_t<T> z) {
     return z;
   }
-  template <class R>
-  static __device__ R slope(R) {
-    return R(1);
+  template <class T>
+  static __device__ compute_t<T> slope(compute_t<T>) {
+    return 1;
   }
 };
 struct ExactGelu {
-  template <class R>
-  static __device__ R value(R z) {
-    return gelu(z);
+  template <class T>
+  static __device__ compute_t<T> value(compute_t<T> z) {
+    if constexpr (sizeof(T) == 2)
+      return bits16::gelu(z);
+    else
+      return gelu(z);
   }
-  template <class R>
-  static __device__ R slope(R z) {
-    return gelu_derivative(z);
+  template <class T>
+  static __device__ compute_t<T> slope(compute_t<T> z) {
+    if constexpr (sizeof(T) == 2)
+      return bits16::gelu_derivative(z);
+    else
+      return gelu_derivative(z);
   }
 };
 struct TanhGelu {
-  template <class R>
-  static __device__ R value(R z) {
-    return gelu_tanh(z);
+  template <class T>
+  static __device__ compute_t<T> value(compute_t<T> z) {
+    if constexpr (sizeof(T) == 2)
+      return bits16::gelu_tanh(z);
+    else
+      return gelu_tanh(z);
   }
-  template <class R>
-  static __device__ R slope(R z) {
-    return gelu_tanh_derivative(z);
+  template <class T>
+  static __device__ compute_t<T> slope(compute_t<T> z) {
+    if constexpr (sizeof(T) == 2)
+      return bits16::gelu_tanh_derivative(z);
+    else
+      return gelu_tanh_derivative(z);
   }
 };
 

@@ -6,6 +6,9 @@
 
 namespace fastlane::cuda::hopper {
 
+// A product of TF32 has no more digits than one of float16.
+using Stored = __half;
+
 struct ActivationArguments {
   Activation activation = Activation::none;
 };
@@ -33,7 +36,7 @@ struct Activate<cutlass::Array<float, N>> {
     return with_activation(arguments.activation, [&](auto activation) {
       Fragment out;
 #pragma unroll
-      for (int i = 0; i < N; ++i) out[i] = activation.value(z[i]);
+      for (int i = 0; i < N; ++i) out[i] = activation.template value<Stored>(z[i]);
       return out;
     });
   }
@@ -53,7 +56,7 @@ struct TimesSlope<cutlass::Array<float, N>> {
     return with_activation(arguments.activation, [&](auto activation) {
       Fragment out;
 #pragma unroll
-      for (int i = 0; i < N; ++i) out[i] = grad[i] * activation.slope(z[i]);
+      for (int i = 0; i < N; ++i) out[i] = grad[i] * activation.template slope<Stored>(z[i]);
       return out;
     });
   }

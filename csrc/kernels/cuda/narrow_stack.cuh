@@ -130,14 +130,16 @@ struct Sums<float> {
   }
 };
 
-__device__ inline float activated(Activation activation, float z) {
-  return activation == Activation::gelu        ? ExactGelu::value(z)
-         : activation == Activation::gelu_tanh ? TanhGelu::value(z)
+template <class T>
+__device__ float activated(Activation activation, float z) {
+  return activation == Activation::gelu        ? ExactGelu::value<T>(z)
+         : activation == Activation::gelu_tanh ? TanhGelu::value<T>(z)
                                                : z;
 }
-__device__ inline float slope_of(Activation activation, float z) {
-  return activation == Activation::gelu        ? ExactGelu::slope(z)
-         : activation == Activation::gelu_tanh ? TanhGelu::slope(z)
+template <class T>
+__device__ float slope_of(Activation activation, float z) {
+  return activation == Activation::gelu        ? ExactGelu::slope<T>(z)
+         : activation == Activation::gelu_tanh ? TanhGelu::slope<T>(z)
                                                : 1.0f;
 }
 
@@ -262,7 +264,7 @@ struct StackWarp {
       float y[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        y[i] = activated(p.activation, z[i]) + (l.adds_input ? widen(h[s].at(j, i)) : 0.0f);
+        y[i] = activated<T>(p.activation, z[i]) + (l.adds_input ? widen(h[s].at(j, i)) : 0.0f);
         if (col_of(s, j, i) >= l.out_features) y[i] = 0.0f;
       }
       next[s].set(j, y);
@@ -282,7 +284,7 @@ struct StackWarp {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         grad[i] = col_of(s, j, i) < l.out_features && i / 2 * 8 < rows_left
-                      ? widen(dh[s].at(j, i)) * slope_of(p.activation, z[i])
+                      ? widen(dh[s].at(j, i)) * slope_of<T>(p.activation, z[i])
                       : 0.0f;
       dz[s].set(j, grad);
       if (!db) return;
