@@ -26,6 +26,7 @@ import fastlane_ext
 from fastlane_ext import reference
 from fastlane_ext.bench import machine
 
+TILE_COLS = (256, 192, 128)
 Call = Callable[[], object]
 Forward = Callable[[], Tensor]
 CACHE_BYTES = 256 << 20
@@ -47,10 +48,28 @@ def with_steps(
     """(forward, step) of each contestant, eager compiled among them; a step leaves no gradient behind."""
     if compiled:
         forwards["compile"] = torch.compile(forwards["eager"], mode="max-autotune-no-cudagraphs", dynamic=False)
-    return {
+    calls: dict[str, tuple[Call, Call]] = {
         name: (run, lambda run=run: torch.autograd.grad(run(), leaves, dy, allow_unused=True))
         for name, run in forwards.items()
     }
+    # What `hopper_tile` chooses among, to see whether it chooses well.
+    if dy.is_cuda and fastlane_ext.build_info()["hopper"]:
+        for cols in TILE_COLS:
+            calls[f"fused, 128×{cols}"] = tuple(with_tile(cols, call) for call in calls["fused"])
+    return calls
+
+
+def with_tile(cols: int, call: Call) -> Call:
+    """Call with the given tile for every product of which there is such a Hopper kernel."""
+
+    def forced() -> object:
+        fastlane_ext._C.force_hopper_tile(cols)
+        try:
+            return call()
+        finally:
+            fastlane_ext._C.force_hopper_tile(0)
+
+    return forced
 
 
 @dataclass(frozen=True)

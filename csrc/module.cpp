@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cuda/hopper.h"
 #include "network_call.h"
 #include "ops/policy.h"
 #include "plain_module.h"
@@ -29,6 +30,14 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("reset_stats", &fastlane::policy::reset_stats);
   m.def("count", &fastlane::policy::count);
+  m.def("force_hopper_tile", [](int64_t cols) {
+    const auto& tiles = fastlane::cuda::kHopperTiles;
+    const bool known = std::any_of(std::begin(tiles), std::end(tiles),
+                                   [&](auto tile) { return fastlane::cuda::tile_cols(tile) == cols; });
+    if (cols != 0 && !known)
+      throw py::value_error("cols: got " + std::to_string(cols) + ", expected 128, 192, 256, or 0 for no force");
+    fastlane::cuda::forced_tile_cols = cols;
+  });
   m.def("leave_fused_path", &fastlane::policy::leave_fused_path);
   m.def("is_disabled", [] { return fastlane::policy::why_disabled() != nullptr; });
   m.def("disable", &fastlane::policy::disable);

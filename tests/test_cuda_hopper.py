@@ -14,11 +14,19 @@ import fastlane_ext as fl
 
 pytestmark = [pytest.mark.hopper, pytest.mark.any_isa]
 
-# Rows, in, out: less than a tile; edges of the small tile and the cluster of two; last, of the wide tile both ways.
+# Rows, in, out: less than a tile; edges of each tile and of the cluster of two.
 SIZES = [(8, 8, 8), (100, 72, 40), (128, 64, 256), (257, 136, 264), (1000, 520, 776), (5000, 1032, 1032)]
-# Rows, in, hidden, out: fc2's dgrad goes on through the activation, with edges of its tile of 128 × 256 both ways.
+# Rows, in, hidden, out: fc2's dgrad goes on through the activation.
 MLP_SIZES = [(8, 8, 16, 8), (100, 72, 264, 40), (257, 136, 1000, 264), (3000, 520, 1032, 256)]
 DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=[256, 192, 128], ids=lambda cols: f"tile 128x{cols}")
+def tile(request):
+    """Every product gets this tile that has such a kernel."""
+    fl._C.force_hopper_tile(request.param)
+    yield
+    fl._C.force_hopper_tile(0)
 
 
 def assert_every_product_was_fused(forward=None):
@@ -30,7 +38,7 @@ def assert_every_product_was_fused(forward=None):
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_hopper_never_less_exact_than_eager(dtype, activation, size):
+def test_hopper_never_less_exact_than_eager(tile, dtype, activation, size):
     rows, *features = size
     assert_as_exact_as_eager([on_gpu(make_case((rows,), *features, dtype=dtype, activation=activation))])
     assert_every_product_was_fused()
@@ -38,7 +46,7 @@ def test_hopper_never_less_exact_than_eager(dtype, activation, size):
 
 @pytest.mark.parametrize("residual", ["none", "tensor", "x"])
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"recompute": True}, {"concat": True}], ids=str)
-def test_hopper_small(options, residual):
+def test_hopper_small(tile, options, residual):
     if options.get("concat") and residual != "none":
         pytest.skip("a concatenation adds nothing")
     case = make_case((3, 50), 64, 64, dtype=torch.bfloat16, residual=residual, **options)
@@ -46,9 +54,9 @@ def test_hopper_small(options, residual):
     assert_every_product_was_fused()
 
 
-@pytest.mark.parametrize("size", [(300, 128, 192), SIZES[-1]], ids=["small tile", "wide tile"])
+@pytest.mark.parametrize("size", [(300, 128, 192), SIZES[-1]], ids=["small", "large"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_inference_gives_the_same_bits_as_training(dtype, size):
+def test_inference_gives_the_same_bits_as_training(tile, dtype, size):
     rows, *features = size
     case = on_gpu(make_case((rows,), *features, dtype=dtype))
     expected = fl.linear_gelu_residual(case.x, case.weight, case.bias, case.residual_data)
@@ -61,14 +69,14 @@ def test_inference_gives_the_same_bits_as_training(dtype, size):
 @pytest.mark.parametrize("size", MLP_SIZES, ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_mlp_never_less_exact_than_eager(dtype, activation, size):
+def test_mlp_never_less_exact_than_eager(tile, dtype, activation, size):
     assert_mlps_as_exact_as_eager(pooled(*size, dtype=dtype, activation=activation))
     assert_every_product_was_fused()
 
 
 # Three rows of tiles: the second cluster has a block beside the matrix.
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"residual": "x"}], ids=str)
-def test_hopper_small_mlp(options):
+def test_hopper_small_mlp(tile, options):
     assert_mlps_as_exact_as_eager([make_mlp((3, 100), 64, 320, 64, dtype=torch.bfloat16, **options)])
     assert_every_product_was_fused()
 
@@ -148,8 +156,8 @@ def test_same_bits_from_run_to_run():
             assert torch.equal(value, first[name]), name
 
 
-@pytest.mark.parametrize("size", [(300, 128, 192), SIZES[-1]], ids=["small tile", "wide tile"])
-def test_tf32_where_torch_allows_it(size):
+@pytest.mark.parametrize("size", [(300, 128, 192), SIZES[-1]], ids=["small", "large"])
+def test_tf32_where_torch_allows_it(tile, size):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

@@ -249,3 +249,8 @@ def test_wrong_arguments_leave_no_trace(assert_fused):
         fl.linear_gelu_residual(**right | {"bias": torch.zeros(7)})
     fl.linear_gelu_residual(**right).sum().backward()
     assert_fused(forward=1, backward=1)
+
+
+def test_an_unknown_tile_is_refused():
+    with pytest.raises(ValueError, match="^cols: got 100, expected 128, 192, 256, or 0 for no force$"):
+        fl._C.force_hopper_tile(100)

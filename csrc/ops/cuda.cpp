@@ -35,7 +35,7 @@ std::optional<HopperChoice> hopper_choice(const GemmProblem& p) {
   const cuda::HopperKind kind = cuda::hopper_kind(p);
   if (kind == cuda::HopperKind::none || (p.dtype == DType::f32 && !may_be_tf32())) return std::nullopt;
   const cuda::Gpu gpu = cuda::current_gpu();
-  const bool takes = forced ? cuda::runs_hopper_kernels(gpu) : cuda::is_worth_a_hopper_kernel(p, kind, gpu);
+  const bool takes = forced ? cuda::runs_hopper_kernels(gpu) : cuda::is_worth_a_hopper_kernel(p, gpu);
   if (!takes) return std::nullopt;
   return HopperChoice{kind, cuda::hopper_tile(p, kind, gpu), gpu.multiprocessors};
 }

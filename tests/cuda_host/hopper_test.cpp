@@ -93,34 +93,53 @@ void test_through_activation() {
 }
 
 void test_choice() {
-  CHECK(hopper_tile(forward(4096, 4096, 4096), HopperKind::forward, kH100) == HopperTile::m128n256);
-  CHECK(hopper_tile(forward(1024, 4096, 1024), HopperKind::forward, kH100) == HopperTile::m128n128);
-  CHECK(hopper_tile(forward(65536, 1024, 128), HopperKind::forward, kH100) == HopperTile::m128n128);
-  CHECK(hopper_tile(forward(65536, 1024, 384), HopperKind::forward, kH100) == HopperTile::m128n128);
-  CHECK(hopper_tile(forward(65536, 1024, 400), HopperKind::forward, kH100) == HopperTile::m128n256);
-  CHECK(is_worth_a_hopper_kernel(forward(32768, 768, 768), HopperKind::forward, kH100));
-  CHECK(is_worth_a_hopper_kernel(forward(1024, 4096, 1152), HopperKind::forward, kH100));
-  CHECK(!is_worth_a_hopper_kernel(forward(1024, 4096, 1024), HopperKind::forward, kH100));
-  CHECK(!is_worth_a_hopper_kernel(forward(16, 4096, 4096), HopperKind::forward, kH100));
-  CHECK(!is_worth_a_hopper_kernel(forward(4096, 4096, 4096), HopperKind::forward, {80, 108}));
-  CHECK(!is_worth_a_hopper_kernel(forward(4096, 4096, 4096), HopperKind::forward, {100, 148}));
-  CHECK(is_worth_a_hopper_kernel(forward((int64_t{1} << 31) - 1, 64, 1 << 20), HopperKind::forward, kH100));
-  // Through an activation with the wide tile, where that is the better one.
-  const HopperKind through = HopperKind::through_activation;
-  CHECK(hopper_tile(backward_through(8, 64, 128), through, kH100) == HopperTile::m128n256);
-  CHECK(is_worth_a_hopper_kernel(backward_through(8192, 4096, 1024), through, kH100));
-  CHECK(is_worth_a_hopper_kernel(backward_through(16896, 256, 1024), through, kH100));
-  CHECK(!is_worth_a_hopper_kernel(backward_through(16768, 256, 1024), through, kH100));
-  CHECK(!is_worth_a_hopper_kernel(backward_through(65536, 128, 1024), through, kH100));
-  CHECK(!is_worth_a_hopper_kernel(backward_through(8192, 4096, 1024), through, {100, 148}));
+  const HopperKind forward_kind = HopperKind::forward, through = HopperKind::through_activation;
+  const auto tile_of = [](const GemmProblem& p) { return hopper_tile(p, hopper_kind(p), kH100); };
+  // Long sums hide an epilogue; short ones need another warpgroup to multiply meanwhile.
+  CHECK(tile_of(forward(8192, 4096, 4096)) == HopperTile::m128n256);
+  CHECK(tile_of(forward(32768, 768, 768)) == HopperTile::m128n192);
+  CHECK(tile_of(backward_through(8192, 1024, 4096)) == HopperTile::m128n256);
+  CHECK(tile_of(backward_through(8192, 4096, 1024)) == HopperTile::m128n128);
+  // A dgrad hardly has one.
+  CHECK(tile_of(dgrad(32768, 768, 768)) == HopperTile::m128n256);
+  // Few tiles; columns that no larger tile covers without waste.
+  CHECK(tile_of(forward(1024, 1024, 1024)) == HopperTile::m128n128);
+  CHECK(tile_of(forward(65536, 1024, 128)) == HopperTile::m128n128);
+  for (const DType dtype : {DType::bf16, DType::f16, DType::f32})
+    for (const HopperKind kind : {forward_kind, HopperKind::dgrad, through})
+      CHECK(has_tile(kind, dtype, HopperTile::m128n192) == (kind == forward_kind && dtype != DType::f32));
+  CHECK(tile_of(forward(32768, 768, 768, DType::f32)) != HopperTile::m128n192);
+  // More time for more of anything, in every tile.
+  for (const HopperTile tile : kHopperTiles) {
+    const double cycles = hopper_cycles(forward(4096, 1024, 1024), forward_kind, tile, kH100);
+    CHECK(hopper_cycles(forward(8192, 1024, 1024), forward_kind, tile, kH100) > cycles);
+    CHECK(hopper_cycles(forward(4096, 2048, 1024), forward_kind, tile, kH100) > cycles);
+    CHECK(hopper_cycles(forward(4096, 1024, 2048), forward_kind, tile, kH100) > cycles);
+    CHECK(hopper_cycles(forward(4096, 1024, 1024, DType::f32), forward_kind, tile, kH100) > cycles);
+  }
+  forced_tile_cols = 192;
+  CHECK(tile_of(forward(8192, 4096, 4096)) == HopperTile::m128n192);
+  CHECK(tile_of(dgrad(32768, 768, 768)) == HopperTile::m128n256);  // has no such tile
+  forced_tile_cols = 0;
+}
+
+void test_worth() {
+  CHECK(is_worth_a_hopper_kernel(forward(32768, 768, 768), kH100));
+  CHECK(is_worth_a_hopper_kernel(forward(1024, 4096, 1152), kH100));
+  CHECK(!is_worth_a_hopper_kernel(forward(1024, 4096, 1024), kH100));
+  CHECK(!is_worth_a_hopper_kernel(forward(16, 4096, 4096), kH100));
+  CHECK(!is_worth_a_hopper_kernel(forward(4096, 4096, 4096), {80, 108}));
+  CHECK(!is_worth_a_hopper_kernel(forward(4096, 4096, 4096), {100, 148}));
+  CHECK(is_worth_a_hopper_kernel(forward((int64_t{1} << 31) - 1, 64, 1 << 20), kH100));
 }
 
 void test_workspace() {
+  // Two rows of tiles; of the wide one eight warps share a tile, of the narrow one four.
   const GemmProblem p = backward_through(129, 264, 64);
-  CHECK(hopper_workspace(p, HopperTile::m128n256) == 2 * 512 * 4);
-  CHECK(hopper_workspace(p, HopperTile::m128n128) == 2 * 384 * 4);
+  CHECK(hopper_workspace(p, HopperTile::m128n256) == 2 * 8 * 512 * 4);
+  CHECK(hopper_workspace(p, HopperTile::m128n128) == 2 * 4 * 384 * 4);
   CHECK(hopper_workspace(backward_through((int64_t{1} << 31) - 1, (int64_t{1} << 31) - 8, 64),
-                         HopperTile::m128n256) == (int64_t{1} << 24) * (int64_t{1} << 31) * 4);
+                         HopperTile::m128n256) == (int64_t{1} << 24) * 8 * (int64_t{1} << 31) * 4);
   CHECK(hopper_workspace(dgrad(129, 264, 64), HopperTile::m128n256) == 0);
 }
 
@@ -131,5 +150,6 @@ int main() {
   test_through_activation();
   test_workspace();
   test_choice();
+  test_worth();
   return failures != 0;
 }

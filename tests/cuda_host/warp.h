@@ -16,6 +16,7 @@ struct WarpMeeting {
   std::array<std::array<uint32_t, 4>, 32> a;
   std::array<std::array<uint32_t, 2>, 32> b;
   std::array<float, 32> values;
+  std::array<const uint16_t*, 32> rows;
 };
 inline std::array<WarpMeeting, 8> warp_meetings;
 
@@ -49,15 +50,29 @@ struct HostWarp {
     meeting.barrier.arrive_and_wait();
   }
 
-  static float sum_over_rows(float x) {
+  template <bool kTransposed>
+  static void load_matrices(const void* row, uint32_t (&blocks)[4]) {
+    WarpMeeting& meeting = warp_meetings[threadIdx.x / 32];
+    const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    meeting.rows[lane] = static_cast<const uint16_t*>(row);
+    meeting.barrier.arrive_and_wait();
+    for (unsigned block = 0; block < 4; ++block) {
+      const uint16_t* const* const rows = &meeting.rows[8 * block];
+      const uint32_t low = kTransposed ? rows[2 * t][g] : rows[g][2 * t];
+      const uint32_t high = kTransposed ? rows[2 * t + 1][g] : rows[g][2 * t + 1];
+      blocks[block] = low | high << 16;
+    }
+    meeting.barrier.arrive_and_wait();
+  }
+
+  static float exchange(float x, int bits) {
     WarpMeeting& meeting = warp_meetings[threadIdx.x / 32];
     const unsigned lane = threadIdx.x % 32;
     meeting.values[lane] = x;
     meeting.barrier.arrive_and_wait();
-    float sum = 0;
-    for (unsigned g = 0; g < 8; ++g) sum += meeting.values[4 * g + lane % 4];
+    const float other = meeting.values[lane ^ static_cast<unsigned>(bits)];
     meeting.barrier.arrive_and_wait();
-    return sum;
+    return other;
   }
 
  private:

@@ -92,4 +92,14 @@ struct TanhGelu {
   }
 };
 
+// Calls f with one of the above: the branch is outside the loop over elements.
+template <class F>
+__device__ auto with_activation(Activation activation, F f) {
+  switch (activation) {
+    case Activation::gelu: return f(ExactGelu{});
+    case Activation::gelu_tanh: return f(TanhGelu{});
+    default: return f(NoActivation{});
+  }
+}
+
 }  // namespace fastlane::cuda

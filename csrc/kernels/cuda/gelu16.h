@@ -1,5 +1,5 @@
-// GELU and its derivative where the result is stored in 16 bits, or is of TF32 operands: 9 to 17 instructions of an
-// SM without a branch, where gelu.h's take 40 to 63. An epilogue costs a GEMM's time by its instructions.
+// GELU and its derivative where the result is stored in 16 bits, or is of TF32 operands: 9 to 17 instructions
+// without a branch, where gelu.h's take 40 to 63. An epilogue costs a GEMM's time by its instructions.
 //
 //   exact:  gelu(z) = max(z, 0) − t Φ(−t),   gelu′(z) = S for z < 0, 1 − S for z ≥ 0,   t = |z|, S = Φ(−t) − t φ(t)
 //   tanh:   gelu.h's, with the GPU's own reciprocal and power of 2
@@ -57,7 +57,7 @@ FASTLANE_HOST_DEVICE inline float log2_normal_tail(float t, float shift) {
 
 FASTLANE_HOST_DEVICE inline float gelu(float z) {
   const float t = at_most(std::fabs(z), kTailEnd);
-  return std::fma(-t, kUnshift * exp2_approx(log2_normal_tail(t, kShift)), at_least(z, 0));
+  return std::fma(-t, kUnshift * exp2_approx(log2_normal_tail(t, kShift)), std::fmax(z, 0.0f));
 }
 
 FASTLANE_HOST_DEVICE inline float gelu_derivative(float z) {

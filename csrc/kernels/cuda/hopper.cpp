@@ -34,7 +34,8 @@ bool hopper_gemm(const GemmProblem& problem, HopperKind kind, HopperTile tile, i
   if (!launch(by_tiles, tile, multiprocessors, stream)) return false;
   if (!problem.column_sums) return true;
   const TileGrid grid(problem, tile);
-  sum_rows({workspace, grid.covered_cols}, grid.rows, problem.n, problem.dtype, problem.column_sums, stream);
+  sum_rows({workspace, grid.covered_cols}, grid.rows * column_sum_rows(tile), problem.n, problem.dtype,
+           problem.column_sums, stream);
   return true;
 }
 

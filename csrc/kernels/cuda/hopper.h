@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <limits>
 
@@ -12,8 +13,16 @@
 
 namespace fastlane::cuda {
 
-// Rows × columns of the result that a block computes at once.
-enum class HopperTile : uint8_t { m128n256, m128n128 };
+// Rows × columns of the result that a block computes at once. Two warpgroups share a tile of 256 columns: more
+// multiply-adds for each operand read, but while they are in its epilogue nothing multiplies. Of the narrower tiles
+// each warpgroup has its own, and one multiplies while the other is in its epilogue.
+enum class HopperTile : uint8_t { m128n256, m128n192, m128n128 };
+constexpr HopperTile kHopperTiles[] = {HopperTile::m128n256, HopperTile::m128n192, HopperTile::m128n128};
+constexpr int64_t kTileRows = 128;
+constexpr int64_t tile_cols(HopperTile tile) {
+  return tile == HopperTile::m128n256 ? 256 : tile == HopperTile::m128n192 ? 192 : 128;
+}
+constexpr bool is_shared(HopperTile tile) { return tile == HopperTile::m128n256; }
 
 // Which kernel: they differ in how B lies and in what their epilogues do.
 //   forward: B's columns lie along k; bias, z, activation, addend
@@ -60,36 +69,60 @@ inline HopperKind hopper_kind(const GemmProblem& p) {
 struct TileGrid {
   int64_t rows, cols, covered_cols;
 
-  TileGrid(const GemmProblem& p, HopperTile tile) {
-    const int64_t tile_rows = 128, tile_cols = tile == HopperTile::m128n256 ? 256 : 128;
-    rows = ceil_div(p.m, tile_rows), cols = ceil_div(p.n, tile_cols), covered_cols = cols * tile_cols;
-  }
+  TileGrid(const GemmProblem& p, HopperTile tile)
+      : rows(ceil_div(p.m, kTileRows)), cols(ceil_div(p.n, tile_cols(tile))), covered_cols(cols * tile_cols(tile)) {}
   int64_t tiles() const { return rows * cols; }
 };
 
-// The wide tile reads fewer operands for each multiply-add, the other fills a GPU with smaller problems. Below half a
-// GPU of those the library, which can also cut along k, has the product. Estimates, not measured.
-inline bool suits_wide_tile(const GemmProblem& p, const Gpu& gpu) {
-  const TileGrid wide(p, HopperTile::m128n256), narrow(p, HopperTile::m128n128);
-  return wide.covered_cols == narrow.covered_cols && wide.tiles() >= gpu.multiprocessors;
-}
-// Through an activation there is the wide one only.
-inline HopperTile hopper_tile(const GemmProblem& p, HopperKind kind, const Gpu& gpu) {
-  return kind == HopperKind::through_activation || suits_wide_tile(p, gpu) ? HopperTile::m128n256
-                                                                           : HopperTile::m128n128;
-}
-inline bool runs_hopper_kernels(const Gpu& gpu) { return gpu.capability == 90; }
-inline bool is_worth_a_hopper_kernel(const GemmProblem& p, HopperKind kind, const Gpu& gpu) {
-  if (!runs_hopper_kernels(gpu)) return false;
-  return kind == HopperKind::through_activation
-             ? suits_wide_tile(p, gpu)
-             : TileGrid(p, HopperTile::m128n128).tiles() * 2 >= gpu.multiprocessors;
+// Whether there is such a kernel: nvcc 13.0 has registers enough for the tile of 192 columns in a 16-bit forward
+// only.
+inline bool has_tile(HopperKind kind, DType dtype, HopperTile tile) {
+  return tile != HopperTile::m128n192 || (kind == HopperKind::forward && element_size(dtype) == 2);
 }
 
-// The sums of its columns that each tile writes: for each row of tiles a row of floats, one for each column covered.
+// Cycles that a multiprocessor takes, by what it can do at most: multiply-adds of 16-bit values, bytes of operands
+// from L2 (the two blocks of a cluster share B), and instructions of the epilogue, four warps' at once, of which two
+// warps to a scheduler issue about one in two cycles. Counted and estimated, not measured.
+inline double hopper_cycles(const GemmProblem& p, HopperKind kind, HopperTile tile, const Gpu& gpu) {
+  constexpr double kMultiplyAdds = 2048, kL2Bytes = 27, kIssued = 0.5 * 4 * 32;
+  const double cols = static_cast<double>(tile_cols(tile)), rows = kTileRows, k = static_cast<double>(p.k);
+  const double bytes = static_cast<double>(element_size(p.dtype));
+  const double main_loop =
+      k * std::max(rows * cols / kMultiplyAdds * bytes / 2, (rows + cols / 2) * bytes / kL2Bytes);
+  const double instructions = kind == HopperKind::through_activation ? 36 : p.activation == Activation::none ? 5 : 20;
+  const double epilogue = rows * cols * instructions / kIssued;
+  const double rounds = static_cast<double>(ceil_div(TileGrid(p, tile).tiles(), gpu.multiprocessors));
+  // A warpgroup of its own has half the warps for its epilogue.
+  return is_shared(tile) ? rounds * (main_loop + epilogue)
+                         : rounds * std::max(main_loop, main_loop / 2 + epilogue) + 2 * epilogue;
+}
+
+// The columns of the tile for every product that has such a kernel, to test and to measure it; 0: the choice below.
+inline std::atomic<int64_t> forced_tile_cols = 0;
+
+inline HopperTile hopper_tile(const GemmProblem& p, HopperKind kind, const Gpu& gpu) {
+  HopperTile best = HopperTile::m128n256;
+  double least = std::numeric_limits<double>::infinity();
+  for (const HopperTile tile : kHopperTiles) {
+    if (!has_tile(kind, p.dtype, tile)) continue;
+    if (tile_cols(tile) == forced_tile_cols) return tile;
+    const double cycles = hopper_cycles(p, kind, tile, gpu);
+    if (cycles < least) best = tile, least = cycles;
+  }
+  return best;
+}
+inline bool runs_hopper_kernels(const Gpu& gpu) { return gpu.capability == 90; }
+// Below half a GPU of the smallest tiles the library, which can also cut along k, has the product.
+inline bool is_worth_a_hopper_kernel(const GemmProblem& p, const Gpu& gpu) {
+  return runs_hopper_kernels(gpu) && TileGrid(p, HopperTile::m128n128).tiles() * 2 >= gpu.multiprocessors;
+}
+
+// Rows of column sums that each row of tiles writes: one for each of the warps that share the tile.
+constexpr int column_sum_rows(HopperTile tile) { return is_shared(tile) ? 8 : 4; }
+// Their bytes; a row has as many columns as the tiles cover.
 inline int64_t hopper_workspace(const GemmProblem& p, HopperTile tile) {
   const TileGrid grid(p, tile);
-  return p.column_sums ? grid.rows * grid.covered_cols * int64_t{sizeof(float)} : 0;
+  return p.column_sums ? grid.rows * column_sum_rows(tile) * grid.covered_cols * int64_t{sizeof(float)} : 0;
 }
 
 // Whether this build has the kernels.

@@ -13,16 +13,6 @@ struct ActivationArguments {
   Activation activation = Activation::none;
 };
 
-// The branch is outside the loop over a fragment's elements.
-template <class F>
-__device__ auto with_activation(Activation activation, F f) {
-  switch (activation) {
-    case Activation::gelu: return f(ExactGelu{});
-    case Activation::gelu_tanh: return f(TanhGelu{});
-    default: return f(NoActivation{});
-  }
-}
-
 // act(z) of a fragment.
 template <class T>
 struct Activate {

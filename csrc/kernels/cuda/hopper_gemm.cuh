@@ -14,6 +14,7 @@
 #include "cutlass/gemm/device/gemm_universal_adapter.h"
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "hopper_activation.cuh"
+#include "hopper_column_sums.cuh"
 #include "hopper_launch.h"
 
 namespace fastlane::cuda::hopper {
@@ -21,22 +22,18 @@ namespace fastlane::cuda::hopper {
 namespace fusion = cutlass::epilogue::fusion;
 using cute::_0;
 using cute::_1;
-using cute::_128;
 using cute::_2;
-using cute::_256;
 using cute::Shape;
 using cute::Stride;
 
 constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 using Cluster = Shape<_2, _1, _1>;
-using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
-using MainloopSchedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
 using RowMajorLayout = cutlass::layout::RowMajor;
 template <class E>
 constexpr int kVector = kAccessBytes / sizeof(E);
 
-template <class E, class Cols>
-using Tile = Shape<_128, Cols, cute::Int<128 / sizeof(E)>>;
+template <class E, HopperTile kTile>
+using Tile = Shape<cute::Int<kTileRows>, cute::Int<tile_cols(kTile)>, cute::Int<128 / sizeof(E)>>;
 
 template <template <class> class Op, class Out>
 using Compute = fusion::Sm90Compute<Op, Out, float, kRound>;
@@ -47,11 +44,18 @@ using PlusAddend = fusion::Sm90EVT<Compute<cutlass::homogeneous_multiply_add, Ou
                                    fusion::Sm90ScalarBroadcast<float>, fusion::Sm90SrcFetch<E>, Value>;
 inline float beta(const GemmProblem& p) { return p.addend.data ? 1.0f : 0.0f; }
 
+template <HopperTile kTile>
+using EpilogueSchedule = std::conditional_t<is_shared(kTile), cutlass::epilogue::TmaWarpSpecializedCooperative,
+                                            cutlass::epilogue::TmaWarpSpecialized>;
+template <HopperTile kTile>
+using MainloopSchedule = std::conditional_t<is_shared(kTile), cutlass::gemm::KernelTmaWarpSpecializedCooperative,
+                                            cutlass::gemm::KernelTmaWarpSpecializedPingpong>;
+
 // A matrix beside C and the result, read or written by TMA.
-template <class E, class TileShape>
+template <class E, HopperTile kTile>
 struct Aux {
   using Descriptor = cutlass::epilogue::collective::detail::EpilogueDescriptor<
-      TileShape, cutlass::epilogue::collective::EpilogueTileAuto, E, E, EpilogueSchedule>;
+      Tile<E, kTile>, cutlass::epilogue::collective::EpilogueTileAuto, E, E, EpilogueSchedule<kTile>>;
   using ToMemory = cutlass::epilogue::collective::detail::AuxStoreDescriptor<Descriptor, RowMajorLayout, E>;
   using Store =
       fusion::Sm90AuxStore<ToMemory::Stages, typename ToMemory::EpilogueTile, E, kRound, typename ToMemory::Stride,
@@ -66,11 +70,11 @@ struct Aux {
 inline Stride<int64_t, _1, int64_t> row_major(int64_t row_stride) { return {row_stride, _1{}, 0}; }
 
 // act(acc + bias) + addend; acc + bias is stored as z on its way. One kernel serves all activations.
-template <class E, class TileShape, bool kStoresZ>
+template <class E, HopperTile kTile, bool kStoresZ>
 struct ForwardEpilogue {
-  using Bias = fusion::Sm90RowBroadcast<0, TileShape, E, float>;
+  using Bias = fusion::Sm90RowBroadcast<0, Tile<E, kTile>, E, float>;
   using Z = fusion::Sm90EVT<Compute<cutlass::plus, float>, Bias, fusion::Sm90AccFetch>;
-  using KeptZ = std::conditional_t<kStoresZ, fusion::Sm90EVT<typename Aux<E, TileShape>::Store, Z>, Z>;
+  using KeptZ = std::conditional_t<kStoresZ, fusion::Sm90EVT<typename Aux<E, kTile>::Store, Z>, Z>;
   using Tree = PlusAddend<E, E, fusion::Sm90EVT<Compute<Activate, float>, KeptZ>>;
 
   static typename Tree::Arguments arguments(const GemmProblem& p) {
@@ -95,13 +99,11 @@ struct DgradEpilogue {
 
 // (acc + addend) ⊙ act′(preactivation); acc + addend is stored as `unscaled` on its way. Each tile writes the sums of
 // its columns as a row of float to `column_sums`. One kernel serves with and without either.
-template <class E, class TileShape>
+template <class E, HopperTile kTile>
 struct ThroughActivationEpilogue {
-  using Unscaled = fusion::Sm90EVT<typename Aux<E, TileShape>::Store, PlusAddend<E, float, fusion::Sm90AccFetch>>;
-  using Scaled = fusion::Sm90EVT<Compute<TimesSlope, float>, Unscaled, typename Aux<E, TileShape>::Load>;
-  using Sums =
-      fusion::Sm90RowReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, TileShape, float, float, kRound,
-                               Stride<_0, _1, _0>, kVector<float>, /*EnableNullptr=*/true, /*FinalReduction=*/false>;
+  using Unscaled = fusion::Sm90EVT<typename Aux<E, kTile>::Store, PlusAddend<E, float, fusion::Sm90AccFetch>>;
+  using Scaled = fusion::Sm90EVT<Compute<TimesSlope, float>, Unscaled, typename Aux<E, kTile>::Load>;
+  using Sums = ColumnSums<column_sum_rows(kTile)>;
   using Tree = fusion::Sm90EVT<Compute<cutlass::epilogue::thread::Identity, E>, fusion::Sm90EVT<Sums, Scaled>>;
 
   static typename Tree::Arguments arguments(const GemmProblem& p) {
@@ -111,7 +113,7 @@ struct ThroughActivationEpilogue {
         unscaled,
         {static_cast<const E*>(p.preactivation.data), E(0), row_major(p.preactivation.row_stride)},
         {p.activation}};
-    return {{scaled, {p.column_sums}}, {}};
+    return {{scaled, {static_cast<float*>(p.column_sums), TileGrid(p, kTile).covered_cols}}, {}};
   }
 };
 
@@ -124,18 +126,19 @@ struct Aligned : Tree {
   using Tree::Tree;
 };
 
-template <class E, class TileShape, class LayoutB, class Epilogue>
+template <class E, HopperTile kTile, class LayoutB, class Epilogue>
 class Kernel {
+  using TileShape = Tile<E, kTile>;
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, TileShape, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, E, RowMajorLayout, kVector<E>, E, RowMajorLayout,
-      kVector<E>, EpilogueSchedule, Aligned<typename Epilogue::Tree>>::CollectiveOp;
+      kVector<E>, EpilogueSchedule<kTile>, Aligned<typename Epilogue::Tree>>::CollectiveOp;
   static_assert(alignof(typename CollectiveEpilogue::TensorStorage) % kSwizzleBytes == 0);
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, E, RowMajorLayout, kVector<E>, E, LayoutB, kVector<E>,
       float, TileShape, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<sizeof(typename CollectiveEpilogue::SharedStorage)>,
-      MainloopSchedule>::CollectiveOp;
+      MainloopSchedule<kTile>>::CollectiveOp;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<
       cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, CollectiveEpilogue>>;
 
@@ -177,34 +180,35 @@ class Kernel {
   }
 };
 
-template <class E, class TileShape>
+template <class E, HopperTile kTile>
 bool run_forward(const GemmProblem& p, int multiprocessors, Stream stream) {
   using AlongK = cutlass::layout::ColumnMajor;
-  return p.z.data
-             ? Kernel<E, TileShape, AlongK, ForwardEpilogue<E, TileShape, true>>::run(p, multiprocessors, stream)
-             : Kernel<E, TileShape, AlongK, ForwardEpilogue<E, TileShape, false>>::run(p, multiprocessors, stream);
+  return p.z.data ? Kernel<E, kTile, AlongK, ForwardEpilogue<E, kTile, true>>::run(p, multiprocessors, stream)
+                  : Kernel<E, kTile, AlongK, ForwardEpilogue<E, kTile, false>>::run(p, multiprocessors, stream);
 }
-
 template <class E>
 bool run_forward(const GemmProblem& p, HopperTile tile, int multiprocessors, Stream stream) {
-  return tile == HopperTile::m128n256 ? run_forward<E, Tile<E, _256>>(p, multiprocessors, stream)
-                                      : run_forward<E, Tile<E, _128>>(p, multiprocessors, stream);
+  if (tile == HopperTile::m128n256) return run_forward<E, HopperTile::m128n256>(p, multiprocessors, stream);
+  if (tile == HopperTile::m128n128) return run_forward<E, HopperTile::m128n128>(p, multiprocessors, stream);
+  if constexpr (sizeof(E) == 2) return run_forward<E, HopperTile::m128n192>(p, multiprocessors, stream);
+  return false;
 }
 
+template <class E, HopperTile kTile>
+using Dgrad = Kernel<E, kTile, RowMajorLayout, DgradEpilogue<E>>;
 template <class E>
 bool run_dgrad(const GemmProblem& p, HopperTile tile, int multiprocessors, Stream stream) {
-  return tile == HopperTile::m128n256
-             ? Kernel<E, Tile<E, _256>, RowMajorLayout, DgradEpilogue<E>>::run(p, multiprocessors, stream)
-             : Kernel<E, Tile<E, _128>, RowMajorLayout, DgradEpilogue<E>>::run(p, multiprocessors, stream);
+  if (tile == HopperTile::m128n256) return Dgrad<E, HopperTile::m128n256>::run(p, multiprocessors, stream);
+  return tile == HopperTile::m128n128 && Dgrad<E, HopperTile::m128n128>::run(p, multiprocessors, stream);
 }
 
-// Of the narrow tile, nvcc 13.0 keeps the column sums on the stack. z and `unscaled` take the place of a stage of the
-// main loop.
+template <class E, HopperTile kTile>
+using ThroughActivation = Kernel<E, kTile, RowMajorLayout, ThroughActivationEpilogue<E, kTile>>;
 template <class E>
 bool run_through_activation(const GemmProblem& p, HopperTile tile, int multiprocessors, Stream stream) {
-  using Epilogue = ThroughActivationEpilogue<E, Tile<E, _256>>;
-  return tile == HopperTile::m128n256 &&
-         Kernel<E, Tile<E, _256>, RowMajorLayout, Epilogue>::run(p, multiprocessors, stream);
+  if (tile == HopperTile::m128n256)
+    return ThroughActivation<E, HopperTile::m128n256>::run(p, multiprocessors, stream);
+  return tile == HopperTile::m128n128 && ThroughActivation<E, HopperTile::m128n128>::run(p, multiprocessors, stream);
 }
 
 }  // namespace fastlane::cuda::hopper

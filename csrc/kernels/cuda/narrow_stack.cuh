@@ -1,189 +1,92 @@
 // The kernels of a narrow stack. `Warp` is what a warp does together (warp.cuh).
 #pragma once
 
-#include "device.cuh"
+#include "narrow_fragments.cuh"
 #include "narrow_stack.h"
 
 namespace fastlane::cuda {
-
-__device__ inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-__device__ inline float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-template <class T>
-__device__ uint32_t pair_of(T low, T high) {
-  uint16_t halves[2];
-  memcpy(&halves[0], &low, sizeof low);
-  memcpy(&halves[1], &high, sizeof high);
-  return halves[0] | static_cast<uint32_t>(halves[1]) << 16;
-}
-template <class T>
-__device__ T half_of(uint32_t pair, int which) {
-  const auto half = static_cast<uint16_t>(pair >> (16 * which));
-  T x;
-  memcpy(static_cast<void*>(&x), &half, sizeof x);
-  return x;
-}
-
-// 16 rows × kCols columns over a warp: an mma's A operand, and at the same time kTiles results of an mma, whose
-// element i of a lane is row g + 8 (i / 2), column 2 t + i % 2. Operands of 4 bytes are taken along k in another
-// order, which B follows.
-template <class T>
-struct Slice {
-  static constexpr int kTiles = 2, kCols = 16;
-  uint32_t r[4] = {0, 0, 0, 0};
-
-  __device__ void set(int tile, const float (&c)[4]) {
-    r[2 * tile] = pair_of(rounded<T>(c[0]), rounded<T>(c[1]));
-    r[2 * tile + 1] = pair_of(rounded<T>(c[2]), rounded<T>(c[3]));
-  }
-  __device__ T at(int tile, int i) const { return half_of<T>(r[2 * tile + i / 2], i % 2); }
-  // Of a product's B with eight columns from p on: b[k][n] is p[n · stride + k], or p[k · stride + n].
-  static __device__ void b_rows(const T* p, int stride, int g, int t, uint32_t (&b)[2]) {
-    p += g * stride + 2 * t;
-    b[0] = pair_of(p[0], p[1]), b[1] = pair_of(p[8], p[9]);
-  }
-  static __device__ void b_columns(const T* p, int stride, int g, int t, uint32_t (&b)[2]) {
-    p += 2 * t * stride + g;
-    b[0] = pair_of(p[0], p[stride]), b[1] = pair_of(p[8 * stride], p[9 * stride]);
-  }
-};
-template <>
-struct Slice<float> {
-  static constexpr int kTiles = 1, kCols = 8;
-  uint32_t r[4] = {0, 0, 0, 0};
-
-  __device__ void set(int, const float (&c)[4]) {
-    for (int i = 0; i < 4; ++i) r[register_of(i)] = bits_of(c[i]);
-  }
-  __device__ float at(int, int i) const { return float_of(r[register_of(i)]); }
-  static __device__ void b_rows(const float* p, int stride, int g, int t, uint32_t (&b)[2]) {
-    p += g * stride + 2 * t;
-    b[0] = bits_of(p[0]), b[1] = bits_of(p[1]);
-  }
-  static __device__ void b_columns(const float* p, int stride, int g, int t, uint32_t (&b)[2]) {
-    p += 2 * t * stride + g;
-    b[0] = bits_of(p[0]), b[1] = bits_of(p[stride]);
-  }
-
- private:
-  static __device__ int register_of(int i) { return i % 2 * 2 + i / 2; }
-};
-
-// The result of a chain of mmas.
-template <class T>
-struct Sums {
-  float main[4] = {0, 0, 0, 0};
-
-  template <class Warp>
-  __device__ void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    Warp::multiply(T{}, main, a, b);
-  }
-  __device__ float operator[](int i) const { return main[i]; }
-};
-
-// The 10 bits of a significand that TF32 keeps, rounded so that what is left has either sign, and that rest. Of what
-// is not finite neither.
-template <int N>
-__device__ void split(const uint32_t (&x)[N], uint32_t (&high)[N], uint32_t (&low)[N]) {
-  constexpr uint32_t kExponent = 0x7f800000u, kKept = 0xffffe000u;
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const uint32_t rounded = (x[i] + 0x1000u) & kKept;
-    const bool overflows = (rounded & kExponent) == kExponent, finite = (x[i] & kExponent) != kExponent;
-    high[i] = finite ? (overflows ? x[i] & kKept : rounded) : 0u;
-    low[i] = finite ? bits_of(float_of(x[i]) - float_of(high[i])) : 0u;
-  }
-}
-// fp32 as three products of TF32; the fourth, of both rests, is below the rounding of a sum. The small ones have a
-// sum of their own, since tensor cores round sums toward zero. Infinities take part in the main product alone: times
-// a rest of 0 they are NaN.
-template <>
-struct Sums<float> {
-  float main[4] = {0, 0, 0, 0}, rest[4] = {0, 0, 0, 0};
-
-  template <class Warp>
-  __device__ void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
-    split(a, a_high, a_low);
-    split(b, b_high, b_low);
-    Warp::multiply(float{}, rest, a_low, b_high);
-    Warp::multiply(float{}, rest, a_high, b_low);
-    keep_infinities(a, a_high);
-    keep_infinities(b, b_high);
-    Warp::multiply(float{}, main, a_high, b_high);
-  }
-  __device__ float operator[](int i) const { return main[i] + rest[i]; }
-
- private:
-  template <int N>
-  static __device__ void keep_infinities(const uint32_t (&x)[N], uint32_t (&high)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      if ((x[i] & 0x7f800000u) == 0x7f800000u) high[i] = x[i];
-  }
-};
-
-template <class T>
-__device__ float activated(Activation activation, float z) {
-  return activation == Activation::gelu        ? ExactGelu::value<T>(z)
-         : activation == Activation::gelu_tanh ? TanhGelu::value<T>(z)
-                                               : z;
-}
-template <class T>
-__device__ float slope_of(Activation activation, float z) {
-  return activation == Activation::gelu        ? ExactGelu::slope<T>(z)
-         : activation == Activation::gelu_tanh ? TanhGelu::slope<T>(z)
-                                               : 1.0f;
-}
 
 // What a lane knows of its place.
 template <class T, int kWidth, class Warp>
 struct StackWarp {
   using S = Slice<T>;
-  static constexpr int kSlices = kWidth / S::kCols, kStride = weight_stride(kWidth);
+  static constexpr int kSlices = kWidth / S::kCols, kTiles = S::kTiles, kStride = weight_stride(kWidth);
   static constexpr int kLayersAtOnce = layers_at_once(kWidth, sizeof(T));
   using Rows = S[kSlices];
+  // Without a branch between slices one's activation overlaps with the next one's product, if registers allow.
+  static constexpr bool kOverlaps = sizeof(T) == 2 && kWidth <= 64;
 
   const NarrowStack& p;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 
-  __device__ int col_of(int slice, int tile, int i) const { return slice * S::kCols + tile * 8 + 2 * t + i % 2; }
-
-  // Calls f(slice, tile, i, element, present) for each of this lane's elements of a matrix.
-  template <class E, class F>
-  __device__ void each_element(int64_t row_tile, E* data, int64_t stride, int cols, F f) const {
-    const int64_t row = row_tile * kStackRows + warp * kWarpRows + g;
-    E* const upper = data + row * stride + 2 * t;
-    E* const lower = upper + 8 * stride;
-    const int own_cols = cols - 2 * t;
+  __device__ int col_of(int slice, int tile) const { return slice * S::kCols + tile * 8 + 2 * t; }
+  // Calls f(slice, tile, column of its first element).
+  template <class F>
+  __device__ void each_tile(F f) const {
 #pragma unroll
     for (int s = 0; s < kSlices; ++s)
 #pragma unroll
-      for (int j = 0; j < S::kTiles; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int col = s * S::kCols + j * 8 + i % 2;
-          f(s, j, i, (i < 2 ? upper : lower) + col, col < own_cols && row + i / 2 * 8 < p.rows);
-        }
+      for (int j = 0; j < kTiles; ++j) f(s, j, col_of(s, j));
   }
+  template <class F>
+  __device__ void each_pair(F f) const {
+    each_tile([&](int s, int j, int col) { f(s, j, 0, col), f(s, j, 1, col); });
+  }
+
+  // A lane's two rows of a matrix.
+  template <class E>
+  struct Places {
+    E* row[2];
+    bool present[2];
+    bool pairs;  // there are all columns, and both of a pair can be read or written at once
+
+    __device__ Places(const StackWarp& w, int64_t row_tile, E* data, int64_t stride, int cols)
+        : pairs(cols == kWidth && stride % 2 == 0 && reinterpret_cast<uintptr_t>(data) % (2 * sizeof(T)) == 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = row_tile * kStackRows + w.warp * kWarpRows + 8 * half + w.g;
+        row[half] = data + at * stride, present[half] = at < w.p.rows;
+      }
+    }
+  };
   __device__ void read(Rows& rows, int64_t row_tile, const void* data, int64_t stride, int cols) const {
-    float c[4];
-    each_element(row_tile, static_cast<const T*>(data), stride, cols,
-                 [&](int s, int j, int i, const T* element, bool present) {
-                   c[i] = present ? widen(*element) : 0.0f;
-                   if (i == 3) rows[s].set(j, c);
-                 });
+    const Places<const T> from(*this, row_tile, static_cast<const T*>(data), stride, cols);
+    if (from.pairs) {
+      each_pair([&](int s, int j, int half, int col) {
+        typename S::Pair pair{};
+        if (from.present[half]) {
+          const auto both = load<2>(from.row[half] + col);
+          memcpy(&pair, &both, sizeof pair);
+        }
+        rows[s].set_pair(j, half, pair);
+      });
+      return;
+    }
+    each_tile([&](int s, int j, int col) {
+      float c[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool present = from.present[i / 2] && col + i % 2 < cols;
+        c[i] = present ? widen(from.row[i / 2][col + i % 2]) : 0.0f;
+      }
+      rows[s].set(j, c);
+    });
   }
   __device__ void write(const Rows& rows, int64_t row_tile, void* data, int64_t stride, int cols) const {
-    each_element(row_tile, static_cast<T*>(data), stride, cols, [&](int s, int j, int i, T* element, bool present) {
-      if (present) *element = rows[s].at(j, i);
+    const Places<T> to(*this, row_tile, static_cast<T*>(data), stride, cols);
+    if (to.pairs) {
+      each_pair([&](int s, int j, int half, int col) {
+        const typename S::Pair pair = rows[s].pair(j, half);
+        Access<T, 2> both;
+        memcpy(static_cast<void*>(&both), &pair, sizeof both);
+        if (to.present[half]) store(to.row[half] + col, both);
+      });
+      return;
+    }
+    each_tile([&](int s, int j, int col) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (to.present[i / 2] && col + i % 2 < cols) to.row[i / 2][col + i % 2] = rounded<T>(rows[s].at(j, i));
     });
   }
 
@@ -196,103 +99,153 @@ struct StackWarp {
                                     (p.count < kLayersAtOnce ? p.count : kLayersAtOnce) * kWidth * kStride) +
            layer % kLayersAtOnce * kWidth;
   }
+  __device__ void load_weight(const NarrowLayer& l, T* to) const {
+    constexpr int kThreads = kStackWarps * 32, kVector = kAccessBytes / sizeof(T);
+    const T* const from = static_cast<const T*>(l.weight.data);
+    const int64_t row_stride = l.weight.row_stride, col_stride = l.weight.col_stride;
+    const bool aligned = reinterpret_cast<uintptr_t>(from) % kAccessBytes == 0 && row_stride % kVector == 0;
+    if (aligned && col_stride == 1 && l.in_features == kWidth && l.out_features == kWidth) {
+#pragma unroll 4
+      for (int at = threadIdx.x * kVector; at < kWidth * kWidth; at += kThreads * kVector) {
+        const int n = at / kWidth, k = at % kWidth;
+        store(to + n * kStride + k, load<kVector>(from + n * row_stride + k));
+      }
+      return;
+    }
+    for (int at = threadIdx.x; at < kWidth * kWidth; at += kThreads) {
+      const int n = at / kWidth, k = at % kWidth;
+      const bool present = n < l.out_features && k < l.in_features;
+      to[n * kStride + k] = present ? from[n * row_stride + k * col_stride] : rounded<T>(0.0f);
+    }
+  }
   // Every thread of the block has to come here.
   __device__ void load_layers(int first) const {
     __syncthreads();
     const int end = p.count < first + kLayersAtOnce ? p.count : first + kLayersAtOnce;
     for (int layer = first; layer < end; ++layer) {
       const NarrowLayer& l = p.layers[layer];
-      const T* const from = static_cast<const T*>(l.weight.data);
-      T* const to = weight(layer);
-      for (int at = threadIdx.x; at < kWidth * kWidth; at += kStackWarps * 32) {
-        const int n = at / kWidth, k = at % kWidth;
-        const bool present = n < l.out_features && k < l.in_features;
-        to[n * kStride + k] = present ? from[n * l.weight.row_stride + k * l.weight.col_stride] : rounded<T>(0.0f);
-      }
+      load_weight(l, weight(layer));
       for (int n = threadIdx.x; n < kWidth; n += kStackWarps * 32)
         bias(layer)[n] = l.bias && n < l.out_features ? widen(static_cast<const T*>(l.bias)[n]) : 0.0f;
     }
     __syncthreads();
   }
 
-  // z of eight columns.
-  __device__ void product(const Rows& h, int layer, int first_col, float (&z)[4]) const {
-    const float* const b = bias(layer) + first_col + 2 * t;
-    Sums<T> sums;
+  // rows · W, or rows · Wᵀ, added to the sums of a slice of columns.
+  template <bool kTransposed>
+  __device__ void multiply_add(const Rows& rows, int layer, int slice, Sums<T> (&sums)[kTiles]) const {
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
-      uint32_t w[2];
-      S::b_rows(weight(layer) + first_col * kStride + s * S::kCols, kStride, g, t, w);
-      sums.template multiply_add<Warp>(h[s].r, w);
+      const int n = kTransposed ? s : slice, k = kTransposed ? slice : s;
+      uint32_t b[kTiles][2];
+      S::template read_b<kTransposed, Warp>(weight(layer) + n * S::kCols * kStride + k * S::kCols, kStride, b);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) sums[j].template multiply_add<Warp>(rows[s].r, b[j]);
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) z[i] = sums[i] + b[i % 2];
   }
-  // dh += dz W, of eight columns.
-  __device__ void dgrad(const Rows& dz, int layer, int first_col, float (&dh)[4]) const {
-    Sums<T> sums;
-#pragma unroll
-    for (int s = 0; s < kSlices; ++s) {
-      uint32_t w[2];
-      S::b_columns(weight(layer) + s * S::kCols * kStride + first_col, kStride, g, t, w);
-      sums.template multiply_add<Warp>(dz[s].r, w);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) dh[i] += sums[i];
-  }
-
-  // Calls f(slice, tile, z) for each result tile of this layer's product.
+  // Calls f(slice, its tiles' z) for each slice of a layer's product.
   template <class F>
   __device__ void each_z(const Rows& h, int layer, F f) const {
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
-      if (s * S::kCols >= p.layers[layer].out_features) continue;
+      Sums<T> sums[kTiles];
 #pragma unroll
-      for (int j = 0; j < S::kTiles; ++j) {
-        float z[4];
-        product(h, layer, s * S::kCols + j * 8, z);
-        f(s, j, z);
+      for (int j = 0; j < kTiles; ++j) {
+        const auto b = load<2>(bias(layer) + col_of(s, j));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[j].start(i, b.v[i % 2]);
       }
+      if (kOverlaps || s * S::kCols < p.layers[layer].out_features) multiply_add<false>(h, layer, s, sums);
+      f(s, sums);
     }
   }
+  // What lies beyond the columns becomes zero: 0 · inf would be NaN.
+  __device__ void keep_columns(Rows& rows, int cols) const {
+    if (cols == kWidth) return;
+    each_pair([&](int s, int j, int half, int col) { rows[s].keep(j, half, cols - col); });
+  }
 
-  // h of the next layer. What lies beyond its columns is zero: 0 · inf would be NaN.
+  // h of the next layer.
   __device__ void forward(Rows& h, int layer) const {
     const NarrowLayer& l = p.layers[layer];
     Rows next;
-    each_z(h, layer, [&](int s, int j, const float (&z)[4]) {
-      float y[4];
+    const auto finish = [&](auto activation, int s, const Sums<T>(&z)[kTiles]) {
+      const S added = l.adds_input ? h[s] : S{};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        y[i] = activated<T>(p.activation, z[i]) + (l.adds_input ? widen(h[s].at(j, i)) : 0.0f);
-        if (col_of(s, j, i) >= l.out_features) y[i] = 0.0f;
+      for (int j = 0; j < kTiles; ++j) {
+        float y[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) y[i] = activation.template value<T>(z[j][i]) + added.at(j, i);
+        next[s].set(j, y);
       }
-      next[s].set(j, y);
-    });
+    };
+    if constexpr (kOverlaps) {
+      with_activation(p.activation, [&](auto activation) {
+        each_z(h, layer, [&](int s, const Sums<T>(&z)[kTiles]) { finish(activation, s, z); });
+      });
+    } else {
+      each_z(h, layer, [&](int s, const Sums<T>(&z)[kTiles]) {
+        with_activation(p.activation, [&](auto activation) { finish(activation, s, z); });
+      });
+    }
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) h[s] = next[s];
+    keep_columns(h, l.out_features);
   }
 
-  // dz from h and the gradient of the layer's output; the sums of its columns are added to this warp's. Rows beyond
-  // the last are masked too: there an infinite weight times h = 0 is NaN.
-  __device__ void backward_dz(const Rows& h, const Rows& dh, Rows& dz, int layer, int64_t row_tile, float* db,
-                              bool first_tile) const {
-    const NarrowLayer& l = p.layers[layer];
-    const int64_t rows_left = p.rows - row_tile * kStackRows - warp * kWarpRows - g;
-    each_z(h, layer, [&](int s, int j, const float (&z)[4]) {
-      float grad[4];
+  // Sums over a warp's rows: of every 32 columns a lane has column 8 (g / 2) + 2 t + g % 2.
+  using ColumnSums = float[kWidth / 32];
+
+  // From a lane's sums over its own rows, of its two columns in each of four tiles. Of two lanes whose rows differ by
+  // kHalf each takes half of the columns.
+  template <int kHalf>
+  __device__ void halve(float (&sums)[8]) const {
+    const bool upper = g & kHalf;
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        grad[i] = col_of(s, j, i) < l.out_features && i / 2 * 8 < rows_left
-                      ? widen(dh[s].at(j, i)) * slope_of<T>(p.activation, z[i])
-                      : 0.0f;
-      dz[s].set(j, grad);
-      if (!db) return;
+    for (int i = 0; i < kHalf; ++i) {
+      const float low = sums[i], high = sums[i + kHalf];
+      sums[i] = (upper ? high : low) + Warp::exchange(upper ? low : high, 4 * kHalf);
+    }
+  }
+  __device__ float over_rows(float (&sums)[8]) const {
+    halve<4>(sums), halve<2>(sums), halve<1>(sums);
+    return sums[0];
+  }
+  __device__ void add_column_sums(const ColumnSums& sums, float* db, bool first_tile) const {
+    float* const own = db + g / 2 * 8 + 2 * t + g % 2;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float sum = Warp::sum_over_rows(grad[i] + grad[i + 2]);
-        float* const to = db + col_of(s, j, i);
-        if (g == 0) *to = first_tile ? sum : *to + sum;
+    for (int i = 0; i < kWidth / 32; ++i) own[32 * i] = first_tile ? sums[i] : own[32 * i] + sums[i];
+  }
+
+  // dz from h and the gradient of the layer's output. What lies beyond the columns, and rows beyond the last, are
+  // masked: there an infinite weight times h = 0 is NaN.
+  __device__ void backward_dz(const Rows& h, const Rows& dh, Rows& dz, int layer, int64_t rows_left,
+                              ColumnSums& db) const {
+    const int cols = p.layers[layer].out_features;
+    const bool masked = sizeof(T) == 4 || cols < kWidth || rows_left < kWarpRows;
+    float own_rows[8];
+    each_z(h, layer, [&](int s, const Sums<T>(&z)[kTiles]) {
+      float grad[kTiles][4];
+      with_activation(p.activation, [&](auto activation) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) grad[j][i] = dh[s].at(j, i) * activation.template slope<T>(z[j][i]);
+      });
+      if (masked) {
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (col_of(s, j) + i % 2 >= cols || g + i / 2 * 8 >= rows_left) grad[j][i] = 0.0f;
+      }
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        dz[s].set(j, grad[j]);
+        const int tile = s * kTiles + j;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) own_rows[2 * (tile % 4) + i] = grad[j][i] + grad[j][i + 2];
+        if (tile % 4 == 3) db[tile / 4] = over_rows(own_rows);
       }
     });
   }
@@ -300,17 +253,23 @@ struct StackWarp {
   __device__ void backward_dh(const Rows& dz, Rows& dh, int layer) const {
     const NarrowLayer& l = p.layers[layer];
 #pragma unroll
-    for (int s = 0; s < kSlices; ++s)
+    for (int s = 0; s < kSlices; ++s) {
+      const S added = l.adds_input ? dh[s] : S{};
+      Sums<T> sums[kTiles];
 #pragma unroll
-      for (int j = 0; j < S::kTiles; ++j) {
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[j].start(i, added.at(j, i));
+      if (kOverlaps || s * S::kCols < l.in_features) multiply_add<true>(dz, layer, s, sums);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
         float c[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) c[i] = l.adds_input ? widen(dh[s].at(j, i)) : 0.0f;
-        if (s * S::kCols < l.in_features) dgrad(dz, layer, s * S::kCols + j * 8, c);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) c[i] = col_of(s, j, i) < l.in_features ? c[i] : 0.0f;
+        for (int i = 0; i < 4; ++i) c[i] = sums[j][i];
         dh[s].set(j, c);
       }
+    }
+    keep_columns(dh, l.in_features);
   }
 };
 
@@ -353,13 +312,12 @@ __global__ void __launch_bounds__(kStackWarps * 32, kStackBlocksAtOnce)
       if (first_use && (p.count > W::kLayersAtOnce || tile == blockIdx.x))
         warp.load_layers(layer - layer % W::kLayersAtOnce);
       typename W::Rows h, dz;
-      if (layer == 0) {
-        warp.read(h, tile, p.x.data, p.x.row_stride, l.in_features);
-      } else {
-        warp.read(h, tile, p.layers[layer - 1].kept, l.in_features, l.in_features);
-      }
-      float* const db = l.db && partial_db ? partial_db + int64_t{layer} * kWidth : nullptr;
-      warp.backward_dz(h, dh, dz, layer, tile, db, tile == blockIdx.x);
+      const bool is_first = layer == 0;
+      warp.read(h, tile, is_first ? p.x.data : p.layers[layer - 1].kept, is_first ? p.x.row_stride : l.in_features,
+                l.in_features);
+      typename W::ColumnSums db;
+      warp.backward_dz(h, dh, dz, layer, p.rows - tile * kStackRows - warp.warp * kWarpRows, db);
+      if (l.db && partial_db) warp.add_column_sums(db, partial_db + int64_t{layer} * kWidth, tile == blockIdx.x);
       if (l.dz) warp.write(dz, tile, l.dz, l.out_features, l.out_features);
       if (layer > p.first || p.dx.data) warp.backward_dh(dz, dh, layer);
     }

@@ -33,11 +33,25 @@ struct DeviceWarp {
   }
 #undef FASTLANE_MMA
 
-  // The sum over the eight lanes of one t, in every one of them.
-  static __device__ float sum_over_rows(float x) {
-    for (int lanes = 4; lanes < 32; lanes *= 2) x += __shfl_xor_sync(0xffffffff, x, lanes);
-    return x;
+  // Four blocks of 8 × 8 values of 16 bits in shared memory; lanes 8 q to 8 q + 7 name the rows of block q. A lane
+  // gets, of each block, elements 2 t and 2 t + 1 of row g, or of column g (kTransposed).
+  template <bool kTransposed>
+  static __device__ void load_matrices(const void* row, uint32_t (&blocks)[4]) {
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+#define FASTLANE_LDMATRIX(trans)                                                           \
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4" trans ".shared.b16 {%0, %1, %2, %3}, [%4];" \
+               : "=r"(blocks[0]), "=r"(blocks[1]), "=r"(blocks[2]), "=r"(blocks[3])        \
+               : "r"(at))
+    if constexpr (kTransposed) {
+      FASTLANE_LDMATRIX(".trans");
+    } else {
+      FASTLANE_LDMATRIX("");
+    }
+#undef FASTLANE_LDMATRIX
   }
+
+  // What the lane has whose number differs in these bits.
+  static __device__ float exchange(float x, int bits) { return __shfl_xor_sync(0xffffffff, x, bits); }
 };
 
 }  // namespace fastlane::cuda

@@ -90,6 +90,7 @@ void add_floats(Table& table, const std::string& type) {
   table["mul" + type] = table["mul.rn" + type] = binary<R>([](R a, R b) { return a * b; });
   table["div.rn" + type] = binary<R>([](R a, R b) { return a / b; });
   table["rcp.rn" + type] = unary<R>([](R a) { return 1 / a; });
+  table["max" + type] = binary<R>([](R a, R b) { return std::fmax(a, b); });
   table["copysign" + type] = binary<R>([](R sign, R size) { return std::copysign(size, sign); });
   table["fma.rn" + type] = ternary<R>([](R a, R b, R c) { return std::fma(a, b, c); });
   table["setp.eq" + type] = compare<R>([](R a, R b) { return a == b; });
@@ -157,6 +158,10 @@ void add_integers(Table& table) {
   table["or.b32"] = binary<u32>([](u32 a, u32 b) { return a | b; });
   table["xor.b32"] = binary<u32>([](u32 a, u32 b) { return a ^ b; });
   table["prmt.b32"] = ternary<u32>([](u32 a, u32 b, u32 digits) { return permuted(a, b, digits); });
+  table["bfi.b32"] = compute<u32, u32, u32, u32, u32>([](u32 from, u32 into, u32 at, u32 length) {
+    const u32 field = at > 31 ? 0 : (length > 31 ? ~0u : (1u << length) - 1) << at;
+    return at > 31 ? into : (into & ~field) | (from << at & field);
+  });
   table["not.b32"] = unary<u32>([](u32 a) { return ~a; });
   table["and.b64"] = table["and.pred"] = binary<u64>([](u64 a, u64 b) { return a & b; });
   table["or.b64"] = table["or.pred"] = binary<u64>([](u64 a, u64 b) { return a | b; });

@@ -128,7 +128,7 @@ void add_memory(Table& table) {
   for (const char* count : {"", "v2.", "v4."}) {
     const std::string vector = count;
     add_accesses<uint16_t>(table, vector + "u16");
-    for (const char* type : {"u32", "f32"}) add_accesses<uint32_t>(table, vector + type);
+    for (const char* type : {"u32", "s32", "f32"}) add_accesses<uint32_t>(table, vector + type);
     for (const char* type : {"u64", "f64"}) add_accesses<uint64_t>(table, vector + type);
   }
 }

@@ -162,8 +162,10 @@ void add_tensor_cores(Table& table) {
     return std::string("wgmma.mma_async.sync.aligned.") + shape + ".f32." + type + "." + type;
   };
   table[name("m64n128k16", "bf16")] = multiply_by_warpgroup<128, 'b'>;
+  table[name("m64n192k16", "bf16")] = multiply_by_warpgroup<192, 'b'>;
   table[name("m64n256k16", "bf16")] = multiply_by_warpgroup<256, 'b'>;
   table[name("m64n128k16", "f16")] = multiply_by_warpgroup<128, 'h'>;
+  table[name("m64n192k16", "f16")] = multiply_by_warpgroup<192, 'h'>;
   table[name("m64n256k16", "f16")] = multiply_by_warpgroup<256, 'h'>;
   table[name("m64n128k8", "tf32")] = multiply_by_warpgroup<128, 't'>;
   table[name("m64n256k8", "tf32")] = multiply_by_warpgroup<256, 't'>;

@@ -46,17 +46,24 @@ bool elect(Machine& m, Thread& t, const Instruction& i) {
 }
 
 // ldmatrix and stmatrix: lanes 8 q to 8 q + 7 name the rows of matrix q, of which lane l has elements 2 (l % 4) and
-// the next of row l / 4.
-template <bool stores>
+// the next of row l / 4 or, transposed, of that column.
+template <bool stores, bool transposed = false>
 bool matrices(Machine& m, Thread& t, const Instruction& i) {
   if (!m.gathered(t, first_of_warp(t), 32)) return false;
   const Operand &values = i.operands[stores ? 1 : 0], &place = i.operands[stores ? 0 : 1];
   Thread* const lanes = t.block->threads.data() + first_of_warp(t);
   for (uint32_t q = 0; q < values.parts.size(); ++q)
     for (uint32_t lane = 0; lane < 32; ++lane) {
-      uint8_t* const row = m.shared(shared_address(m, lanes[q * 8 + lane / 4], place), 16);
-      uint8_t* const pair = row + lane % 4 * 4;
+      const auto row = [&](uint32_t r) { return m.shared(shared_address(m, lanes[q * 8 + r], place), 16); };
+      uint8_t* const pair = row(lane / 4) + lane % 4 * 4;
       uint32_t value;
+      if (transposed) {
+        uint16_t halves[2];
+        for (uint32_t i = 0; i < 2; ++i)
+          std::memcpy(&halves[i], row(lane % 4 * 2 + i) + lane / 4 * 2, sizeof halves[i]);
+        write<uint32_t>(lanes[lane], values.parts[q], halves[0] | static_cast<uint32_t>(halves[1]) << 16);
+        continue;
+      }
       if (stores) {
         value = read<uint32_t>(m, lanes[lane], values.parts[q]);
         std::memcpy(pair, &value, sizeof value);
@@ -75,6 +82,8 @@ void add_warp(Table& table) {
   table["shfl.sync.bfly.b32"] = shuffle<true>;
   table["elect.sync"] = elect;
   table["ldmatrix.sync.aligned.x4.m8n8.shared.b16"] = matrices<false>;
+  table["ldmatrix.sync.aligned.m8n8.x4.shared.b16"] = matrices<false>;
+  table["ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"] = matrices<false, true>;
   table["stmatrix.sync.aligned.x4.m8n8.shared.b16"] = matrices<true>;
 }
 
