@@ -53,12 +53,8 @@ struct StackWarp {
     const Places<const T> from(*this, row_tile, static_cast<const T*>(data), stride, cols);
     if (from.pairs) {
       each_pair([&](int s, int j, int half, int col) {
-        typename S::Pair pair{};
-        if (from.present[half]) {
-          const auto both = load<2>(from.row[half] + col);
-          memcpy(&pair, &both, sizeof pair);
-        }
-        rows[s].set_pair(j, half, pair);
+        const auto* const at = reinterpret_cast<const typename S::Pair*>(from.row[half] + col);
+        rows[s].set_pair(j, half, from.present[half] ? *at : typename S::Pair{});
       });
       return;
     }
@@ -76,10 +72,7 @@ struct StackWarp {
     const Places<T> to(*this, row_tile, static_cast<T*>(data), stride, cols);
     if (to.pairs) {
       each_pair([&](int s, int j, int half, int col) {
-        const typename S::Pair pair = rows[s].pair(j, half);
-        Access<T, 2> both;
-        memcpy(static_cast<void*>(&both), &pair, sizeof both);
-        if (to.present[half]) store(to.row[half] + col, both);
+        if (to.present[half]) *reinterpret_cast<typename S::Pair*>(to.row[half] + col) = rows[s].pair(j, half);
       });
       return;
     }
