@@ -1,14 +1,10 @@
 #include "cuda_stack.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
-#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
 
 #include "../kernels/cuda/gpu.h"
 #include "../kernels/cuda/narrow_stack.h"
-#include "layer_calls.h"
 #include "path.h"
 
 namespace fastlane {
@@ -27,6 +23,7 @@ cuda::NarrowStack narrow_stack(const StackProblem& p) {
     const StackLayer& from = p.layers[i];
     cuda::NarrowLayer& to = s.layers[i];
     to.weight = from.weight, to.bias = from.bias, to.kept = from.z.data, to.db = from.db;
+    to.dweight = from.dweight, to.dweight_transposed = from.dweight_transposed;
     to.in_features = static_cast<int32_t>(from.in_features);
     to.out_features = static_cast<int32_t>(from.out_features);
     to.adds_input = from.adds_input;
@@ -48,29 +45,6 @@ at::Tensor rows_of_layers(const StackProblem& p, Wanted wanted, Place place) {
     data += p.rows * p.layers[i].out_features * element_size(p.dtype);
   }
   return memory;
-}
-
-at::Tensor matrix_at(const void* data, int64_t rows, int64_t cols, int64_t row_stride, DType dtype) {
-  return at::for_blob(const_cast<void*>(data), {rows, cols})
-      .strides({row_stride, 1})
-      .options(options_of(dtype))
-      .target_device(at::Device(at::kCUDA, c10::cuda::current_device()))
-      .make_tensor();
-}
-
-void wgrad(const StackProblem& p, const cuda::NarrowStack& s, int64_t i) {
-  const StackLayer& l = p.layers[i];
-  const at::Tensor dz = matrix_at(s.layers[i].dz, p.rows, l.out_features, l.out_features, p.dtype);
-  const at::Tensor h = i == 0 ? matrix_at(p.x.data, p.rows, l.in_features, p.x.row_stride, p.dtype)
-                              : matrix_at(s.layers[i - 1].kept, p.rows, l.in_features, l.in_features, p.dtype);
-  const int64_t rows = l.dweight_transposed ? l.in_features : l.out_features;
-  const int64_t cols = l.dweight_transposed ? l.out_features : l.in_features;
-  at::Tensor dweight = matrix_at(l.dweight.data, rows, cols, l.dweight.row_stride, p.dtype);
-  if (l.dweight_transposed) {
-    at::mm_out(dweight, h.t(), dz);
-  } else {
-    at::mm_out(dweight, dz.t(), h);
-  }
 }
 
 }  // namespace
@@ -98,21 +72,20 @@ void cuda_stack_backward(const StackProblem& p) {
   const at::Tensor dz = rows_of_layers(
       p, [&](int64_t i) { return p.layers[i].dweight.data != nullptr; },
       [&](int64_t i, void* data) { s.layers[i].dz = data; });
-  bool any_db = false;
+  bool any_db = false, any_dweight = false;
   s.first = s.count;
   for (int32_t i = s.count; i-- > 0;) {
-    any_db |= s.layers[i].db != nullptr;
-    if (p.dx.data || s.layers[i].db || p.layers[i].dweight.data) s.first = p.dx.data ? 0 : i;
+    any_db |= s.layers[i].db != nullptr, any_dweight |= s.layers[i].dweight.data != nullptr;
+    if (p.dx.data || s.layers[i].db || s.layers[i].dweight.data) s.first = p.dx.data ? 0 : i;
   }
-  at::Tensor partial_db;
-  if (any_db) {
-    partial_db = at::empty({cuda::narrow_partial_sums(p.rows) * p.count * width}, options_of(DType::f32));
-    s.partial_db = static_cast<float*>(partial_db.mutable_data_ptr());
-  }
+  at::Tensor partial_db, partial_dw;
+  const auto floats = [&](at::Tensor& memory, int64_t size) {
+    memory = at::empty({size * p.count * width}, options_of(DType::f32));
+    return static_cast<float*>(memory.mutable_data_ptr());
+  };
+  if (any_db) s.partial_db = floats(partial_db, cuda::narrow_partial_sums(p.rows));
+  if (any_dweight) s.partial_dw = floats(partial_dw, cuda::WgradGeometry(p.rows, p.count).chunks * width);
   cuda::narrow_backward(s, width, p.dtype, stream);
-  const OwnCalls own_calls;
-  for (int64_t i = s.first; i < p.count; ++i)
-    if (p.layers[i].dweight.data) wgrad(p, s, i);
 }
 
 }  // namespace fastlane

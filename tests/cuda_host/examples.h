@@ -60,24 +60,26 @@ struct Example {
   std::vector<int64_t> sizes;
   int64_t rows;
   std::mt19937 random{7};
-  std::vector<Matrix<T>> weights, biases, kept, dz, db;
+  std::vector<Matrix<T>> weights, biases, kept, dz, db, dw;
   Matrix<T> x, y, dy, dx;
-  std::vector<float> partial;
+  std::vector<float> partial_db, partial_dw;
   NarrowStack stack;
 
-  Example(std::vector<int64_t> s, int64_t rows, Activation activation, bool transposed)
+  // Without gaps everything lies as 16-byte accesses need it, if the sizes do.
+  Example(std::vector<int64_t> s, int64_t rows, Activation activation, bool transposed, bool gaps = true)
       : sizes(std::move(s)),
         rows(rows),
-        x(rows, sizes.front(), 3),
-        y(rows, sizes.back(), 1),
-        dy(rows, sizes.back(), 2),
-        dx(rows, sizes.front(), 5) {
+        x(rows, sizes.front(), gaps * 3),
+        y(rows, sizes.back(), gaps * 1),
+        dy(rows, sizes.back(), gaps * 2),
+        dx(rows, sizes.front(), gaps * 5) {
     x.fill(random, 1), dy.fill(random, 1);
     stack.rows = rows, stack.count = static_cast<int>(sizes.size()) - 1, stack.activation = activation;
     for (size_t i = 0; i + 1 < sizes.size(); ++i) {
       const int64_t in = sizes[i], out = sizes[i + 1];
-      weights.emplace_back(transposed ? in : out, transposed ? out : in, 1), biases.emplace_back(1, out),
+      weights.emplace_back(transposed ? in : out, transposed ? out : in, gaps), biases.emplace_back(1, out),
           db.emplace_back(1, out);
+      dw.emplace_back(transposed ? in : out, transposed ? out : in, gaps * 3);
       kept.emplace_back(rows, out), dz.emplace_back(rows, out);
       weights.back().fill(random, 1 / std::sqrt(static_cast<float>(in))), biases.back().fill(random, 0.5);
     }
@@ -87,11 +89,20 @@ struct Example {
       l.weight = transposed ? ConstMatrix{weights[i].row(0), 1, stride} : ConstMatrix{weights[i].row(0), stride, 1};
       if (i % 3 != 2) l.bias = biases[i].row(0);
       l.kept = kept[i].row(0), l.dz = dz[i].row(0), l.db = db[i].row(0);
+      l.dweight = {dw[i].row(0), dw[i].stride}, l.dweight_transposed = transposed;
       l.in_features = static_cast<int>(sizes[i]), l.out_features = static_cast<int>(sizes[i + 1]);
       l.adds_input = sizes[i] == sizes[i + 1];
     }
     stack.x = {x.row(0), x.stride}, stack.dy = {dy.row(0), dy.stride};
     stack.y = {y.row(0), y.stride}, stack.dx = {dx.row(0), dx.stride};
+  }
+
+  // Places for the sums of narrow_backward.
+  void make_partial_sums(int64_t warps, int width) {
+    const int64_t chunks = WgradGeometry(rows, stack.count).chunks;
+    partial_db.assign(static_cast<size_t>(warps * stack.count * width), NAN);
+    partial_dw.assign(static_cast<size_t>(chunks * stack.count * width * width), NAN);
+    stack.partial_db = partial_db.data(), stack.partial_dw = partial_dw.data();
   }
 
   double weight(size_t layer, int64_t n, int64_t k) const {
@@ -131,6 +142,15 @@ struct Example {
       const double growth = 2.0 * static_cast<double>(weights.size() - i);
       dz[i].check(want_dz, growth * kUnit<T>, "dz");
       db[i].check(want_db, growth * kUnit<T>, "db");
+      Doubles want_dw;
+      const bool transposed = stack.layers[i].dweight_transposed;
+      for (int64_t r = 0; r < dw[i].rows; ++r)
+        for (int64_t c = 0; c < dw[i].cols; ++c) {
+          double sum = 0;
+          for (int64_t row = 0; row < rows; ++row) sum += dz[i](row, transposed ? c : r) * h(row, transposed ? r : c);
+          want_dw.push_back(sum);
+        }
+      dw[i].check(want_dw, kUnit<T>, "dw");
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t k = 0; k < in; ++k) {
           double sum = stack.layers[i].adds_input ? dh[static_cast<size_t>(row * out + k)] : 0;

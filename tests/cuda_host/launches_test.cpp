@@ -73,19 +73,19 @@ void test_preactivation_grad(int64_t rows, int64_t cols, int64_t gap, Activation
 }
 
 template <class T>
-void test_stack(const std::vector<int64_t>& sizes, int width, int64_t rows, Activation activation, bool transposed) {
-  Example<T> e(sizes, rows, activation, transposed);
+void test_stack(const std::vector<int64_t>& sizes, int width, int64_t rows, Activation activation, bool transposed,
+                bool gaps = true) {
+  Example<T> e(sizes, rows, activation, transposed, gaps);
   ptx::runtime().allowed.clear();
   for (auto* matrices : {&e.weights, &e.biases})
     for (Matrix<T>& m : *matrices) allow({&m}, false);
-  for (auto* matrices : {&e.kept, &e.dz, &e.db})
+  for (auto* matrices : {&e.kept, &e.dz, &e.db, &e.dw})
     for (Matrix<T>& m : *matrices) allow({&m}, true);
   allow({&e.x, &e.dy}, false), allow({&e.y, &e.dx}, true);
   narrow_forward(e.stack, width, kDType<T>, nullptr);
   e.check_forward();
-  e.partial.assign(static_cast<size_t>(narrow_partial_sums(rows) * e.stack.count * width), NAN);
-  allow(e.partial, true);
-  e.stack.partial_db = e.partial.data();
+  e.make_partial_sums(narrow_partial_sums(rows), width);
+  allow(e.partial_db, true), allow(e.partial_dw, true);
   narrow_backward(e.stack, width, kDType<T>, nullptr);
   e.check_backward();
 }
@@ -108,6 +108,8 @@ void test_stacks_of_16_bits() {
   test_stack<T>({3, 3, 3, 1}, 32, 1, Activation::gelu, false);
   test_stack<T>({25, 43, 43, 54}, 64, 140, Activation::gelu_tanh, true);
   test_stack<T>({100, 128, 128, 128, 7}, 128, 70, Activation::gelu, false);
+  test_stack<T>({64, 64, 64}, 64, 300, Activation::gelu, false, /*gaps=*/false);
+  test_stack<T>({128, 128}, 128, 90, Activation::none, false, /*gaps=*/false);
 }
 
 }  // namespace
@@ -124,6 +126,7 @@ int main(int argc, char** argv) {
     test_stacks_of_16_bits<__half>();
     test_stack<float>({17, 32, 32, 5}, 32, 130, Activation::gelu, false);
     test_stack<float>({64, 64, 64, 64, 33}, 64, 70, Activation::gelu_tanh, true);
+    test_stack<float>({64, 64, 64}, 64, 130, Activation::gelu, false, /*gaps=*/false);
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 1;

@@ -3,6 +3,7 @@
 // The kernels after what they run on.
 #include "examples.h"
 #include "kernels/cuda/narrow_stack.cuh"
+#include "kernels/cuda/narrow_wgrad.cuh"
 
 using namespace fastlane;
 using namespace fastlane::cuda;
@@ -11,17 +12,25 @@ namespace {
 
 // As narrow_stack.cu launches them, with fewer blocks than tiles.
 template <class T, int kWidth>
-void test(std::vector<int64_t> sizes, int64_t rows, Activation activation, bool transposed, unsigned blocks) {
-  Example<T> e(std::move(sizes), rows, activation, transposed);
+void run_backward(Example<T>& e, unsigned blocks) {
+  const dim3 threads(kStackWarps * 32);
+  const auto layers = static_cast<unsigned>(e.stack.count);
+  e.make_partial_sums(blocks * kStackWarps, kWidth);
+  run_grid(dim3(blocks), threads, narrow_backward_kernel<T, kWidth, HostWarp>, e.stack);
+  const WgradGeometry g(e.rows, e.stack.count);
+  const auto chunks = static_cast<unsigned>(g.chunks);
+  run_grid(dim3(chunks, layers), threads, narrow_wgrad_kernel<T, kWidth, HostWarp>, e.stack, g.chunk_rows);
+  run_grid(dim3(1 + kWidth * kWidth / kBlockThreads, layers), dim3(kSumCols, kSumRows), narrow_sum_kernel<T>, e.stack,
+           kWidth, int64_t{blocks} * kStackWarps, g.chunks);
+}
+template <class T, int kWidth>
+void test(std::vector<int64_t> sizes, int64_t rows, Activation activation, bool transposed, unsigned blocks,
+          bool gaps = true) {
+  Example<T> e(std::move(sizes), rows, activation, transposed, gaps);
   const dim3 threads(kStackWarps * 32);
   run_grid(dim3(blocks), threads, narrow_forward_kernel<T, kWidth, HostWarp>, e.stack);
   e.check_forward();
-  const int64_t partials = blocks * kStackWarps;
-  e.partial.assign(static_cast<size_t>(partials * e.stack.count * kWidth), NAN);
-  e.stack.partial_db = e.partial.data();
-  run_grid(dim3(blocks), threads, narrow_backward_kernel<T, kWidth, HostWarp>, e.stack);
-  run_grid(dim3(static_cast<unsigned>(e.stack.count)), dim3(kSumCols, kSumRows), narrow_bias_grad_kernel<T>, e.stack,
-           kWidth, partials);
+  run_backward<T, kWidth>(e, blocks);
   e.check_backward();
   // Again, without what only the first layer needs.
   if (e.stack.count == 1) return;
@@ -49,11 +58,8 @@ void test_infinity() {
 
   Example<T> infinite({1, 1}, 1, Activation::gelu, false);
   infinite.weights[0].row(0)[0] = rounded<T>(INFINITY), infinite.x.row(0)[0] = rounded<T>(1.0f);
-  infinite.partial.assign(kStackWarps * 32, NAN);
-  infinite.stack.partial_db = infinite.partial.data();
-  run_grid(dim3(1), dim3(kStackWarps * 32), narrow_backward_kernel<T, 32, HostWarp>, infinite.stack);
-  run_grid(dim3(1), dim3(kSumCols, kSumRows), narrow_bias_grad_kernel<T>, infinite.stack, 32, int64_t{kStackWarps});
-  CHECK(infinite.db[0](0, 0) == infinite.dy(0, 0));
+  run_backward<T, 32>(infinite, 1);
+  CHECK(infinite.db[0](0, 0) == infinite.dy(0, 0) && infinite.dw[0](0, 0) == infinite.dy(0, 0));
 }
 
 StackProblem problem(std::vector<StackLayer>& layers, const std::vector<int64_t>& sizes, DType dtype) {
@@ -87,6 +93,15 @@ void test_plan() {
       CHECK(layers_at_once(w, element) >= 1);
     }
   CHECK(sizeof(NarrowStack) + 64 <= 32764);  // what CUDA takes as parameters since 12.1
+  for (const int64_t layers : {1, 8, 128})
+    for (const int64_t rows : {1, 256, 257, 1 << 17, 1 << 30}) {
+      const WgradGeometry g(rows, layers);
+      CHECK(g.chunk_rows % kWgradRows == 0 && g.chunks * g.chunk_rows >= rows &&
+            (g.chunks - 1) * g.chunk_rows < rows);
+      CHECK(g.chunks <= std::max<int64_t>(1, 512 / layers));
+    }
+  for (const DType dtype : {DType::bf16, DType::f16, DType::f32})
+    CHECK(narrow_wgrad_shared_bytes(dtype == DType::f32 ? 64 : 128, dtype) <= 48 << 10);
   const int64_t huge = (int64_t{1} << 40) + 1;
   CHECK(narrow_tiles(huge) == (int64_t{1} << 34) + 1 && narrow_blocks(huge) == kMaxStackBlocks &&
         narrow_blocks(1) == 1);
@@ -102,6 +117,7 @@ int main() {
   test<__nv_bfloat16, 64>({25, 25, 43, 43, 54, 54}, 70, Activation::gelu, true, 1);
   test<__nv_bfloat16, 64>(std::vector<int64_t>(13, 64), 300, Activation::gelu_tanh, false, 2);  // in two parts
   test<__nv_bfloat16, 128>({100, 128, 128, 128, 7}, 140, Activation::gelu, false, 2);
+  test<__nv_bfloat16, 64>({64, 64, 64}, 70, Activation::gelu, false, 1, /*gaps=*/false);
   test<__half, 32>({16, 16, 16}, 400, Activation::none, false, 3);
   test<float, 32>({17, 32, 32, 5}, 130, Activation::gelu, false, 1);
   test<float, 64>({64, 64, 64, 64, 64, 64, 64, 33}, 129, Activation::gelu_tanh, true, 2);

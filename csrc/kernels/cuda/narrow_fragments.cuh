@@ -78,6 +78,12 @@ struct Slice {
 #pragma unroll
     for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = blocks[i];
   }
+  // The A operand of 16 columns of a matrix at p, taken as rows, over 16 of its rows as steps along k.
+  template <class Warp>
+  static __device__ void read_a(const T* p, int stride, uint32_t (&a)[4]) {
+    const int lane = threadIdx.x % 32;
+    Warp::template load_matrices<true>(p + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8, a);
+  }
 };
 
 // Operands of 4 bytes are taken along k in another order, which B follows.
@@ -107,6 +113,13 @@ struct Slice<float> {
     p += kTransposed ? 2 * t * stride + g : g * stride + 2 * t;
     b[0][0] = bits_of(p[0]), b[0][1] = bits_of(p[kTransposed ? stride : 1]);
   }
+  template <class Warp>
+  static __device__ void read_a(const float* p, int stride, uint32_t (&a)[4]) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    p += 2 * t * stride + g;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = bits_of(p[i / 2 * stride + i % 2 * 8]);
+  }
 };
 
 // The result of a chain of mmas, from what it starts with.
@@ -115,6 +128,7 @@ struct Sums {
   float main[4];
 
   __device__ void start(int i, float value) { main[i] = value; }
+  __device__ void round() {}
   template <class Warp>
   __device__ void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     Warp::multiply(T{}, main, a, b);
@@ -143,6 +157,11 @@ struct Sums<float> {
   float first[4], main[4] = {0, 0, 0, 0}, rest[4] = {0, 0, 0, 0};
 
   __device__ void start(int i, float value) { first[i] = value; }
+  // Ends a chain of sums, all of which were rounded toward zero.
+  __device__ void round() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) first[i] += main[i] + rest[i], main[i] = rest[i] = 0;
+  }
   template <class Warp>
   __device__ void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     uint32_t a_high[4], a_low[4], b_high[2], b_low[2];

@@ -1,5 +1,6 @@
 #include "launch.cuh"
 #include "narrow_stack.cuh"
+#include "narrow_wgrad.cuh"
 #include "warp.cuh"
 
 namespace fastlane::cuda {
@@ -10,6 +11,7 @@ struct Kernels {
   using type = T;
   static constexpr auto forward = narrow_forward_kernel<T, kWidth, DeviceWarp>;
   static constexpr auto backward = narrow_backward_kernel<T, kWidth, DeviceWarp>;
+  static constexpr auto wgrad = narrow_wgrad_kernel<T, kWidth, DeviceWarp>;
 };
 
 // Calls f(Kernels<T, kWidth>) for the types that the arguments name.
@@ -46,11 +48,20 @@ void narrow_forward(const NarrowStack& stack, int width, DType dtype, Stream str
 
 void narrow_backward(const NarrowStack& stack, int width, DType dtype, Stream stream) {
   with_kernels(dtype, width, [&](auto kernels) {
-    launch(decltype(kernels)::backward, stack, width, dtype, stream, "narrow_backward");
-    if (!stack.partial_db) return;
-    narrow_bias_grad_kernel<typename decltype(kernels)::type>
-        <<<stack.count, dim3(kSumCols, kSumRows), 0, stream>>>(stack, width, narrow_partial_sums(stack.rows));
-    FASTLANE_CHECK_LAUNCH("narrow_bias_grad");
+    using K = decltype(kernels);
+    launch(K::backward, stack, width, dtype, stream, "narrow_backward");
+    const WgradGeometry g(stack.rows, stack.count);
+    const auto chunks = static_cast<unsigned>(g.chunks), layers = static_cast<unsigned>(stack.count);
+    if (stack.partial_dw) {
+      const auto bytes = static_cast<size_t>(narrow_wgrad_shared_bytes(width, dtype));
+      K::wgrad<<<dim3(chunks, layers), kStackWarps * 32, bytes, stream>>>(stack, g.chunk_rows);
+      FASTLANE_CHECK_LAUNCH("narrow_wgrad");
+    }
+    if (!stack.partial_db && !stack.partial_dw) return;
+    const auto blocks = stack.partial_dw ? 1 + static_cast<unsigned>(width * width / kBlockThreads) : 1u;
+    narrow_sum_kernel<typename K::type><<<dim3(blocks, layers), dim3(kSumCols, kSumRows), 0, stream>>>(
+        stack, width, narrow_partial_sums(stack.rows), g.chunks);
+    FASTLANE_CHECK_LAUNCH("narrow_sum");
   });
 }
 

@@ -318,27 +318,4 @@ __global__ void __launch_bounds__(kStackWarps * 32, kStackBlocksAtOnce)
   }
 }
 
-// db of layer blockIdx.x: each thread adds every eighth warp's sum of its column, then the first adds the eight.
-template <class T>
-__global__ void __launch_bounds__(kBlockThreads)
-    narrow_bias_grad_kernel(const __grid_constant__ NarrowStack p, int width, int64_t partials) {
-  __shared__ double sums[kSumRows][kSumCols];
-  const NarrowLayer& l = p.layers[blockIdx.x];
-  if (!l.db) return;
-  for (int first_col = 0; first_col < l.out_features; first_col += kSumCols) {
-    const int col = first_col + threadIdx.x;
-    double sum = 0;
-    if (col < l.out_features)
-      for (int64_t i = threadIdx.y; i < partials; i += kSumRows)
-        sum += p.partial_db[(i * p.count + blockIdx.x) * width + col];
-    sums[threadIdx.y][threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y == 0 && col < l.out_features) {
-      for (int y = 1; y < kSumRows; ++y) sum += sums[y][threadIdx.x];
-      static_cast<T*>(l.db)[col] = rounded<T>(static_cast<float>(sum));
-    }
-    __syncthreads();
-  }
-}
-
 }  // namespace fastlane::cuda

@@ -30,8 +30,9 @@ struct NarrowLayer {
   void* kept = nullptr;  // rows × out_features: this layer's output
   void* dz = nullptr;  // rows × out_features
   void* db = nullptr;
+  RowMajor dweight;  // out_features × in_features, or transposed
   int32_t in_features = 0, out_features = 0;
-  bool adds_input = false;
+  bool adds_input = false, dweight_transposed = false;
 };
 
 // Rows are rows × features, of unit column stride. Absent operands have a null data pointer.
@@ -43,6 +44,7 @@ struct NarrowStack {
   ConstRowMajor x, dy;
   RowMajor y, dx;
   float* partial_db = nullptr;  // narrow_partial_sums × count × width
+  float* partial_dw = nullptr;  // chunks of WgradGeometry × count × width × width
   NarrowLayer layers[kMaxStackLayers];
 };
 
@@ -81,9 +83,27 @@ inline int64_t narrow_blocks(int64_t rows) { return std::min(kMaxStackBlocks, na
 // Each warp sums the db of its rows.
 inline int64_t narrow_partial_sums(int64_t rows) { return narrow_blocks(rows) * kStackWarps; }
 
+// Rows that a block of wgrad has in shared memory at a time; rows that it sums; how many such chunks there are. By
+// the problem alone: a chunk is short enough for float, and there are about 512 blocks if there are rows.
+constexpr int kWgradRows = 64;
+struct WgradGeometry {
+  int64_t chunk_rows, chunks;
+
+  WgradGeometry(int64_t rows, int64_t layers) {
+    constexpr int64_t kMinRows = 4 * kWgradRows, kWantedBlocks = 512;
+    const int64_t wanted_chunks = std::max<int64_t>(1, kWantedBlocks / layers);
+    chunk_rows = std::max(kMinRows, ceil_div(ceil_div(rows, wanted_chunks), kWgradRows) * kWgradRows);
+    chunks = ceil_div(rows, chunk_rows);
+  }
+};
+inline int64_t narrow_wgrad_shared_bytes(int width, DType dtype) {
+  return 2 * kWgradRows * weight_stride(width) * element_size(dtype);
+}
+
 // Of at least one row, on the given stream of the current device. A failed launch throws std::runtime_error with its
 // file and line.
 void narrow_forward(const NarrowStack& stack, int width, DType dtype, Stream stream);
+// Every dz and dx, then every dweight and db, for which there is a place; a layer with a dweight has a dz.
 void narrow_backward(const NarrowStack& stack, int width, DType dtype, Stream stream);
 
 }  // namespace fastlane::cuda

@@ -147,6 +147,10 @@ void add_integers(Table& table) {
   table["mul.lo.s32"] = binary<u32>([](u32 a, u32 b) { return a * b; });
   table["mad.lo.s32"] = ternary<u32>([](u32 a, u32 b, u32 c) { return a * b + c; });
   table["min.s32"] = binary<int32_t>([](int32_t a, int32_t b) { return std::min(a, b); });
+  table["div.s32"] = binary<int32_t>([](int32_t a, int32_t b) {
+    if (b == 0) throw std::runtime_error("div.s32: by 0");
+    return a / b;
+  });
   table["add.s64"] = binary<u64>([](u64 a, u64 b) { return a + b; });
   table["sub.s64"] = binary<u64>([](u64 a, u64 b) { return a - b; });
   table["mul.lo.s64"] = binary<u64>([](u64 a, u64 b) { return a * b; });

@@ -1,0 +1,140 @@
+// Every layer's dW = dzᵀ h of a narrow stack, from what its backward wrote, and with it db: chunks of rows are summed
+// on tensor cores, then the chunks in their order.
+#pragma once
+
+#include "narrow_fragments.cuh"
+#include "narrow_stack.h"
+
+namespace fastlane::cuda {
+
+// A block's part of one layer: warps 2 i + j have the i-th half of dW's rows and the j-th of its columns.
+template <class T, int kWidth, class Warp>
+struct WgradBlock {
+  using S = Slice<T>;
+  static constexpr int kStride = weight_stride(kWidth), kHalf = kWidth / 2, kThreads = kStackWarps * 32;
+  static constexpr int kRowTiles = kHalf / 16, kSlices = kHalf / S::kCols;
+
+  // Rows `first` to `end` of a matrix in shared memory; the rest of kWgradRows, and of the columns, is zero.
+  static __device__ void load_rows(T* to, int64_t first, int64_t end, const void* data, int64_t stride, int cols) {
+    constexpr int kVector = kAccessBytes / sizeof(T);
+    const T* const from = static_cast<const T*>(data);
+    if (cols == kWidth && stride % kVector == 0 && reinterpret_cast<uintptr_t>(from) % kAccessBytes == 0) {
+#pragma unroll
+      for (int at = threadIdx.x * kVector; at < kWgradRows * kWidth; at += kThreads * kVector) {
+        const int row = at / kWidth, col = at % kWidth;
+        Access<T, kVector> values{};
+        if (first + row < end) values = load<kVector>(from + (first + row) * stride + col);
+        store(to + row * kStride + col, values);
+      }
+      return;
+    }
+    for (int at = threadIdx.x; at < kWgradRows * kWidth; at += kThreads) {
+      const int row = at / kWidth, col = at % kWidth;
+      const bool present = first + row < end && col < cols;
+      to[row * kStride + col] = present ? from[(first + row) * stride + col] : rounded<T>(0.0f);
+    }
+  }
+
+  static __device__ void run(const NarrowStack& p, int layer, int64_t chunk, int64_t chunk_rows) {
+    const NarrowLayer& l = p.layers[layer];
+    T* const dz = reinterpret_cast<T*>(Warp::shared_memory());
+    T* const h = dz + kWgradRows * kStride;
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const int first_n = warp / 2 * kHalf, first_k = warp % 2 * kHalf;
+    const void* const inputs = layer == 0 ? p.x.data : p.layers[layer - 1].kept;
+    const int64_t input_stride = layer == 0 ? p.x.row_stride : l.in_features;
+
+    Sums<T> sums[kRowTiles][kSlices * S::kTiles];
+#pragma unroll
+    for (auto& row : sums)
+#pragma unroll
+      for (auto& sum : row)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum.start(i, 0.0f);
+
+    const int64_t end = (chunk + 1) * chunk_rows < p.rows ? (chunk + 1) * chunk_rows : p.rows;
+    for (int64_t first = chunk * chunk_rows; first < end; first += kWgradRows) {
+      __syncthreads();
+      load_rows(dz, first, end, l.dz, l.out_features, l.out_features);
+      load_rows(h, first, end, inputs, input_stride, l.in_features);
+      __syncthreads();
+#pragma unroll 1
+      for (int row = 0; row < kWgradRows; row += S::kCols) {
+        uint32_t a[kRowTiles][4];
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i)
+          S::template read_a<Warp>(dz + row * kStride + first_n + 16 * i, kStride, a[i]);
+#pragma unroll
+        for (int s = 0; s < kSlices; ++s) {
+          uint32_t b[S::kTiles][2];
+          S::template read_b<true, Warp>(h + row * kStride + first_k + s * S::kCols, kStride, b);
+#pragma unroll
+          for (int j = 0; j < S::kTiles; ++j)
+#pragma unroll
+            for (int i = 0; i < kRowTiles; ++i) sums[i][s * S::kTiles + j].template multiply_add<Warp>(a[i], b[j]);
+        }
+      }
+#pragma unroll
+      for (auto& row : sums)
+#pragma unroll
+        for (auto& sum : row) sum.round();
+    }
+
+    float* const partial = p.partial_dw + (chunk * p.count + layer) * kWidth * kWidth;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < kSlices * S::kTiles; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const Access<float, 2> pair{sums[i][j][2 * half], sums[i][j][2 * half + 1]};
+          store(partial + (first_n + 16 * i + 8 * half + g) * kWidth + first_k + 8 * j + 2 * t, pair);
+        }
+  }
+};
+
+// A block for each chunk of rows and layer.
+template <class T, int kWidth, class Warp>
+__global__ void __launch_bounds__(kStackWarps * 32)
+    narrow_wgrad_kernel(const __grid_constant__ NarrowStack p, int64_t chunk_rows) {
+  if (p.layers[blockIdx.y].dweight.data)
+    WgradBlock<T, kWidth, Warp>::run(p, static_cast<int>(blockIdx.y), blockIdx.x, chunk_rows);
+}
+
+// Of layer blockIdx.y: the first block has db, where each thread adds every eighth warp's sum of its column, then the
+// first adds the eight; each thread of the others has an element of dW.
+template <class T>
+__global__ void __launch_bounds__(kBlockThreads)
+    narrow_sum_kernel(const __grid_constant__ NarrowStack p, int width, int64_t warps, int64_t chunks) {
+  const NarrowLayer& l = p.layers[blockIdx.y];
+  if (blockIdx.x > 0) {
+    const int at = (static_cast<int>(blockIdx.x) - 1) * kBlockThreads + threadIdx.y * kSumCols + threadIdx.x;
+    const int n = at / width, k = at % width;
+    if (!l.dweight.data || n >= l.out_features || k >= l.in_features) return;
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      sum += p.partial_dw[(chunk * p.count + blockIdx.y) * width * width + at];
+    T* const dweight = static_cast<T*>(l.dweight.data);
+    dweight[l.dweight_transposed ? k * l.dweight.row_stride + n : n * l.dweight.row_stride + k] =
+        rounded<T>(static_cast<float>(sum));
+    return;
+  }
+  __shared__ double sums[kSumRows][kSumCols];
+  if (!l.db) return;
+  for (int first_col = 0; first_col < l.out_features; first_col += kSumCols) {
+    const int col = first_col + threadIdx.x;
+    double sum = 0;
+    if (col < l.out_features)
+      for (int64_t i = threadIdx.y; i < warps; i += kSumRows)
+        sum += p.partial_db[(i * p.count + blockIdx.y) * width + col];
+    sums[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && col < l.out_features) {
+      for (int y = 1; y < kSumRows; ++y) sum += sums[y][threadIdx.x];
+      static_cast<T*>(l.db)[col] = rounded<T>(static_cast<float>(sum));
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace fastlane::cuda
