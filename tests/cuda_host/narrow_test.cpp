@@ -20,8 +20,8 @@ void run_backward(Example<T>& e, unsigned blocks) {
   const WgradGeometry g(e.rows, e.stack.count);
   const auto chunks = static_cast<unsigned>(g.chunks);
   run_grid(dim3(chunks, layers), threads, narrow_wgrad_kernel<T, kWidth, HostWarp>, e.stack, g.chunk_rows);
-  run_grid(dim3(1 + kWidth * kWidth / kBlockThreads, layers), dim3(kSumCols, kSumRows), narrow_sum_kernel<T>, e.stack,
-           kWidth, int64_t{blocks} * kStackWarps, g.chunks);
+  run_grid(dim3(kWidth / kSumCols + kWidth * kWidth / kBlockThreads, layers), dim3(kSumCols, kSumRows),
+           narrow_sum_kernel<T>, e.stack, kWidth, int64_t{blocks} * kStackWarps, g.chunks);
 }
 template <class T, int kWidth>
 void test(std::vector<int64_t> sizes, int64_t rows, Activation activation, bool transposed, unsigned blocks,

@@ -58,9 +58,10 @@ void narrow_backward(const NarrowStack& stack, int width, DType dtype, Stream st
       FASTLANE_CHECK_LAUNCH("narrow_wgrad");
     }
     if (!stack.partial_db && !stack.partial_dw) return;
-    const auto blocks = stack.partial_dw ? 1 + static_cast<unsigned>(width * width / kBlockThreads) : 1u;
-    narrow_sum_kernel<typename K::type><<<dim3(blocks, layers), dim3(kSumCols, kSumRows), 0, stream>>>(
-        stack, width, narrow_partial_sums(stack.rows), g.chunks);
+    const int blocks = width / kSumCols + (stack.partial_dw ? width * width / kBlockThreads : 0);
+    narrow_sum_kernel<typename K::type>
+        <<<dim3(static_cast<unsigned>(blocks), layers), dim3(kSumCols, kSumRows), 0, stream>>>(
+            stack, width, narrow_partial_sums(stack.rows), g.chunks);
     FASTLANE_CHECK_LAUNCH("narrow_sum");
   });
 }

@@ -101,40 +101,38 @@ __global__ void __launch_bounds__(kStackWarps * 32)
     WgradBlock<T, kWidth, Warp>::run(p, static_cast<int>(blockIdx.y), blockIdx.x, chunk_rows);
 }
 
-// Of layer blockIdx.y: the first block has db, where each thread adds every eighth warp's sum of its column, then the
-// first adds the eight; each thread of the others has an element of dW.
+// Of layer blockIdx.y: the first blocks have 32 columns of db each, where each thread adds every eighth warp's sum of
+// its column, then the first adds the eight; each thread of the others has an element of dW. Loads are unrolled,
+// since their latency is the time.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads)
     narrow_sum_kernel(const __grid_constant__ NarrowStack p, int width, int64_t warps, int64_t chunks) {
   const NarrowLayer& l = p.layers[blockIdx.y];
-  if (blockIdx.x > 0) {
-    const int at = (static_cast<int>(blockIdx.x) - 1) * kBlockThreads + threadIdx.y * kSumCols + threadIdx.x;
+  const int db_blocks = width / kSumCols, block = static_cast<int>(blockIdx.x);
+  double sum = 0;
+  if (block >= db_blocks) {
+    const int at = (block - db_blocks) * kBlockThreads + threadIdx.y * kSumCols + threadIdx.x;
     const int n = at / width, k = at % width;
     if (!l.dweight.data || n >= l.out_features || k >= l.in_features) return;
-    double sum = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      sum += p.partial_dw[(chunk * p.count + blockIdx.y) * width * width + at];
+    const float* const partial = p.partial_dw + int64_t{blockIdx.y} * width * width + at;
+#pragma unroll 8
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[chunk * p.count * width * width];
     T* const dweight = static_cast<T*>(l.dweight.data);
     dweight[l.dweight_transposed ? k * l.dweight.row_stride + n : n * l.dweight.row_stride + k] =
         rounded<T>(static_cast<float>(sum));
     return;
   }
   __shared__ double sums[kSumRows][kSumCols];
-  if (!l.db) return;
-  for (int first_col = 0; first_col < l.out_features; first_col += kSumCols) {
-    const int col = first_col + threadIdx.x;
-    double sum = 0;
-    if (col < l.out_features)
-      for (int64_t i = threadIdx.y; i < warps; i += kSumRows)
-        sum += p.partial_db[(i * p.count + blockIdx.y) * width + col];
-    sums[threadIdx.y][threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y == 0 && col < l.out_features) {
-      for (int y = 1; y < kSumRows; ++y) sum += sums[y][threadIdx.x];
-      static_cast<T*>(l.db)[col] = rounded<T>(static_cast<float>(sum));
-    }
-    __syncthreads();
-  }
+  const int col = block * kSumCols + threadIdx.x;
+  if (!l.db || block * kSumCols >= l.out_features) return;
+  const float* const partial = p.partial_db + int64_t{blockIdx.y} * width + col;
+#pragma unroll 8
+  for (int64_t i = threadIdx.y; i < warps; i += kSumRows) sum += partial[i * p.count * width];
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y > 0 || col >= l.out_features) return;
+  for (int y = 1; y < kSumRows; ++y) sum += sums[y][threadIdx.x];
+  static_cast<T*>(l.db)[col] = rounded<T>(static_cast<float>(sum));
 }
 
 }  // namespace fastlane::cuda

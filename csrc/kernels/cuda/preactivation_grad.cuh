@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     const int64_t col = first_col + threadIdx.x;
     double sum = 0;
     if (col < cols)
+#pragma unroll 8
       for (int64_t row = threadIdx.y; row < rows; row += kSumRows) sum += partial[row * row_stride + col];
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();

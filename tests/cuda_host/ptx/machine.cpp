@@ -57,6 +57,26 @@ uint8_t* Machine::shared(uint32_t address, size_t bytes) {
   return block.shared.data() + offset;
 }
 
+void Machine::stored(Thread& t, uint32_t address, size_t bytes) {
+  OrdinaryStore* const first = &block_of(address).ordinary_stores[(address & kOffsetMask) / 4];
+  for (size_t n = 0; n < (bytes + 3) / 4; ++n) first[n] = {&t, t.proxy_fences};
+}
+const uint8_t* Machine::shared_to_read_async(uint32_t address, size_t bytes) {
+  const uint8_t* const memory = shared(address, bytes);
+  const OrdinaryStore* const first = &block_of(address).ordinary_stores[(address & kOffsetMask) / 4];
+  for (size_t n = 0; n < (bytes + 3) / 4; ++n)
+    if (first[n].by && first[n].by->proxy_fences == first[n].proxy_fences)
+      throw std::runtime_error("shared memory at " + std::to_string(address & kOffsetMask) + ": stored by thread " +
+                               std::to_string(first[n].by->index) + " without a fence.proxy.async since");
+  return memory;
+}
+uint8_t* Machine::shared_to_write_async(uint32_t address, size_t bytes) {
+  uint8_t* const memory = shared(address, bytes);
+  OrdinaryStore* const first = &block_of(address).ordinary_stores[(address & kOffsetMask) / 4];
+  for (size_t n = 0; n < (bytes + 3) / 4; ++n) first[n] = {};
+  return memory;
+}
+
 void Machine::check_global(const void* address, size_t bytes, bool writes) {
   const auto* const begin = static_cast<const char*>(address);
   const auto covers = [&](const Range& range) {
@@ -130,6 +150,7 @@ void Machine::start_cluster(const Kernel& kernel, Size3 first) {
     ++rank;
     std::fill(each.registers.begin(), each.registers.end(), kPoison);
     std::fill(each.shared.begin(), each.shared.end(), uint8_t{0xff});
+    each.ordinary_stores.assign((each.shared.size() + 3) / 4, {});
     each.products.assign((threads + 127) / 128, {});
     for (auto& waiting : each.waiting) waiting.clear();
     each.threads.assign(threads, {});

@@ -38,9 +38,16 @@ struct Thread {
   // `parked` threads are set on their way by another one. One that yields lets the others run.
   bool done = false, parked = false, yields = false;
   uint32_t cluster_phase = 0;  // when it arrived at the cluster's barrier
+  uint32_t proxy_fences = 0;  // fence.proxy.async that it has passed
   Pending stores;  // by TMA
 
   uint32_t lane() const { return index % 32; }
+};
+
+// Of four bytes of shared memory: what an ordinary store must have behind it before TMA or wgmma may read them.
+struct OrdinaryStore {
+  Thread* by = nullptr;
+  uint32_t proxy_fences = 0;  // of that thread, before
 };
 
 struct Block {
@@ -49,6 +56,7 @@ struct Block {
   bool stores_late = false;  // by TMA; all of a block's, since every lane of a warp gives the same order
   Size3 index;  // in the grid
   std::vector<uint8_t> shared;
+  std::vector<OrdinaryStore> ordinary_stores;  // for each four bytes of it
   std::vector<uint64_t> registers;
   std::vector<Thread> threads;
   std::vector<Thread*> waiting[16];  // at bar.sync
@@ -83,6 +91,10 @@ struct Machine {
   bool coin() { return random() % 2 == 0; }
   Block& block_of(uint32_t address);
   uint8_t* shared(uint32_t address, size_t bytes);
+  void stored(Thread& t, uint32_t address, size_t bytes);
+  // For TMA and wgmma, which see an ordinary store only after a fence of the thread that made it.
+  const uint8_t* shared_to_read_async(uint32_t address, size_t bytes);
+  uint8_t* shared_to_write_async(uint32_t address, size_t bytes);
   void check_global(const void* address, size_t bytes, bool writes);
   // Whether those of `count` threads from `first` on that `mask` names, for each warp, have all come to t's
   // instruction. Then the others go on with t.

@@ -27,6 +27,7 @@ bool access(Machine& m, Thread& t, const Instruction& i) {
   const uint64_t from = address(m, t, place);
   if (from % (count * sizeof(V)) != 0) throw std::runtime_error("a misaligned address");
   char* memory = static_cast<char*>(resolve<space>(m, from, count * sizeof(V), stores));
+  if (space == Space::shared && stores) m.stored(t, static_cast<uint32_t>(from), count * sizeof(V));
   for (size_t n = 0; n < count; ++n, memory += sizeof(V)) {
     const Operand& each = values.parts.empty() ? values : values.parts[n];
     V value;
@@ -135,10 +136,14 @@ void add_memory(Table& table) {
 
 void add_synchronisation(Table& table) {
   const Handler nothing = [](Machine&, Thread&, const Instruction&) { return true; };
-  // Threads run one at a time, so that memory is in order.
-  for (const char* opcode : {"fence.mbarrier_init.release.cluster", "fence.proxy.async.shared::cta",
-                             "setmaxnreg.dec.sync.aligned.u32", "setmaxnreg.inc.sync.aligned.u32"})
+  // Threads run one at a time, so that memory is in order but for what TMA and wgmma see.
+  for (const char* opcode :
+       {"fence.mbarrier_init.release.cluster", "setmaxnreg.dec.sync.aligned.u32", "setmaxnreg.inc.sync.aligned.u32"})
     table[opcode] = nothing;
+  table["fence.proxy.async.shared::cta"] = [](Machine&, Thread& t, const Instruction&) {
+    ++t.proxy_fences;
+    return true;
+  };
   table["ret"] = end_thread;
   table["bar.sync"] = block_barrier;
   table["barrier.cluster.arrive.relaxed.aligned"] = cluster_arrive;

@@ -62,7 +62,7 @@ struct Matrix {
     const uint32_t base = (block.rank + 1) << kOffsetBits;
     for (uint32_t mn = 0; mn < count; ++mn)
       for (uint32_t k = 0; k < kBytesAlongK / element_bytes; ++k)
-        all.push_back(element<type>(m.shared(base + offset(mn, k), element_bytes)));
+        all.push_back(element<type>(m.shared_to_read_async(base + offset(mn, k), element_bytes)));
     return all;
   }
 };

@@ -57,7 +57,7 @@ bool load(Machine& m, Thread& t, const Instruction& i) {
     const uint32_t base = (block.rank + 1) << kOffsetBits;
     const auto arrive = [&m, box, base, barrier] {
       box.for_each_element([&](uint32_t offset, const uint8_t* from) {
-        uint8_t* const to = m.shared(base + offset, box.map.element_bytes);
+        uint8_t* const to = m.shared_to_write_async(base + offset, box.map.element_bytes);
         if (from) m.check_global(from, box.map.element_bytes, false);
         from ? std::memcpy(to, from, box.map.element_bytes) : std::memset(to, 0, box.map.element_bytes);
       });
@@ -81,7 +81,7 @@ bool store(Machine& m, Thread& t, const Instruction& i) {
     box.for_each_element([&](uint32_t offset, uint8_t* to) {
       if (!to) return;
       m.check_global(to, box.map.element_bytes, true);
-      std::memcpy(to, m.shared(base + offset, box.map.element_bytes), box.map.element_bytes);
+      std::memcpy(to, m.shared_to_read_async(base + offset, box.map.element_bytes), box.map.element_bytes);
     });
   };
   if (t.block->stores_late) {

@@ -67,6 +67,7 @@ bool matrices(Machine& m, Thread& t, const Instruction& i) {
       if (stores) {
         value = read<uint32_t>(m, lanes[lane], values.parts[q]);
         std::memcpy(pair, &value, sizeof value);
+        m.stored(lanes[lane], shared_address(m, lanes[q * 8 + lane / 4], place) + lane % 4 * 4, sizeof value);
       } else {
         std::memcpy(&value, pair, sizeof value);
         write<uint32_t>(lanes[lane], values.parts[q], value);
