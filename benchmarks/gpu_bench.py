@@ -52,11 +52,20 @@ def with_steps(
         name: (run, lambda run=run: torch.autograd.grad(run(), leaves, dy, allow_unused=True))
         for name, run in forwards.items()
     }
-    # What `hopper_tile` chooses among, to see whether it chooses well.
-    if dy.is_cuda and fastlane_ext.build_info()["hopper"]:
-        for cols in TILE_COLS:
-            calls[f"fused, 128×{cols}"] = tuple(with_tile(cols, call) for call in calls["fused"])
-    return calls
+    return with_tiles(calls, dy.device)
+
+
+def with_tiles(calls: dict[str, tuple[Call, Call]], device: torch.device) -> dict[str, tuple[Call, Call]]:
+    """And the fused one with each tile that `hopper_tile` chooses among, to see whether it chooses well."""
+    if device.type != "cuda" or not fastlane_ext.build_info()["hopper"]:
+        return calls
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return calls
+    forced = {
+        f"fused, 128×{cols} where it exists": tuple(with_tile(cols, call) for call in calls["fused"])
+        for cols in TILE_COLS
+    }
+    return calls | forced
 
 
 def with_tile(cols: int, call: Call) -> Call:
@@ -151,13 +160,14 @@ class Network:
         models = {"eager": eager, "fused": fused}
         if compiled:
             models["compile"] = torch.compile(eager, mode="max-autotune-no-cudagraphs", dynamic=False)
-        return {
+        calls: dict[str, tuple[Call, Call]] = {
             name: (
                 lambda run=run: run(x),
                 lambda run=run: torch.autograd.grad(run(x), list(run.parameters()), dy),
             )
             for name, run in models.items()
         }
+        return with_tiles(calls, dy.device) if max(self.sizes) > 128 else calls
 
 
 Case = Layer | Mlp | Network

@@ -92,6 +92,13 @@ def test_hopper_kernels_on_the_host(tmp_path):
         pytest.skip("needs CUTLASS: pip install --no-deps nvidia-cutlass==4.2.0.0")
     kernels = [*sorted(KERNELS.glob("hopper_*.cu")), KERNELS / "hopper.cpp", KERNELS / "preactivation_grad.cu"]
     run_ptx("hopper_kernels_test", tmp_path, kernels, "90a", [["bf16"], ["f16"], ["f32"]], f"-I{cutlass}")
+    # And what it would say of kernels that lack a fence.
+    text, fence = (tmp_path / "kernels.ptx").read_text(), "fence.proxy.async.shared::cta;"
+    assert fence in text
+    (tmp_path / "unfenced.ptx").write_text(text.replace(fence, ""))
+    command = [str(tmp_path / "hopper_kernels_test"), "f32", str(tmp_path / "unfenced.ptx")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode != 0 and "without a fence.proxy.async since" in result.stdout
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -1,4 +1,4 @@
-// A narrow stack on CUDA: one kernel forward; backward one kernel, the library's wgrad of each layer, and one for db.
+// A narrow stack on CUDA: one kernel forward; backward one for every dz, and two for every dW and db.
 #pragma once
 
 #include "../kernels/problem.h"

@@ -88,6 +88,33 @@ void test_stack(const std::vector<int64_t>& sizes, int width, int64_t rows, Acti
   allow(e.partial_db, true), allow(e.partial_dw, true);
   narrow_backward(e.stack, width, kDType<T>, nullptr);
   e.check_backward();
+  if (e.stack.count == 1) return;
+
+  // Again, without one layer's dW and another one's db, then without any.
+  const auto is_nan = [](const std::vector<T>& memory) {
+    return std::all_of(memory.begin(), memory.end(), [](T x) { return std::isnan(static_cast<compute_t<T>>(x)); });
+  };
+  const std::vector<T> dw = e.dw[1].memory, db = e.db[0].memory, dx = e.dx.memory;
+  const auto same = [](const std::vector<T>& a, const std::vector<T>& b) {
+    return std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+  };
+  const auto run_again = [&] {
+    for (Matrix<T>* m : {&e.dw[0], &e.dw[1], &e.db[0], &e.db[1], &e.dx})
+      std::fill(m->memory.begin(), m->memory.end(), rounded<T>(compute_t<T>(NAN)));
+    narrow_backward(e.stack, width, kDType<T>, nullptr);
+    CHECK(same(e.dx.memory, dx) && is_nan(e.dw[0].memory) && is_nan(e.db[1].memory));
+  };
+  e.stack.layers[0].dweight = {}, e.stack.layers[1].db = nullptr;
+  run_again();
+  CHECK(same(e.dw[1].memory, dw) && same(e.db[0].memory, db));
+  e.stack.partial_dw = nullptr;
+  for (NarrowLayer& l : e.stack.layers) l.dweight = {};
+  run_again();
+  CHECK(is_nan(e.dw[1].memory) && same(e.db[0].memory, db));
+  e.stack.partial_db = nullptr;
+  for (NarrowLayer& l : e.stack.layers) l.db = nullptr;
+  run_again();
+  CHECK(is_nan(e.db[0].memory));
 }
 
 template <class T>

@@ -21,6 +21,8 @@ struct WarpMeeting {
 inline std::array<WarpMeeting, 8> warp_meetings;
 
 struct HostWarp {
+  static constexpr bool kMultiplies = true;
+
   static unsigned char* shared_memory() {
     alignas(16) static unsigned char memory[std::size_t{128} << 10];
     return memory;

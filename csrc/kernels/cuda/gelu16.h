@@ -6,7 +6,7 @@
 //
 // log₂ Φ(−t) is a polynomial, so that the tail keeps its digits. Largest relative errors of gelu and, against
 // Φ + |z| φ, of gelu′: 1e-5 up to |z| = 6, 8e-5 up to 10, 7e-4 beyond; half a unit of float16, which ends at 5.9, is
-// 2.4e-4, and of bfloat16 2e-3.
+// 2.4e-4, and of bfloat16 2e-3. A gelu′ below 2⁻¹¹⁸ may be 0.
 #pragma once
 
 #include <limits>
@@ -32,8 +32,8 @@ inline float exp2_approx(float x) { return without_denormals(std::exp2(x)); }
 inline float reciprocal_approx(float x) { return without_denormals(1 / x); }
 #endif
 
-// The GPU's functions give 0 for a denormal, which bfloat16 stores. So Φ and σ are computed 2²⁴ times too large; the
-// product that puts them right may be one.
+// The GPU's functions give 0 for a denormal, which bfloat16 stores. So gelu's Φ and σ are computed 2²⁴ times too
+// large; the product that puts them right may be one.
 constexpr float kShift = 24, kUnshift = 0x1p-24f;
 
 // Where Φ(−t), and σ(−2u(t)), are 0 in bfloat16. Clamping there keeps ∞ from becoming ∞ · 0; written so that NaN

@@ -40,10 +40,12 @@ bool tma_takes(const Rows& rows, int64_t cols, DType dtype) {
   return rows.data == nullptr || tma_reads(rows.data, rows.row_stride, cols, dtype);
 }
 
+// CUTLASS's int, which also holds what whole clusters of tiles cover.
+constexpr int64_t kMaxHopperSize = std::numeric_limits<int32_t>::max() - 512;
+
 // By layout, alignment and dtype alone.
 inline HopperKind hopper_kind(const GemmProblem& p) {
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-  if (p.dtype == DType::f64 || p.slope.data || std::max({p.m, p.n, p.k}) > kMax) return HopperKind::none;
+  if (p.dtype == DType::f64 || p.slope.data || std::max({p.m, p.n, p.k}) > kMaxHopperSize) return HopperKind::none;
   const int64_t vector = kAccessBytes / element_size(p.dtype);
   if (p.k == 0 || p.n % vector != 0 || p.k % vector != 0) return HopperKind::none;
   const bool rows_fit = p.a.col_stride == 1 && tma_reads(p.a.data, p.a.row_stride, p.k, p.dtype) &&
@@ -81,20 +83,20 @@ inline bool has_tile(HopperKind kind, DType dtype, HopperTile tile) {
 }
 
 // Cycles that a multiprocessor takes, by what it can do at most: multiply-adds of 16-bit values, bytes of operands
-// from L2 (the two blocks of a cluster share B), and instructions of the epilogue, four warps' at once, of which two
-// warps to a scheduler issue about one in two cycles. Counted and estimated, not measured.
+// from L2 (the two blocks of a cluster share B), and instructions of the epilogue, of which a scheduler issues one in
+// two cycles if it has a warp in it and four in five if it has two. Counted and estimated, not measured.
 inline double hopper_cycles(const GemmProblem& p, HopperKind kind, HopperTile tile, const Gpu& gpu) {
-  constexpr double kMultiplyAdds = 2048, kL2Bytes = 27, kIssued = 0.5 * 4 * 32;
+  constexpr double kMultiplyAdds = 2048, kL2Bytes = 27, kLanes = 4 * 32;
   const double cols = static_cast<double>(tile_cols(tile)), rows = kTileRows, k = static_cast<double>(p.k);
   const double bytes = static_cast<double>(element_size(p.dtype));
   const double main_loop =
       k * std::max(rows * cols / kMultiplyAdds * bytes / 2, (rows + cols / 2) * bytes / kL2Bytes);
   const double instructions = kind == HopperKind::through_activation ? 36 : p.activation == Activation::none ? 5 : 20;
-  const double epilogue = rows * cols * instructions / kIssued;
+  const double epilogue = rows * cols * instructions / (kLanes * (is_shared(tile) ? 0.8 : 0.5));
   const double rounds = static_cast<double>(ceil_div(TileGrid(p, tile).tiles(), gpu.multiprocessors));
-  // A warpgroup of its own has half the warps for its epilogue.
+  // Of two warpgroups with tiles of their own one at a time multiplies, and one at a time is in its epilogue.
   return is_shared(tile) ? rounds * (main_loop + epilogue)
-                         : rounds * std::max(main_loop, main_loop / 2 + epilogue) + 2 * epilogue;
+                         : main_loop + epilogue + (rounds - 1) * std::max(main_loop, epilogue);
 }
 
 // The columns of the tile for every product that has such a kernel, to test and to measure it; 0: the choice below.

@@ -101,7 +101,7 @@ struct StackWarp {
 #pragma unroll 4
       for (int at = threadIdx.x * kVector; at < kWidth * kWidth; at += kThreads * kVector) {
         const int n = at / kWidth, k = at % kWidth;
-        store(to + n * kStride + k, load<kVector>(from + n * row_stride + k));
+        copy_16_bytes(to + n * kStride + k, from + n * row_stride + k);
       }
       return;
     }
@@ -269,52 +269,56 @@ struct StackWarp {
 template <class T, int kWidth, class Warp>
 __global__ void __launch_bounds__(kStackWarps * 32, kStackBlocksAtOnce)
     narrow_forward_kernel(const __grid_constant__ NarrowStack p) {
-  using W = StackWarp<T, kWidth, Warp>;
-  const W warp{p};
-  const int64_t tiles = (p.rows + kStackRows - 1) / kStackRows;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    typename W::Rows h;
-    warp.read(h, tile, p.x.data, p.x.row_stride, p.layers[0].in_features);
-    for (int layer = 0; layer < p.count; ++layer) {
-      // If all weights fit at once they are loaded once.
-      if (layer % W::kLayersAtOnce == 0 && (p.count > W::kLayersAtOnce || tile == blockIdx.x))
-        warp.load_layers(layer);
-      warp.forward(h, layer);
-      const NarrowLayer& l = p.layers[layer];
-      if (l.kept && layer + 1 < p.count) warp.write(h, tile, l.kept, l.out_features, l.out_features);
+  if constexpr (Warp::kMultiplies) {
+    using W = StackWarp<T, kWidth, Warp>;
+    const W warp{p};
+    const int64_t tiles = (p.rows + kStackRows - 1) / kStackRows;
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      typename W::Rows h;
+      warp.read(h, tile, p.x.data, p.x.row_stride, p.layers[0].in_features);
+      for (int layer = 0; layer < p.count; ++layer) {
+        // If all weights fit at once they are loaded once.
+        if (layer % W::kLayersAtOnce == 0 && (p.count > W::kLayersAtOnce || tile == blockIdx.x))
+          warp.load_layers(layer);
+        warp.forward(h, layer);
+        const NarrowLayer& l = p.layers[layer];
+        if (l.kept && layer + 1 < p.count) warp.write(h, tile, l.kept, l.out_features, l.out_features);
+      }
+      if (p.y.data) warp.write(h, tile, p.y.data, p.y.row_stride, p.layers[p.count - 1].out_features);
     }
-    if (p.y.data) warp.write(h, tile, p.y.data, p.y.row_stride, p.layers[p.count - 1].out_features);
   }
 }
 
 template <class T, int kWidth, class Warp>
 __global__ void __launch_bounds__(kStackWarps * 32, kStackBlocksAtOnce)
     narrow_backward_kernel(const __grid_constant__ NarrowStack p) {
-  using W = StackWarp<T, kWidth, Warp>;
-  const W warp{p};
-  const int64_t tiles = (p.rows + kStackRows - 1) / kStackRows;
-  const int last = p.count - 1;
-  float* const partial_db =
-      p.partial_db ? p.partial_db + (int64_t{blockIdx.x} * kStackWarps + warp.warp) * p.count * kWidth : nullptr;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    typename W::Rows dh;
-    warp.read(dh, tile, p.dy.data, p.dy.row_stride, p.layers[last].out_features);
-    for (int layer = last; layer >= p.first; --layer) {
-      const NarrowLayer& l = p.layers[layer];
-      const bool first_use = layer == last || (layer + 1) % W::kLayersAtOnce == 0;
-      if (first_use && (p.count > W::kLayersAtOnce || tile == blockIdx.x))
-        warp.load_layers(layer - layer % W::kLayersAtOnce);
-      typename W::Rows h, dz;
-      const bool is_first = layer == 0;
-      warp.read(h, tile, is_first ? p.x.data : p.layers[layer - 1].kept, is_first ? p.x.row_stride : l.in_features,
-                l.in_features);
-      typename W::ColumnSums db;
-      warp.backward_dz(h, dh, dz, layer, p.rows - tile * kStackRows - warp.warp * kWarpRows, db);
-      if (l.db && partial_db) warp.add_column_sums(db, partial_db + int64_t{layer} * kWidth, tile == blockIdx.x);
-      if (l.dz) warp.write(dz, tile, l.dz, l.out_features, l.out_features);
-      if (layer > p.first || p.dx.data) warp.backward_dh(dz, dh, layer);
+  if constexpr (Warp::kMultiplies) {
+    using W = StackWarp<T, kWidth, Warp>;
+    const W warp{p};
+    const int64_t tiles = (p.rows + kStackRows - 1) / kStackRows;
+    const int last = p.count - 1;
+    float* const partial_db =
+        p.partial_db ? p.partial_db + (int64_t{blockIdx.x} * kStackWarps + warp.warp) * p.count * kWidth : nullptr;
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      typename W::Rows dh;
+      warp.read(dh, tile, p.dy.data, p.dy.row_stride, p.layers[last].out_features);
+      for (int layer = last; layer >= p.first; --layer) {
+        const NarrowLayer& l = p.layers[layer];
+        const bool first_use = layer == last || (layer + 1) % W::kLayersAtOnce == 0;
+        if (first_use && (p.count > W::kLayersAtOnce || tile == blockIdx.x))
+          warp.load_layers(layer - layer % W::kLayersAtOnce);
+        typename W::Rows h, dz;
+        const bool is_first = layer == 0;
+        warp.read(h, tile, is_first ? p.x.data : p.layers[layer - 1].kept, is_first ? p.x.row_stride : l.in_features,
+                  l.in_features);
+        typename W::ColumnSums db;
+        warp.backward_dz(h, dh, dz, layer, p.rows - tile * kStackRows - warp.warp * kWarpRows, db);
+        if (l.db && partial_db) warp.add_column_sums(db, partial_db + int64_t{layer} * kWidth, tile == blockIdx.x);
+        if (l.dz) warp.write(dz, tile, l.dz, l.out_features, l.out_features);
+        if (layer > p.first || p.dx.data) warp.backward_dh(dz, dh, layer);
+      }
+      if (p.dx.data) warp.write(dh, tile, p.dx.data, p.dx.row_stride, p.layers[0].in_features);
     }
-    if (p.dx.data) warp.write(dh, tile, p.dx.data, p.dx.row_stride, p.layers[0].in_features);
   }
 }
 

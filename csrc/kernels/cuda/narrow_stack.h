@@ -84,15 +84,17 @@ inline int64_t narrow_blocks(int64_t rows) { return std::min(kMaxStackBlocks, na
 inline int64_t narrow_partial_sums(int64_t rows) { return narrow_blocks(rows) * kStackWarps; }
 
 // Rows that a block of wgrad has in shared memory at a time; rows that it sums; how many such chunks there are. By
-// the problem alone: a chunk is short enough for float, and there are about 512 blocks if there are rows.
+// the problem alone: about 512 blocks if there are rows, more where a chunk would be too long for tensor cores' sums,
+// which are rounded toward zero at every step.
 constexpr int kWgradRows = 64;
 struct WgradGeometry {
   int64_t chunk_rows, chunks;
 
   WgradGeometry(int64_t rows, int64_t layers) {
-    constexpr int64_t kMinRows = 4 * kWgradRows, kWantedBlocks = 512;
+    constexpr int64_t kMinRows = 4 * kWgradRows, kMaxRows = 1 << 15, kWantedBlocks = 512;
     const int64_t wanted_chunks = std::max<int64_t>(1, kWantedBlocks / layers);
-    chunk_rows = std::max(kMinRows, ceil_div(ceil_div(rows, wanted_chunks), kWgradRows) * kWgradRows);
+    const int64_t wanted_rows = ceil_div(ceil_div(rows, wanted_chunks), kWgradRows) * kWgradRows;
+    chunk_rows = std::clamp(wanted_rows, kMinRows, kMaxRows);
     chunks = ceil_div(rows, chunk_rows);
   }
 };

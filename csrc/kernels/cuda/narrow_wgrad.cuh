@@ -97,8 +97,9 @@ struct WgradBlock {
 template <class T, int kWidth, class Warp>
 __global__ void __launch_bounds__(kStackWarps * 32)
     narrow_wgrad_kernel(const __grid_constant__ NarrowStack p, int64_t chunk_rows) {
-  if (p.layers[blockIdx.y].dweight.data)
-    WgradBlock<T, kWidth, Warp>::run(p, static_cast<int>(blockIdx.y), blockIdx.x, chunk_rows);
+  if constexpr (Warp::kMultiplies)
+    if (p.layers[blockIdx.y].dweight.data)
+      WgradBlock<T, kWidth, Warp>::run(p, static_cast<int>(blockIdx.y), blockIdx.x, chunk_rows);
 }
 
 // Of layer blockIdx.y: the first blocks have 32 columns of db each, where each thread adds every eighth warp's sum of

@@ -8,20 +8,22 @@ namespace fastlane::cuda {
 // sums += A B for A of 16 rows and B of 8 columns, 16 (4-byte types: 8) along k. In the notation of PTX's mma with
 // lane = 4 g + t: sums[i] is row g + 8 (i / 2), column 2 t + i % 2.
 struct DeviceWarp {
+  // Kernels are compiled for older GPUs too, as nothing, and never launched there.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  static constexpr bool kMultiplies = true;
+#else
+  static constexpr bool kMultiplies = false;
+#endif
+
   static __device__ unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char memory[];
     return memory;
   }
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 #define FASTLANE_MMA(shape_and_types)                                                                        \
   asm("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                           \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-#else
-// Compiled for such GPUs too, and never launched on them.
-#define FASTLANE_MMA(shape_and_types) __trap()
-#endif
   static __device__ void multiply(__nv_bfloat16, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     FASTLANE_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
   }
