@@ -1,7 +1,9 @@
 // Sums of columns as a node of an epilogue's visitor tree.
 #pragma once
 
+#include "column_sums.cuh"
 #include "cutlass/epilogue/fusion/sm90_visitor_tma_warpspecialized.hpp"
+#include "warp.cuh"
 
 namespace fastlane::cuda::hopper {
 
@@ -82,20 +84,10 @@ struct ColumnSums {
       return input;
     }
 
-    // The eight lanes with the same columns halve what each adds three times; the last sum is of one column.
     CUTLASS_DEVICE void end_loop(int epi_m, int epi_n) {
       if (epi_m + 1 < decltype(cute::size<3>(coordinates))::value || row == nullptr) return;
-      const int lane = cutlass::canonical_lane_idx(), own = lane / 4, t = lane % 4;
-      CUTLASS_PRAGMA_UNROLL
-      for (int half = kOwnCols / 2; half > 0; half /= 2) {
-        const bool upper = own & half;
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < half; ++i) {
-          const float sent = upper ? sums[i] : sums[i + half], kept = upper ? sums[i + half] : sums[i];
-          sums[i] = kept + __shfl_xor_sync(0xffffffff, sent, 4 * half);
-        }
-      }
-      row[epi_n * kSubtileCols + own / 2 * 8 + 2 * t + own % 2] = sums[0];
+      const int lane = cutlass::canonical_lane_idx(), g = lane / 4, t = lane % 4;
+      row[epi_n * kSubtileCols + own_column(g, t)] = over_lanes<DeviceWarp>(sums, g);
     }
   };
 

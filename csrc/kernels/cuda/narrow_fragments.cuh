@@ -17,9 +17,11 @@ __device__ inline float float_of(uint32_t bits) {
   return x;
 }
 
-// As one word: of a struct of 16-bit values nvcc makes a store of each pair.
-__device__ inline void copy_16_bytes(void* to, const void* from) {
-  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+// Or zeros, if absent. As one word: a struct of 16-bit values nvcc takes apart.
+__device__ inline void copy_16_bytes(void* to, const void* from, bool present = true) {
+  uint4 word{};
+  if (present) word = *static_cast<const uint4*>(from);
+  *static_cast<uint4*>(to) = word;
 }
 
 // Two values of 16 bits in a register, the first in its lower half.

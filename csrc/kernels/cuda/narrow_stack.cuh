@@ -1,6 +1,7 @@
 // The kernels of a narrow stack. `Warp` is what a warp does together (warp.cuh).
 #pragma once
 
+#include "column_sums.cuh"
 #include "narrow_fragments.cuh"
 #include "narrow_stack.h"
 
@@ -186,26 +187,11 @@ struct StackWarp {
     keep_columns(h, l.out_features);
   }
 
-  // Sums over a warp's rows: of every 32 columns a lane has column 8 (g / 2) + 2 t + g % 2.
+  // Sums over a warp's rows, of the lane's own column of every 32.
   using ColumnSums = float[kWidth / 32];
 
-  // From a lane's sums over its own rows, of its two columns in each of four tiles. Of two lanes whose rows differ by
-  // kHalf each takes half of the columns.
-  template <int kHalf>
-  __device__ void halve(float (&sums)[8]) const {
-    const bool upper = g & kHalf;
-#pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const float low = sums[i], high = sums[i + kHalf];
-      sums[i] = (upper ? high : low) + Warp::exchange(upper ? low : high, 4 * kHalf);
-    }
-  }
-  __device__ float over_rows(float (&sums)[8]) const {
-    halve<4>(sums), halve<2>(sums), halve<1>(sums);
-    return sums[0];
-  }
   __device__ void add_column_sums(const ColumnSums& sums, float* db, bool first_tile) const {
-    float* const own = db + g / 2 * 8 + 2 * t + g % 2;
+    float* const own = db + own_column(g, t);
 #pragma unroll
     for (int i = 0; i < kWidth / 32; ++i) own[32 * i] = first_tile ? sums[i] : own[32 * i] + sums[i];
   }
@@ -238,7 +224,7 @@ struct StackWarp {
         const int tile = s * kTiles + j;
 #pragma unroll
         for (int i = 0; i < 2; ++i) own_rows[2 * (tile % 4) + i] = grad[j][i] + grad[j][i + 2];
-        if (tile % 4 == 3) db[tile / 4] = over_rows(own_rows);
+        if (tile % 4 == 3) db[tile / 4] = over_lanes<Warp>(own_rows, g);
       }
     });
   }

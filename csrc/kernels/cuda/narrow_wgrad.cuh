@@ -22,9 +22,7 @@ struct WgradBlock {
 #pragma unroll
       for (int at = threadIdx.x * kVector; at < kWgradRows * kWidth; at += kThreads * kVector) {
         const int row = at / kWidth, col = at % kWidth;
-        Access<T, kVector> values{};
-        if (first + row < end) values = load<kVector>(from + (first + row) * stride + col);
-        store(to + row * kStride + col, values);
+        copy_16_bytes(to + row * kStride + col, from + (first + row) * stride + col, first + row < end);
       }
       return;
     }
