@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,11 @@ import pytest
 
 import fastlane_ext as fl
 from fastlane_ext._load import library
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from build_support import find_cuda_home  # noqa: E402
 
 pytestmark = [
     pytest.mark.any_isa,
@@ -21,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def cuobjdump():
-    """Calls cuobjdump on the library: the wheel's, or the one on PATH."""
+    """Calls cuobjdump, the wheel's or the one on PATH, on the library or another file."""
     try:
         files = importlib.metadata.files("nvidia-cuda-cuobjdump") or []
     except importlib.metadata.PackageNotFoundError:
@@ -31,8 +37,8 @@ def cuobjdump():
     if tool is None:
         pytest.skip("needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
 
-    def run(*options):
-        command = [tool, *options, str(Path(library.__file__))]
+    def run(*options, file=library.__file__):
+        command = [tool, *options, str(Path(file))]
         # It calls nvdisasm, which a wheel puts beside it.
         environment = os.environ | {"PATH": f"{Path(tool).parent}{os.pathsep}{os.environ['PATH']}"}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -73,3 +79,39 @@ def test_hopper_kernels_use_wgmma_and_tma(cuobjdump):
     for text in kernels:
         found = Counter(re.findall(r"\b(HGMMA|UTMALDG|UTMASTG)\b", text))
         assert set(found) == {"HGMMA", "UTMALDG", "UTMASTG"}, (text[:200], found)
+
+
+SIXTEEN_VALUES = """
+#include "kernels/cuda/device.cuh"
+using namespace fastlane::cuda;
+template <class Function>
+__device__ void each(const float* in, float* out, Function function) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) out[32 * i + threadIdx.x] = function(in[32 * i + threadIdx.x]);
+}
+#define KERNEL(name, call) \\
+  extern "C" __global__ void name(const float* in, float* out) { each(in, out, [](float z) { return call(z); }); }
+KERNEL(nothing, NoActivation::value<__half>)
+KERNEL(gelu_value, ExactGelu::value<__half>)
+KERNEL(gelu_slope, ExactGelu::slope<__half>)
+KERNEL(tanh_value, TanhGelu::value<__half>)
+KERNEL(tanh_slope, TanhGelu::slope<__half>)
+"""
+
+
+def test_gelu_of_16_bits_is_short(cuobjdump, tmp_path):
+    """In instructions an element, which is what an epilogue costs: csrc/kernels/cuda/gelu16.h says how many."""
+    home = find_cuda_home()
+    if home is None:
+        pytest.skip("needs the CUDA toolkit")
+    source, object_file = tmp_path / "gelu.cu", tmp_path / "gelu.cubin"
+    source.write_text(SIXTEEN_VALUES)
+    flags = ["-O3", "-std=c++17", "-cubin", "-gencode=arch=compute_90a,code=sm_90a", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([str(Path(home) / "bin" / "nvcc"), *flags, str(source), "-o", str(object_file)], check=True)
+    functions = by_function(cuobjdump("--dump-sass", file=object_file), r"Function : ")
+    counts = {name: len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/ +(?!NOP)", text, re.MULTILINE)) for name, text in functions}
+    base = counts.pop("nothing")
+    per_element = {name: (count - base) / 16 for name, count in counts.items()}
+    most = {"gelu_value": 14.5, "gelu_slope": 17.5, "tanh_value": 9.5, "tanh_slope": 13.5}
+    assert per_element.keys() == most.keys()
+    assert all(per_element[name] <= most[name] for name in most), per_element
