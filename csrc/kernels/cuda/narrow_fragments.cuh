@@ -3,11 +3,15 @@
 #pragma once
 
 #include "device.cuh"
+#include "narrow_stack.h"
 
 namespace fastlane::cuda {
 
-__device__ inline uint32_t bits_of(float x) {
+// Of a float, or of two values of 16 bits.
+template <class T>
+__device__ uint32_t bits_of(T x) {
   uint32_t bits;
+  static_assert(sizeof x == sizeof bits);
   memcpy(&bits, &x, sizeof bits);
   return bits;
 }
@@ -17,11 +21,28 @@ __device__ inline float float_of(uint32_t bits) {
   return x;
 }
 
-// Or zeros, if absent. As one word: a struct of 16-bit values nvcc takes apart.
-__device__ inline void copy_16_bytes(void* to, const void* from, bool present = true) {
-  uint4 word{};
-  if (present) word = *static_cast<const uint4*>(from);
-  *static_cast<uint4*>(to) = word;
+// A matrix in shared memory, kRows × kWidth with rows kStride apart: what is beyond `rows` and `cols` is zero. Every
+// thread of the block has to come here.
+template <int kRows, int kWidth, int kStride, class T>
+__device__ void load_shared(T* to, const T* from, int64_t rows, int cols, int64_t row_stride, int64_t col_stride) {
+  constexpr int kThreads = kStackWarps * 32, kVector = kAccessBytes / sizeof(T);
+  const bool aligned = reinterpret_cast<uintptr_t>(from) % kAccessBytes == 0 && row_stride % kVector == 0;
+  if (aligned && col_stride == 1 && cols == kWidth) {
+    // As words: a struct of 16-bit values nvcc takes apart.
+#pragma unroll 4
+    for (int at = threadIdx.x * kVector; at < kRows * kWidth; at += kThreads * kVector) {
+      const int row = at / kWidth, col = at % kWidth;
+      uint4 word{};
+      if (row < rows) word = *reinterpret_cast<const uint4*>(from + row * row_stride + col);
+      *reinterpret_cast<uint4*>(to + row * kStride + col) = word;
+    }
+    return;
+  }
+  for (int at = threadIdx.x; at < kRows * kWidth; at += kThreads) {
+    const int row = at / kWidth, col = at % kWidth;
+    const bool present = row < rows && col < cols;
+    to[row * kStride + col] = present ? from[row * row_stride + col * col_stride] : rounded<T>(0.0f);
+  }
 }
 
 // Two values of 16 bits in a register, the first in its lower half.
@@ -30,10 +51,7 @@ struct Halves;
 template <>
 struct Halves<__nv_bfloat16> {
   static __device__ uint32_t rounded(float first, float second) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
-    uint32_t bits;
-    memcpy(&bits, &both, sizeof bits);
-    return bits;
+    return bits_of(__floats2bfloat162_rn(first, second));
   }
   static __device__ float widened(uint32_t both, int which) {
     return float_of(which == 0 ? both << 16 : both & 0xffff0000u);
@@ -41,12 +59,7 @@ struct Halves<__nv_bfloat16> {
 };
 template <>
 struct Halves<__half> {
-  static __device__ uint32_t rounded(float first, float second) {
-    const __half2 both = __floats2half2_rn(first, second);
-    uint32_t bits;
-    memcpy(&bits, &both, sizeof bits);
-    return bits;
-  }
+  static __device__ uint32_t rounded(float first, float second) { return bits_of(__floats2half2_rn(first, second)); }
   static __device__ float widened(uint32_t both, int which) {
     __half2 halves;
     memcpy(static_cast<void*>(&halves), &both, sizeof halves);

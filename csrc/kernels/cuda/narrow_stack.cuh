@@ -3,7 +3,6 @@
 
 #include "column_sums.cuh"
 #include "narrow_fragments.cuh"
-#include "narrow_stack.h"
 
 namespace fastlane::cuda {
 
@@ -93,32 +92,14 @@ struct StackWarp {
                                     (p.count < kLayersAtOnce ? p.count : kLayersAtOnce) * kWidth * kStride) +
            layer % kLayersAtOnce * kWidth;
   }
-  __device__ void load_weight(const NarrowLayer& l, T* to) const {
-    constexpr int kThreads = kStackWarps * 32, kVector = kAccessBytes / sizeof(T);
-    const T* const from = static_cast<const T*>(l.weight.data);
-    const int64_t row_stride = l.weight.row_stride, col_stride = l.weight.col_stride;
-    const bool aligned = reinterpret_cast<uintptr_t>(from) % kAccessBytes == 0 && row_stride % kVector == 0;
-    if (aligned && col_stride == 1 && l.in_features == kWidth && l.out_features == kWidth) {
-#pragma unroll 4
-      for (int at = threadIdx.x * kVector; at < kWidth * kWidth; at += kThreads * kVector) {
-        const int n = at / kWidth, k = at % kWidth;
-        copy_16_bytes(to + n * kStride + k, from + n * row_stride + k);
-      }
-      return;
-    }
-    for (int at = threadIdx.x; at < kWidth * kWidth; at += kThreads) {
-      const int n = at / kWidth, k = at % kWidth;
-      const bool present = n < l.out_features && k < l.in_features;
-      to[n * kStride + k] = present ? from[n * row_stride + k * col_stride] : rounded<T>(0.0f);
-    }
-  }
   // Every thread of the block has to come here.
   __device__ void load_layers(int first) const {
     __syncthreads();
     const int end = p.count < first + kLayersAtOnce ? p.count : first + kLayersAtOnce;
     for (int layer = first; layer < end; ++layer) {
       const NarrowLayer& l = p.layers[layer];
-      load_weight(l, weight(layer));
+      load_shared<kWidth, kWidth, kStride>(weight(layer), static_cast<const T*>(l.weight.data), l.out_features,
+                                           l.in_features, l.weight.row_stride, l.weight.col_stride);
       for (int n = threadIdx.x; n < kWidth; n += kStackWarps * 32)
         bias(layer)[n] = l.bias && n < l.out_features ? widen(static_cast<const T*>(l.bias)[n]) : 0.0f;
     }

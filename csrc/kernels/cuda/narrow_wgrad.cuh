@@ -3,7 +3,6 @@
 #pragma once
 
 #include "narrow_fragments.cuh"
-#include "narrow_stack.h"
 
 namespace fastlane::cuda {
 
@@ -11,27 +10,8 @@ namespace fastlane::cuda {
 template <class T, int kWidth, class Warp>
 struct WgradBlock {
   using S = Slice<T>;
-  static constexpr int kStride = weight_stride(kWidth), kHalf = kWidth / 2, kThreads = kStackWarps * 32;
+  static constexpr int kStride = weight_stride(kWidth), kHalf = kWidth / 2;
   static constexpr int kRowTiles = kHalf / 16, kSlices = kHalf / S::kCols;
-
-  // Rows `first` to `end` of a matrix in shared memory; the rest of kWgradRows, and of the columns, is zero.
-  static __device__ void load_rows(T* to, int64_t first, int64_t end, const void* data, int64_t stride, int cols) {
-    constexpr int kVector = kAccessBytes / sizeof(T);
-    const T* const from = static_cast<const T*>(data);
-    if (cols == kWidth && stride % kVector == 0 && reinterpret_cast<uintptr_t>(from) % kAccessBytes == 0) {
-#pragma unroll
-      for (int at = threadIdx.x * kVector; at < kWgradRows * kWidth; at += kThreads * kVector) {
-        const int row = at / kWidth, col = at % kWidth;
-        copy_16_bytes(to + row * kStride + col, from + (first + row) * stride + col, first + row < end);
-      }
-      return;
-    }
-    for (int at = threadIdx.x; at < kWgradRows * kWidth; at += kThreads) {
-      const int row = at / kWidth, col = at % kWidth;
-      const bool present = first + row < end && col < cols;
-      to[row * kStride + col] = present ? from[(first + row) * stride + col] : rounded<T>(0.0f);
-    }
-  }
 
   static __device__ void run(const NarrowStack& p, int layer, int64_t chunk, int64_t chunk_rows) {
     const NarrowLayer& l = p.layers[layer];
@@ -39,7 +19,8 @@ struct WgradBlock {
     T* const h = dz + kWgradRows * kStride;
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int first_n = warp / 2 * kHalf, first_k = warp % 2 * kHalf;
-    const void* const inputs = layer == 0 ? p.x.data : p.layers[layer - 1].kept;
+    const T* const from_dz = static_cast<const T*>(l.dz);
+    const T* const inputs = static_cast<const T*>(layer == 0 ? p.x.data : p.layers[layer - 1].kept);
     const int64_t input_stride = layer == 0 ? p.x.row_stride : l.in_features;
 
     Sums<T> sums[kRowTiles][kSlices * S::kTiles];
@@ -53,8 +34,10 @@ struct WgradBlock {
     const int64_t end = (chunk + 1) * chunk_rows < p.rows ? (chunk + 1) * chunk_rows : p.rows;
     for (int64_t first = chunk * chunk_rows; first < end; first += kWgradRows) {
       __syncthreads();
-      load_rows(dz, first, end, l.dz, l.out_features, l.out_features);
-      load_rows(h, first, end, inputs, input_stride, l.in_features);
+      load_shared<kWgradRows, kWidth, kStride>(dz, from_dz + first * l.out_features, end - first, l.out_features,
+                                               l.out_features, 1);
+      load_shared<kWgradRows, kWidth, kStride>(h, inputs + first * input_stride, end - first, l.in_features,
+                                               input_stride, 1);
       __syncthreads();
 #pragma unroll 1
       for (int row = 0; row < kWgradRows; row += S::kCols) {
