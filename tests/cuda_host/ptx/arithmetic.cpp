@@ -202,7 +202,7 @@ void add_arithmetic(Table& table) {
   add_integers(table);
   table["selp.b32"] = table["selp.u32"] = table["selp.f32"] = compute<uint32_t, uint32_t, uint32_t, uint64_t>(
       [](uint32_t a, uint32_t b, uint64_t p) { return p & 1 ? a : b; });
-  table["selp.u16"] = table["selp.f64"] = compute<uint64_t, uint64_t, uint64_t, uint64_t>(
+  table["selp.u16"] = table["selp.b64"] = table["selp.f64"] = compute<uint64_t, uint64_t, uint64_t, uint64_t>(
       [](uint64_t a, uint64_t b, uint64_t p) { return p & 1 ? a : b; });
   for (const char* opcode : {"mov.b32", "mov.u32", "mov.s32", "mov.f32"}) table[opcode] = move<uint32_t, uint16_t>;
   for (const char* opcode : {"mov.b64", "mov.u64", "mov.f64"}) table[opcode] = move<uint64_t, uint32_t>;
