@@ -1,6 +1,5 @@
 """Python in a process of its own, for what is decided once in a process."""
 
-import gc
 import json
 import os
 import subprocess
@@ -70,5 +69,5 @@ def run_scenarios(scenarios):
         # Whoever fails alone would leave the others waiting for it in the next scenario.
         dist.barrier()
     print(json.dumps(results), flush=True)
-    gc.collect()  # FSDP's modules refer to the group, whose threads must have ended before Python does
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads outlive an FSDP2 group, and may abort while Python shuts down (pytorch#190489)
