@@ -83,7 +83,7 @@ void cuda_stack_backward(const StackProblem& p) {
     memory = at::empty({size * p.count * width}, options_of(DType::f32));
     return static_cast<float*>(memory.mutable_data_ptr());
   };
-  if (any_db) s.partial_db = floats(partial_db, cuda::narrow_partial_sums(p.rows));
+  if (any_db) s.partial_db = floats(partial_db, cuda::narrow_partial_sums(p.rows, width, p.dtype));
   if (any_dweight) s.partial_dw = floats(partial_dw, cuda::WgradGeometry(p.rows, p.count).chunks * width);
   cuda::narrow_backward(s, width, p.dtype, stream);
 }

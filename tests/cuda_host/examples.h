@@ -65,21 +65,21 @@ struct Example {
   std::vector<float> partial_db, partial_dw;
   NarrowStack stack;
 
-  // Without gaps everything lies as 16-byte accesses need it, if the sizes do.
-  Example(std::vector<int64_t> s, int64_t rows, Activation activation, bool transposed, bool gaps = true)
+  // Without a gap everything lies as 16-byte accesses need it, if the sizes do.
+  Example(std::vector<int64_t> s, int64_t rows, Activation activation, bool transposed, int64_t gap = 1)
       : sizes(std::move(s)),
         rows(rows),
-        x(rows, sizes.front(), gaps * 3),
-        y(rows, sizes.back(), gaps * 1),
-        dy(rows, sizes.back(), gaps * 2),
-        dx(rows, sizes.front(), gaps * 5) {
+        x(rows, sizes.front(), gap * 3),
+        y(rows, sizes.back(), gap * 1),
+        dy(rows, sizes.back(), gap * 2),
+        dx(rows, sizes.front(), gap * 5) {
     x.fill(random, 1), dy.fill(random, 1);
     stack.rows = rows, stack.count = static_cast<int>(sizes.size()) - 1, stack.activation = activation;
     for (size_t i = 0; i + 1 < sizes.size(); ++i) {
       const int64_t in = sizes[i], out = sizes[i + 1];
-      weights.emplace_back(transposed ? in : out, transposed ? out : in, gaps), biases.emplace_back(1, out),
+      weights.emplace_back(transposed ? in : out, transposed ? out : in, gap), biases.emplace_back(1, out),
           db.emplace_back(1, out);
-      dw.emplace_back(transposed ? in : out, transposed ? out : in, gaps * 3);
+      dw.emplace_back(transposed ? in : out, transposed ? out : in, gap * 3);
       kept.emplace_back(rows, out), dz.emplace_back(rows, out);
       weights.back().fill(random, 1 / std::sqrt(static_cast<float>(in))), biases.back().fill(random, 0.5);
     }

@@ -74,8 +74,8 @@ void test_preactivation_grad(int64_t rows, int64_t cols, int64_t gap, Activation
 
 template <class T>
 void test_stack(const std::vector<int64_t>& sizes, int width, int64_t rows, Activation activation, bool transposed,
-                bool gaps = true) {
-  Example<T> e(sizes, rows, activation, transposed, gaps);
+                int64_t gap = 1) {
+  Example<T> e(sizes, rows, activation, transposed, gap);
   ptx::runtime().allowed.clear();
   for (auto* matrices : {&e.weights, &e.biases})
     for (Matrix<T>& m : *matrices) allow({&m}, false);
@@ -84,7 +84,7 @@ void test_stack(const std::vector<int64_t>& sizes, int width, int64_t rows, Acti
   allow({&e.x, &e.dy}, false), allow({&e.y, &e.dx}, true);
   narrow_forward(e.stack, width, kDType<T>, nullptr);
   e.check_forward();
-  e.make_partial_sums(narrow_partial_sums(rows), width);
+  e.make_partial_sums(narrow_partial_sums(rows, width, kDType<T>), width);
   allow(e.partial_db, true), allow(e.partial_dw, true);
   narrow_backward(e.stack, width, kDType<T>, nullptr);
   e.check_backward();
@@ -129,14 +129,14 @@ void test_passes() {
   test_preactivation_grad<T>(9, 600, 8, Activation::none, false);
 }
 
-// More layers of 128 than fit into shared memory at a time.
+// Also more layers of 128 than fit into shared memory at a time.
 template <class T>
 void test_stacks_of_16_bits() {
   test_stack<T>({3, 3, 3, 1}, 32, 1, Activation::gelu, false);
   test_stack<T>({25, 43, 43, 54}, 64, 140, Activation::gelu_tanh, true);
   test_stack<T>({100, 128, 128, 128, 7}, 128, 70, Activation::gelu, false);
-  test_stack<T>({64, 64, 64}, 64, 300, Activation::gelu, false, /*gaps=*/false);
-  test_stack<T>({128, 128}, 128, 90, Activation::none, false, /*gaps=*/false);
+  test_stack<T>({64, 64, 64}, 64, 300, Activation::gelu, false, /*gap=*/0);
+  test_stack<T>({128, 128, 128, 128}, 128, 150, Activation::none, false, /*gap=*/0);
 }
 
 }  // namespace
@@ -153,7 +153,7 @@ int main(int argc, char** argv) {
     test_stacks_of_16_bits<__half>();
     test_stack<float>({17, 32, 32, 5}, 32, 130, Activation::gelu, false);
     test_stack<float>({64, 64, 64, 64, 33}, 64, 70, Activation::gelu_tanh, true);
-    test_stack<float>({64, 64, 64}, 64, 130, Activation::gelu, false, /*gaps=*/false);
+    test_stack<float>({64, 64, 64}, 64, 130, Activation::gelu, false, /*gap=*/0);
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     return 1;

@@ -6,7 +6,9 @@
 
 #include <array>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <deque>
 
 #include "grid.h"
 
@@ -18,13 +20,13 @@ struct WarpMeeting {
   std::array<float, 32> values;
   std::array<const uint16_t*, 32> rows;
 };
-inline std::array<WarpMeeting, 8> warp_meetings;
+inline std::array<WarpMeeting, 12> warp_meetings;
 
 struct HostWarp {
   static constexpr bool kMultiplies = true;
 
   static unsigned char* shared_memory() {
-    alignas(16) static unsigned char memory[std::size_t{128} << 10];
+    alignas(16) static unsigned char memory[std::size_t{100} << 10];
     return memory;
   }
 
@@ -67,6 +69,20 @@ struct HostWarp {
     meeting.barrier.arrive_and_wait();
   }
 
+  // Nothing arrives before it is awaited; until then its place is NaN.
+  static void copy_async(void* shared, const void* global) {
+    if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) std::abort();
+    std::memset(shared, 0xff, 16);
+    open_copies.push_back({shared, global});
+  }
+  static void commit_copies() { copies.push_back(std::move(open_copies)), open_copies.clear(); }
+  template <int kPending>
+  static void await_copies() {
+    for (; copies.size() > kPending; copies.pop_front())
+      for (const Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, 16);
+  }
+  static void prefetch(const void* global) { static_cast<void>(*static_cast<const volatile char*>(global)); }
+
   static float exchange(float x, int bits) {
     WarpMeeting& meeting = warp_meetings[threadIdx.x / 32];
     const unsigned lane = threadIdx.x % 32;
@@ -78,6 +94,13 @@ struct HostWarp {
   }
 
  private:
+  struct Copy {
+    void* to;
+    const void* from;
+  };
+  static inline thread_local std::vector<Copy> open_copies;
+  static inline thread_local std::deque<std::vector<Copy>> copies;
+
   template <class T>
   static float element(uint32_t bits, unsigned which) {
     T x;

@@ -21,20 +21,24 @@ __device__ inline float float_of(uint32_t bits) {
   return x;
 }
 
-// A matrix in shared memory, kRows × kWidth with rows kStride apart: what is beyond `rows` and `cols` is zero. Every
-// thread of the block has to come here.
-template <int kRows, int kWidth, int kStride, class T>
-__device__ void load_shared(T* to, const T* from, int64_t rows, int cols, int64_t row_stride, int64_t col_stride) {
-  constexpr int kThreads = kStackWarps * 32, kVector = kAccessBytes / sizeof(T);
+// A matrix into shared memory, kRows × kWidth with rows kStride apart: what is beyond `rows` and `cols` is zero. What
+// may be copied by 16 bytes is only on its way then, in the thread's open group of copies. All kThreads of the block
+// have to come here.
+template <int kRows, int kWidth, int kStride, int kThreads, class Warp, class T>
+__device__ void begin_to_shared(T* to, const T* from, int64_t rows, int cols, int64_t row_stride,
+                                int64_t col_stride) {
+  constexpr int kVector = kAccessBytes / sizeof(T);
   const bool aligned = reinterpret_cast<uintptr_t>(from) % kAccessBytes == 0 && row_stride % kVector == 0;
-  if (aligned && col_stride == 1 && cols == kWidth) {
-    // As words: a struct of 16-bit values nvcc takes apart.
+  if (aligned && col_stride == 1 && cols % kVector == 0) {
 #pragma unroll 4
     for (int at = threadIdx.x * kVector; at < kRows * kWidth; at += kThreads * kVector) {
       const int row = at / kWidth, col = at % kWidth;
-      uint4 word{};
-      if (row < rows) word = *reinterpret_cast<const uint4*>(from + row * row_stride + col);
-      *reinterpret_cast<uint4*>(to + row * kStride + col) = word;
+      T* const place = to + row * kStride + col;
+      if (row < rows && col < cols) {
+        Warp::copy_async(place, from + row * row_stride + col);
+      } else {
+        *reinterpret_cast<uint4*>(place) = uint4{};
+      }
     }
     return;
   }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "column_sums.cuh"
-#include "narrow_fragments.cuh"
+#include "layer_queue.cuh"
 
 namespace fastlane::cuda {
 
@@ -11,7 +11,8 @@ template <class T, int kWidth, class Warp>
 struct StackWarp {
   using S = Slice<T>;
   static constexpr int kSlices = kWidth / S::kCols, kTiles = S::kTiles, kStride = weight_stride(kWidth);
-  static constexpr int kLayersAtOnce = layers_at_once(kWidth, sizeof(T));
+  static constexpr int kForwardWarps = forward_shape(sizeof(T)).warps;
+  static constexpr int kBackwardWarps = backward_shape(kWidth, sizeof(T)).warps;
   using Rows = S[kSlices];
   // Without a branch between slices one's activation overlaps with the next one's product, if registers allow.
   static constexpr bool kOverlaps = sizeof(T) == 2 && kWidth <= 64;
@@ -44,7 +45,7 @@ struct StackWarp {
         : pairs(cols == kWidth && stride % 2 == 0 && reinterpret_cast<uintptr_t>(data) % (2 * sizeof(T)) == 0) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t at = row_tile * kStackRows + w.warp * kWarpRows + 8 * half + w.g;
+        const int64_t at = row_tile * kWarpRows + 8 * half + w.g;
         row[half] = data + at * stride, present[half] = at < w.p.rows;
       }
     }
@@ -83,54 +84,44 @@ struct StackWarp {
     });
   }
 
-  // In shared memory: the weights of some layers, zero beyond their sizes, then their biases.
-  __device__ T* weight(int layer) const {
-    return reinterpret_cast<T*>(Warp::shared_memory()) + layer % kLayersAtOnce * kWidth * kStride;
+  // Has rows brought near, each of at most two lines, that are to be read soon.
+  __device__ void prefetch(int64_t row_tile, const void* data, int64_t stride, int cols) const {
+    constexpr int kLine = 128 / sizeof(T);
+    const int lane = threadIdx.x % 32, col = lane % 2 * kLine;
+    const int64_t row = row_tile * kWarpRows + lane / 2;
+    if (row < p.rows && col < cols) Warp::prefetch(static_cast<const T*>(data) + row * stride + col);
   }
-  __device__ float* bias(int layer) const {
-    return reinterpret_cast<float*>(weight(0) +
-                                    (p.count < kLayersAtOnce ? p.count : kLayersAtOnce) * kWidth * kStride) +
-           layer % kLayersAtOnce * kWidth;
-  }
-  // Every thread of the block has to come here.
-  __device__ void load_layers(int first) const {
-    __syncthreads();
-    const int end = p.count < first + kLayersAtOnce ? p.count : first + kLayersAtOnce;
-    for (int layer = first; layer < end; ++layer) {
-      const NarrowLayer& l = p.layers[layer];
-      load_shared<kWidth, kWidth, kStride>(weight(layer), static_cast<const T*>(l.weight.data), l.out_features,
-                                           l.in_features, l.weight.row_stride, l.weight.col_stride);
-      for (int n = threadIdx.x; n < kWidth; n += kStackWarps * 32)
-        bias(layer)[n] = l.bias && n < l.out_features ? widen(static_cast<const T*>(l.bias)[n]) : 0.0f;
-    }
-    __syncthreads();
+  // What a layer takes in.
+  __device__ const void* input(int layer) const { return layer == 0 ? p.x.data : p.layers[layer - 1].kept; }
+  __device__ int64_t input_stride(int layer) const {
+    return layer == 0 ? p.x.row_stride : p.layers[layer].in_features;
   }
 
   // rows · W, or rows · Wᵀ, added to the sums of a slice of columns.
   template <bool kTransposed>
-  __device__ void multiply_add(const Rows& rows, int layer, int slice, Sums<T> (&sums)[kTiles]) const {
+  __device__ void multiply_add(const Rows& rows, const T* weight, int slice, Sums<T> (&sums)[kTiles]) const {
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
       const int n = kTransposed ? s : slice, k = kTransposed ? slice : s;
       uint32_t b[kTiles][2];
-      S::template read_b<kTransposed, Warp>(weight(layer) + n * S::kCols * kStride + k * S::kCols, kStride, b);
+      S::template read_b<kTransposed, Warp>(weight + n * S::kCols * kStride + k * S::kCols, kStride, b);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) sums[j].template multiply_add<Warp>(rows[s].r, b[j]);
     }
   }
   // Calls f(slice, its tiles' z) for each slice of a layer's product.
   template <class F>
-  __device__ void each_z(const Rows& h, int layer, F f) const {
+  __device__ void each_z(const Rows& h, int layer, const SharedLayer<T>& shared, F f) const {
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
       Sums<T> sums[kTiles];
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        const auto b = load<2>(bias(layer) + col_of(s, j));
+        const auto b = load<2>(shared.bias + col_of(s, j));
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[j].start(i, b.v[i % 2]);
       }
-      if (kOverlaps || s * S::kCols < p.layers[layer].out_features) multiply_add<false>(h, layer, s, sums);
+      if (kOverlaps || s * S::kCols < p.layers[layer].out_features) multiply_add<false>(h, shared.weight, s, sums);
       f(s, sums);
     }
   }
@@ -141,7 +132,7 @@ struct StackWarp {
   }
 
   // h of the next layer.
-  __device__ void forward(Rows& h, int layer) const {
+  __device__ void forward(Rows& h, int layer, const SharedLayer<T>& shared) const {
     const NarrowLayer& l = p.layers[layer];
     Rows next;
     const auto finish = [&](auto activation, int s, const Sums<T>(&z)[kTiles]) {
@@ -156,10 +147,10 @@ struct StackWarp {
     };
     if constexpr (kOverlaps) {
       with_activation(p.activation, [&](auto activation) {
-        each_z(h, layer, [&](int s, const Sums<T>(&z)[kTiles]) { finish(activation, s, z); });
+        each_z(h, layer, shared, [&](int s, const Sums<T>(&z)[kTiles]) { finish(activation, s, z); });
       });
     } else {
-      each_z(h, layer, [&](int s, const Sums<T>(&z)[kTiles]) {
+      each_z(h, layer, shared, [&](int s, const Sums<T>(&z)[kTiles]) {
         with_activation(p.activation, [&](auto activation) { finish(activation, s, z); });
       });
     }
@@ -179,12 +170,12 @@ struct StackWarp {
 
   // dz from h and the gradient of the layer's output. What lies beyond the columns, and rows beyond the last, are
   // masked: there an infinite weight times h = 0 is NaN.
-  __device__ void backward_dz(const Rows& h, const Rows& dh, Rows& dz, int layer, int64_t rows_left,
-                              ColumnSums& db) const {
+  __device__ void backward_dz(const Rows& h, const Rows& dh, Rows& dz, int layer, const SharedLayer<T>& shared,
+                              int64_t rows_left, ColumnSums& db) const {
     const int cols = p.layers[layer].out_features;
     const bool masked = sizeof(T) == 4 || cols < kWidth || rows_left < kWarpRows;
     float own_rows[8];
-    each_z(h, layer, [&](int s, const Sums<T>(&z)[kTiles]) {
+    each_z(h, layer, shared, [&](int s, const Sums<T>(&z)[kTiles]) {
       float grad[kTiles][4];
       with_activation(p.activation, [&](auto activation) {
 #pragma unroll
@@ -210,7 +201,7 @@ struct StackWarp {
     });
   }
   // The gradient of the layer's input, in place.
-  __device__ void backward_dh(const Rows& dz, Rows& dh, int layer) const {
+  __device__ void backward_dh(const Rows& dz, Rows& dh, int layer, const SharedLayer<T>& shared) const {
     const NarrowLayer& l = p.layers[layer];
 #pragma unroll
     for (int s = 0; s < kSlices; ++s) {
@@ -220,7 +211,7 @@ struct StackWarp {
       for (int j = 0; j < kTiles; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[j].start(i, added.at(j, i));
-      if (kOverlaps || s * S::kCols < l.in_features) multiply_add<true>(dz, layer, s, sums);
+      if (kOverlaps || s * S::kCols < l.in_features) multiply_add<true>(dz, shared.weight, s, sums);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         float c[4];
@@ -233,58 +224,81 @@ struct StackWarp {
   }
 };
 
+// The tiles of 16 rows that a block takes, one to a warp at a time.
+struct BlockTiles {
+  int64_t begin, end;
+
+  __device__ explicit BlockTiles(const NarrowStack& p) {
+    const int64_t tiles = (p.rows + kWarpRows - 1) / kWarpRows;
+    begin = tiles * blockIdx.x / gridDim.x, end = tiles * (blockIdx.x + 1) / gridDim.x;
+  }
+  __device__ int64_t rounds(int warps) const { return (end - begin + warps - 1) / warps; }
+};
+
 template <class T, int kWidth, class Warp>
-__global__ void __launch_bounds__(kStackWarps * 32, kStackBlocksAtOnce)
+__global__ void __launch_bounds__(forward_shape(sizeof(T)).warps * 32, forward_shape(sizeof(T)).blocks_at_once)
     narrow_forward_kernel(const __grid_constant__ NarrowStack p) {
   if constexpr (Warp::kMultiplies) {
     using W = StackWarp<T, kWidth, Warp>;
+    constexpr int kWarps = W::kForwardWarps;
     const W warp{p};
-    const int64_t tiles = (p.rows + kStackRows - 1) / kStackRows;
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const BlockTiles tiles(p);
+    const int in_features = p.layers[0].in_features;
+    LayerQueue<T, kWidth, kWarps * 32, Warp> layers(p, 0, 1, p.count, tiles.rounds(kWarps));
+    for (int64_t first = tiles.begin; first < tiles.end; first += kWarps) {
+      const int64_t tile = first + warp.warp;
       typename W::Rows h;
-      warp.read(h, tile, p.x.data, p.x.row_stride, p.layers[0].in_features);
+      if (tile < tiles.end) warp.read(h, tile, p.x.data, p.x.row_stride, in_features);
+      if (tile + kWarps < tiles.end) warp.prefetch(tile + kWarps, p.x.data, p.x.row_stride, in_features);
       for (int layer = 0; layer < p.count; ++layer) {
-        // If all weights fit at once they are loaded once.
-        if (layer % W::kLayersAtOnce == 0 && (p.count > W::kLayersAtOnce || tile == blockIdx.x))
-          warp.load_layers(layer);
-        warp.forward(h, layer);
+        const SharedLayer<T> shared = layers.next();
+        if (tile >= tiles.end) continue;
+        warp.forward(h, layer, shared);
         const NarrowLayer& l = p.layers[layer];
         if (l.kept && layer + 1 < p.count) warp.write(h, tile, l.kept, l.out_features, l.out_features);
       }
-      if (p.y.data) warp.write(h, tile, p.y.data, p.y.row_stride, p.layers[p.count - 1].out_features);
+      if (p.y.data && tile < tiles.end)
+        warp.write(h, tile, p.y.data, p.y.row_stride, p.layers[p.count - 1].out_features);
     }
   }
 }
 
 template <class T, int kWidth, class Warp>
-__global__ void __launch_bounds__(kStackWarps * 32, kStackBlocksAtOnce)
+__global__ void __launch_bounds__(backward_shape(kWidth, sizeof(T)).warps * 32,
+                                  backward_shape(kWidth, sizeof(T)).blocks_at_once)
     narrow_backward_kernel(const __grid_constant__ NarrowStack p) {
   if constexpr (Warp::kMultiplies) {
     using W = StackWarp<T, kWidth, Warp>;
+    constexpr int kWarps = W::kBackwardWarps;
     const W warp{p};
-    const int64_t tiles = (p.rows + kStackRows - 1) / kStackRows;
+    const BlockTiles tiles(p);
     const int last = p.count - 1;
     float* const partial_db =
-        p.partial_db ? p.partial_db + (int64_t{blockIdx.x} * kStackWarps + warp.warp) * p.count * kWidth : nullptr;
-    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        p.partial_db ? p.partial_db + (int64_t{blockIdx.x} * kWarps + warp.warp) * p.count * kWidth : nullptr;
+    LayerQueue<T, kWidth, kWarps * 32, Warp> layers(p, last, -1, p.count - p.first, tiles.rounds(kWarps));
+    for (int64_t first = tiles.begin; first < tiles.end; first += kWarps) {
+      const int64_t tile = first + warp.warp;
+      const bool present = tile < tiles.end;
       typename W::Rows dh;
-      warp.read(dh, tile, p.dy.data, p.dy.row_stride, p.layers[last].out_features);
+      if (present) warp.read(dh, tile, p.dy.data, p.dy.row_stride, p.layers[last].out_features);
       for (int layer = last; layer >= p.first; --layer) {
         const NarrowLayer& l = p.layers[layer];
-        const bool first_use = layer == last || (layer + 1) % W::kLayersAtOnce == 0;
-        if (first_use && (p.count > W::kLayersAtOnce || tile == blockIdx.x))
-          warp.load_layers(layer - layer % W::kLayersAtOnce);
-        typename W::Rows h, dz;
-        const bool is_first = layer == 0;
-        warp.read(h, tile, is_first ? p.x.data : p.layers[layer - 1].kept, is_first ? p.x.row_stride : l.in_features,
-                  l.in_features);
-        typename W::ColumnSums db;
-        warp.backward_dz(h, dh, dz, layer, p.rows - tile * kStackRows - warp.warp * kWarpRows, db);
-        if (l.db && partial_db) warp.add_column_sums(db, partial_db + int64_t{layer} * kWidth, tile == blockIdx.x);
-        if (l.dz) warp.write(dz, tile, l.dz, l.out_features, l.out_features);
-        if (layer > p.first || p.dx.data) warp.backward_dh(dz, dh, layer);
+        const SharedLayer<T> shared = layers.next();
+        typename W::ColumnSums db = {};
+        if (present) {
+          typename W::Rows h, dz;
+          warp.read(h, tile, warp.input(layer), warp.input_stride(layer), l.in_features);
+          if (const int next = layer - 1; layer > p.first)
+            warp.prefetch(tile, warp.input(next), warp.input_stride(next), p.layers[next].in_features);
+          warp.backward_dz(h, dh, dz, layer, shared, p.rows - tile * kWarpRows, db);
+          if (l.dz) warp.write(dz, tile, l.dz, l.out_features, l.out_features);
+          if (layer > p.first || p.dx.data) warp.backward_dh(dz, dh, layer, shared);
+        }
+        // A warp without rows has sums too: narrow_sum_kernel adds everyone's.
+        if (l.db && partial_db && (present || first == tiles.begin))
+          warp.add_column_sums(db, partial_db + int64_t{layer} * kWidth, first == tiles.begin);
       }
-      if (p.dx.data) warp.write(dh, tile, p.dx.data, p.dx.row_stride, p.layers[0].in_features);
+      if (present && p.dx.data) warp.write(dh, tile, p.dx.data, p.dx.row_stride, p.layers[0].in_features);
     }
   }
 }

@@ -1,6 +1,7 @@
 // A whole narrow stack as one kernel forward and one backward, on the tensor cores of sm_80 and newer. A warp takes
 // 16 rows through all layers: between layers their activations stay in its registers, since the accumulators of one
-// product lie as the next one's operand. Weights wait in shared memory, as many layers at a time as fit.
+// product lie as the next one's operand. Weights wait in shared memory; where not all fit, they pass through it while
+// the layers before them are computed.
 //
 // Forward keeps each layer's output for backward instead of its z, which backward computes again: on tensor cores a
 // product should cost less than the GELU that would restore an output from z. Nothing here was measured.
@@ -16,13 +17,21 @@
 namespace fastlane::cuda {
 
 constexpr int64_t kMaxStackLayers = 128;  // so that all fit into a kernel's parameters
-constexpr int kStackWarps = 4, kWarpRows = 16, kStackRows = kStackWarps * kWarpRows;
-// Three fit on a multiprocessor by their registers, and by their weights where it has 227 KiB; the smallest lend a
-// block 99.
-constexpr int kStackBlocksAtOnce = 3;
+constexpr int kWarpRows = 16;
+// Three blocks of this fit where a multiprocessor has 227 KiB, and one where it has the least, 99.
 constexpr int64_t kWeightBytes = int64_t{75} << 10;
-// About three for each of 132 multiprocessors; a constant, because it decides in which order db is summed.
-constexpr int64_t kMaxStackBlocks = 384;
+// Of the larger GPUs; a constant, because it decides in which order db is summed.
+constexpr int64_t kMultiprocessors = 132;
+
+// Warps of a block, and blocks that a multiprocessor's registers hold at once. Passing weights serve a whole block,
+// so where they are largest, and rows come from memory in every layer too, one block has all warps.
+struct StackShape {
+  int warps, blocks_at_once;
+};
+constexpr StackShape forward_shape(int64_t element) { return element == 4 ? StackShape{4, 3} : StackShape{8, 2}; }
+constexpr StackShape backward_shape(int width, int64_t element) {
+  return element == 4 ? StackShape{4, 3} : width == 128 ? StackShape{12, 1} : StackShape{8, 2};
+}
 
 struct NarrowLayer {
   ConstMatrix weight;  // out_features × in_features
@@ -78,15 +87,20 @@ inline int64_t narrow_shared_bytes(int64_t layers, int width, DType dtype) {
   return std::min<int64_t>(layers, layers_at_once(width, element)) * layer_bytes(width, element);
 }
 
-inline int64_t narrow_tiles(int64_t rows) { return ceil_div(rows, kStackRows); }
-inline int64_t narrow_blocks(int64_t rows) { return std::min(kMaxStackBlocks, narrow_tiles(rows)); }
+// A block has a range of tiles of kWarpRows, its warps take them in turn.
+inline int64_t narrow_blocks(int64_t rows, StackShape shape) {
+  return std::min(kMultiprocessors * shape.blocks_at_once, ceil_div(rows, shape.warps * kWarpRows));
+}
 // Each warp sums the db of its rows.
-inline int64_t narrow_partial_sums(int64_t rows) { return narrow_blocks(rows) * kStackWarps; }
+inline int64_t narrow_partial_sums(int64_t rows, int width, DType dtype) {
+  const StackShape shape = backward_shape(width, element_size(dtype));
+  return narrow_blocks(rows, shape) * shape.warps;
+}
 
-// Rows that a block of wgrad has in shared memory at a time; rows that it sums; how many such chunks there are. By
-// the problem alone: about 512 blocks if there are rows, more where a chunk would be too long for tensor cores' sums,
-// which are rounded toward zero at every step.
-constexpr int kWgradRows = 64;
+// A block of wgrad multiplies kWgradRows at a time, while the next come into shared memory. chunk_rows are what it
+// sums, and so many chunks there are: by the problem alone: about 512 blocks if there are rows, more where a chunk
+// would be too long for tensor cores' sums, which are rounded toward zero at every step.
+constexpr int kWgradWarps = 4, kWgradRows = 64;
 struct WgradGeometry {
   int64_t chunk_rows, chunks;
 
@@ -98,8 +112,10 @@ struct WgradGeometry {
     chunks = ceil_div(rows, chunk_rows);
   }
 };
+// Of dz and h.
+constexpr int wgrad_stage(int width) { return 2 * kWgradRows * weight_stride(width); }
 inline int64_t narrow_wgrad_shared_bytes(int width, DType dtype) {
-  return 2 * kWgradRows * weight_stride(width) * element_size(dtype);
+  return 2 * wgrad_stage(width) * element_size(dtype);
 }
 
 // Of at least one row, on the given stream of the current device. A failed launch throws std::runtime_error with its

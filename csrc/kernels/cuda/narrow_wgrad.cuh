@@ -10,13 +10,12 @@ namespace fastlane::cuda {
 template <class T, int kWidth, class Warp>
 struct WgradBlock {
   using S = Slice<T>;
-  static constexpr int kStride = weight_stride(kWidth), kHalf = kWidth / 2;
+  static constexpr int kStride = weight_stride(kWidth), kHalf = kWidth / 2, kStage = wgrad_stage(kWidth);
   static constexpr int kRowTiles = kHalf / 16, kSlices = kHalf / S::kCols;
 
   static __device__ void run(const NarrowStack& p, int layer, int64_t chunk, int64_t chunk_rows) {
     const NarrowLayer& l = p.layers[layer];
-    T* const dz = reinterpret_cast<T*>(Warp::shared_memory());
-    T* const h = dz + kWgradRows * kStride;
+    T* const memory = reinterpret_cast<T*>(Warp::shared_memory());
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int first_n = warp / 2 * kHalf, first_k = warp % 2 * kHalf;
     const T* const from_dz = static_cast<const T*>(l.dz);
@@ -32,13 +31,22 @@ struct WgradBlock {
         for (int i = 0; i < 4; ++i) sum.start(i, 0.0f);
 
     const int64_t end = (chunk + 1) * chunk_rows < p.rows ? (chunk + 1) * chunk_rows : p.rows;
-    for (int64_t first = chunk * chunk_rows; first < end; first += kWgradRows) {
+    const auto begin_copies = [&](int64_t first, int stage) {
+      T* const to = memory + stage * kStage;
+      begin_to_shared<kWgradRows, kWidth, kStride, kWgradWarps * 32, Warp>(
+          to, from_dz + first * l.out_features, end - first, l.out_features, l.out_features, 1);
+      begin_to_shared<kWgradRows, kWidth, kStride, kWgradWarps * 32, Warp>(
+          to + kWgradRows * kStride, inputs + first * input_stride, end - first, l.in_features, input_stride, 1);
+      Warp::commit_copies();
+    };
+    int stage = 0;
+    begin_copies(chunk * chunk_rows, stage);
+    for (int64_t first = chunk * chunk_rows; first < end; first += kWgradRows, stage ^= 1) {
+      Warp::template await_copies<0>();
       __syncthreads();
-      load_shared<kWgradRows, kWidth, kStride>(dz, from_dz + first * l.out_features, end - first, l.out_features,
-                                               l.out_features, 1);
-      load_shared<kWgradRows, kWidth, kStride>(h, inputs + first * input_stride, end - first, l.in_features,
-                                               input_stride, 1);
-      __syncthreads();
+      if (first + kWgradRows < end) begin_copies(first + kWgradRows, stage ^ 1);
+      const T* const dz = memory + stage * kStage;
+      const T* const h = dz + kWgradRows * kStride;
 #pragma unroll 1
       for (int row = 0; row < kWgradRows; row += S::kCols) {
         uint32_t a[kRowTiles][4];
@@ -76,7 +84,7 @@ struct WgradBlock {
 
 // A block for each chunk of rows and layer.
 template <class T, int kWidth, class Warp>
-__global__ void __launch_bounds__(kStackWarps * 32)
+__global__ void __launch_bounds__(kWgradWarps * 32)
     narrow_wgrad_kernel(const __grid_constant__ NarrowStack p, int64_t chunk_rows) {
   if constexpr (Warp::kMultiplies)
     if (p.layers[blockIdx.y].dweight.data)

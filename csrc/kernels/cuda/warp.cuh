@@ -52,6 +52,24 @@ struct DeviceWarp {
 #undef FASTLANE_LDMATRIX
   }
 
+  // 16 bytes from global to shared memory, both aligned to 16. A thread's copies since the last commit are a group;
+  // await_copies returns when at most kPending of its groups, the last ones, are still on their way.
+  static __device__ void copy_async(void* shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(__cvta_generic_to_global(global))
+                 : "memory");
+  }
+  static __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  template <int kPending>
+  static __device__ void await_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  }
+  // Has a line of global memory brought into the L2 cache.
+  static __device__ void prefetch(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
+  }
+
   // What the lane has whose number differs in these bits.
   static __device__ float exchange(float x, int bits) { return __shfl_xor_sync(0xffffffff, x, bits); }
 };

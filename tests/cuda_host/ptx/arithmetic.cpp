@@ -137,6 +137,14 @@ void add_comparisons(Table& table, const std::string& type) {
   table["setp.ge" + type] = compare<V>([](V a, V b) { return a >= b; });
 }
 
+struct Quotient {
+  template <class V>
+  V operator()(V a, V b) const {
+    if (b == 0) throw std::runtime_error("a division by 0");
+    return a / b;
+  }
+};
+
 void add_integers(Table& table) {
   using u16 = uint16_t;
   using u32 = uint32_t;
@@ -147,14 +155,15 @@ void add_integers(Table& table) {
   table["mul.lo.s32"] = binary<u32>([](u32 a, u32 b) { return a * b; });
   table["mad.lo.s32"] = ternary<u32>([](u32 a, u32 b, u32 c) { return a * b + c; });
   table["min.s32"] = binary<int32_t>([](int32_t a, int32_t b) { return std::min(a, b); });
-  table["div.s32"] = binary<int32_t>([](int32_t a, int32_t b) {
-    if (b == 0) throw std::runtime_error("div.s32: by 0");
-    return a / b;
-  });
+  table["div.s32"] = binary<int32_t>(Quotient{});
+  table["div.u32"] = binary<u32>(Quotient{});
+  table["div.s64"] = binary<int64_t>(Quotient{});
   table["add.s64"] = binary<u64>([](u64 a, u64 b) { return a + b; });
   table["sub.s64"] = binary<u64>([](u64 a, u64 b) { return a - b; });
   table["mul.lo.s64"] = binary<u64>([](u64 a, u64 b) { return a * b; });
   table["mul.hi.u64"] = binary<u64>([](u64 a, u64 b) { return static_cast<unsigned __int128>(a) * b >> 64; });
+  table["mul.hi.s64"] =
+      binary<int64_t>([](int64_t a, int64_t b) { return static_cast<int64_t>(static_cast<__int128>(a) * b >> 64); });
   table["mul.wide.u32"] = compute<u64, u32, u32>([](u32 a, u32 b) { return u64{a} * b; });
   table["mul.wide.s32"] = compute<int64_t, int32_t, int32_t>([](int32_t a, int32_t b) { return int64_t{a} * b; });
   table["and.b16"] = binary<u16>([](u16 a, u16 b) { return a & b; });

@@ -40,6 +40,7 @@ struct Thread {
   uint32_t cluster_phase = 0;  // when it arrived at the cluster's barrier
   uint32_t proxy_fences = 0;  // fence.proxy.async that it has passed
   Pending stores;  // by TMA
+  Pending copies;  // by cp.async
 
   uint32_t lane() const { return index % 32; }
 };

@@ -113,7 +113,26 @@ bool map_to_block(Machine& m, Thread& t, const Instruction& i) {
   return true;
 }
 
+// Until it is waited for, its place is NaN.
+bool copy_async(Machine& m, Thread& t, const Instruction& i) {
+  constexpr size_t kBytes = 16;
+  const uint32_t to = shared_address(m, t, i.operands[0]);
+  const auto* const from = reinterpret_cast<const void*>(address(m, t, i.operands[1]));
+  if (read<uint32_t>(m, t, i.operands[2]) != kBytes || i.operands.size() != 3)
+    throw std::runtime_error("cp.async: other than 16 bytes");
+  if (to % kBytes != 0 || reinterpret_cast<uintptr_t>(from) % kBytes != 0)
+    throw std::runtime_error("cp.async: a misaligned address");
+  m.check_global(from, kBytes, false);
+  std::memset(m.shared(to, kBytes), 0xff, kBytes);
+  t.copies.open.push_back(begun_at(i, [&m, &t, to, from] {
+    std::memcpy(m.shared(to, kBytes), from, kBytes);
+    m.stored(t, to, kBytes);
+  }));
+  return true;
+}
+
 bool end_thread(Machine& m, Thread& t, const Instruction&) {
+  if (!t.copies.empty()) throw std::runtime_error("a cp.async was not waited for");
   if (!t.stores.empty()) throw std::runtime_error("a TMA store may still read shared memory");
   if (!t.block->products[t.index / 128].empty()) throw std::runtime_error("a wgmma was not waited for");
   t.done = true;
@@ -125,6 +144,19 @@ bool end_thread(Machine& m, Thread& t, const Instruction&) {
 }  // namespace
 
 void add_memory(Table& table) {
+  table["cp.async.cg.shared.global"] = copy_async;
+  table["cp.async.commit_group"] = [](Machine&, Thread& t, const Instruction&) {
+    t.copies.commit();
+    return true;
+  };
+  table["cp.async.wait_group"] = [](Machine& m, Thread& t, const Instruction& i) {
+    t.copies.wait(read<uint32_t>(m, t, i.operands[0]));
+    return true;
+  };
+  table["prefetch.global.L2"] = [](Machine& m, Thread& t, const Instruction& i) {
+    m.check_global(reinterpret_cast<const void*>(address(m, t, i.operands[0])), 1, false);
+    return true;
+  };
   table["ld.param.u8"] = load<uint8_t, Space::parameter>;
   for (const char* count : {"", "v2.", "v4."}) {
     const std::string vector = count;
