@@ -70,16 +70,17 @@ struct HostWarp {
   }
 
   // Nothing arrives before it is awaited; until then its place is NaN.
-  static void copy_async(void* shared, const void* global) {
+  static void copy_async(void* shared, const void* global, bool present) {
     if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) std::abort();
     std::memset(shared, 0xff, 16);
-    open_copies.push_back({shared, global});
+    open_copies.push_back({shared, present ? global : nullptr});
   }
   static void commit_copies() { copies.push_back(std::move(open_copies)), open_copies.clear(); }
   template <int kPending>
   static void await_copies() {
     for (; copies.size() > kPending; copies.pop_front())
-      for (const Copy& copy : copies.front()) std::memcpy(copy.to, copy.from, 16);
+      for (const Copy& copy : copies.front())
+        copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
   }
   static void prefetch(const void* global) { static_cast<void>(*static_cast<const volatile char*>(global)); }
 
@@ -96,7 +97,7 @@ struct HostWarp {
  private:
   struct Copy {
     void* to;
-    const void* from;
+    const void* from;  // null for zeros
   };
   static inline thread_local std::vector<Copy> open_copies;
   static inline thread_local std::deque<std::vector<Copy>> copies;

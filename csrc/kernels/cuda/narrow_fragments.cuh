@@ -30,16 +30,15 @@ __device__ void begin_to_shared(T* to, const T* from, int64_t rows, int cols, in
   constexpr int kVector = kAccessBytes / sizeof(T);
   const bool aligned = reinterpret_cast<uintptr_t>(from) % kAccessBytes == 0 && row_stride % kVector == 0;
   if (aligned && col_stride == 1 && cols % kVector == 0) {
-#pragma unroll 4
-    for (int at = threadIdx.x * kVector; at < kRows * kWidth; at += kThreads * kVector) {
-      const int row = at / kWidth, col = at % kWidth;
-      T* const place = to + row * kStride + col;
-      if (row < rows && col < cols) {
-        Warp::copy_async(place, from + row * row_stride + col);
-      } else {
-        *reinterpret_cast<uint4*>(place) = uint4{};
-      }
-    }
+    // A thread stays in its column.
+    static_assert(kThreads * kVector % kWidth == 0);
+    constexpr int kStep = kThreads * kVector / kWidth;
+    const int col = threadIdx.x * kVector % kWidth, first = threadIdx.x * kVector / kWidth;
+    const int present = col >= cols ? 0 : rows < kRows ? static_cast<int>(rows) : kRows;
+    from += first * row_stride + col, to += first * kStride + col;
+#pragma unroll
+    for (int i = 0; i * kStep < kRows; ++i, from += kStep * row_stride, to += kStep * kStride)
+      if (kRows % kStep == 0 || first + i * kStep < kRows) Warp::copy_async(to, from, first + i * kStep < present);
     return;
   }
   for (int at = threadIdx.x; at < kRows * kWidth; at += kThreads) {

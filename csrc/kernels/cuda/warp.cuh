@@ -52,12 +52,13 @@ struct DeviceWarp {
 #undef FASTLANE_LDMATRIX
   }
 
-  // 16 bytes from global to shared memory, both aligned to 16. A thread's copies since the last commit are a group;
-  // await_copies returns when at most kPending of its groups, the last ones, are still on their way.
-  static __device__ void copy_async(void* shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-                 :
-                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(__cvta_generic_to_global(global))
+  // 16 bytes from global to shared memory, both aligned to 16, or zeros if not `present`. A thread's copies since the
+  // last commit are a group; await_copies returns when at most kPending of its groups, the last ones, are still on
+  // their way.
+  static __device__ void copy_async(void* shared, const void* global, bool present) {
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(global)),
+                 "r"(present ? 16 : 0)
                  : "memory");
   }
   static __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -118,14 +118,16 @@ bool copy_async(Machine& m, Thread& t, const Instruction& i) {
   constexpr size_t kBytes = 16;
   const uint32_t to = shared_address(m, t, i.operands[0]);
   const auto* const from = reinterpret_cast<const void*>(address(m, t, i.operands[1]));
-  if (read<uint32_t>(m, t, i.operands[2]) != kBytes || i.operands.size() != 3)
-    throw std::runtime_error("cp.async: other than 16 bytes");
+  const bool present = read<uint32_t>(m, t, i.operands.at(3)) != 0;
+  if (read<uint32_t>(m, t, i.operands[2]) != kBytes || (present && read<uint32_t>(m, t, i.operands[3]) != kBytes))
+    throw std::runtime_error("cp.async: other than 16 bytes or none");
   if (to % kBytes != 0 || reinterpret_cast<uintptr_t>(from) % kBytes != 0)
     throw std::runtime_error("cp.async: a misaligned address");
-  m.check_global(from, kBytes, false);
+  if (present) m.check_global(from, kBytes, false);
   std::memset(m.shared(to, kBytes), 0xff, kBytes);
-  t.copies.open.push_back(begun_at(i, [&m, &t, to, from] {
-    std::memcpy(m.shared(to, kBytes), from, kBytes);
+  t.copies.open.push_back(begun_at(i, [&m, &t, to, from, present] {
+    uint8_t* const place = m.shared(to, kBytes);
+    present ? std::memcpy(place, from, kBytes) : std::memset(place, 0, kBytes);
     m.stored(t, to, kBytes);
   }));
   return true;
