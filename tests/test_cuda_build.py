@@ -92,8 +92,11 @@ __device__ void each(const float* in, float* out, Function function) {
 #define KERNEL(name, call) \\
   extern "C" __global__ void name(const float* in, float* out) { each(in, out, [](float z) { return call(z); }); }
 KERNEL(nothing, NoActivation::value<__half>)
-KERNEL(gelu_value, ExactGelu::value<__half>)
-KERNEL(gelu_slope, ExactGelu::slope<__half>)
+KERNEL(bf16_value, ExactGelu::value<__nv_bfloat16>)
+KERNEL(bf16_slope, ExactGelu::slope<__nv_bfloat16>)
+KERNEL(f16_value, ExactGelu::value<__half>)
+KERNEL(f16_slope, ExactGelu::slope<__half>)
+KERNEL(tf32_value, ExactGelu::value<Tf32>)
 KERNEL(tanh_value, TanhGelu::value<__half>)
 KERNEL(tanh_slope, TanhGelu::slope<__half>)
 """
@@ -112,6 +115,7 @@ def test_gelu_of_16_bits_is_short(cuobjdump, tmp_path):
     counts = {name: len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/ +(?!NOP)", text, re.MULTILINE)) for name, text in functions}
     base = counts.pop("nothing")
     per_element = {name: (count - base) / 16 for name, count in counts.items()}
-    most = {"gelu_value": 14.5, "gelu_slope": 17.5, "tanh_value": 9.5, "tanh_slope": 13.5}
+    most = {"bf16_value": 11.5, "bf16_slope": 15.5, "f16_value": 11.5, "f16_slope": 15.5, "tf32_value": 12.5}
+    most |= {"tanh_value": 8.5, "tanh_slope": 13.5}
     assert per_element.keys() == most.keys()
     assert all(per_element[name] <= most[name] for name in most), per_element

@@ -48,6 +48,24 @@ __device__ void store(T* p, const Access<T, N>& values) {
   *reinterpret_cast<Access<T, N>*>(p) = values;
 }
 
+// A result in float of operands in TF32, which has no more digits than they.
+struct Tf32 {};
+
+// gelu16.h's kind of a result; of float and double there is none.
+template <class T>
+struct GeluTail {};
+template <>
+struct GeluTail<__nv_bfloat16> : bits16::Bfloat16Tail {};
+template <>
+struct GeluTail<__half> : bits16::Float16Tail {};
+template <>
+struct GeluTail<Tf32> : bits16::Tf32Tail {};
+// A pass waits for memory, and can afford the digits that bfloat16 does not ask for.
+template <class T>
+using InPass = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, Tf32, T>;
+template <class T>
+constexpr bool kIsShort = !std::is_floating_point_v<T>;
+
 // T is what the result is stored in.
 struct NoActivation {
   template <class T>
@@ -62,15 +80,15 @@ struct NoActivation {
 struct ExactGelu {
   template <class T>
   static __device__ compute_t<T> value(compute_t<T> z) {
-    if constexpr (sizeof(T) == 2)
-      return bits16::gelu(z);
+    if constexpr (kIsShort<T>)
+      return bits16::gelu<GeluTail<T>>(z);
     else
       return gelu(z);
   }
   template <class T>
   static __device__ compute_t<T> slope(compute_t<T> z) {
-    if constexpr (sizeof(T) == 2)
-      return bits16::gelu_derivative(z);
+    if constexpr (kIsShort<T>)
+      return bits16::gelu_derivative<GeluTail<T>>(z);
     else
       return gelu_derivative(z);
   }
@@ -78,14 +96,14 @@ struct ExactGelu {
 struct TanhGelu {
   template <class T>
   static __device__ compute_t<T> value(compute_t<T> z) {
-    if constexpr (sizeof(T) == 2)
+    if constexpr (kIsShort<T>)
       return bits16::gelu_tanh(z);
     else
       return gelu_tanh(z);
   }
   template <class T>
   static __device__ compute_t<T> slope(compute_t<T> z) {
-    if constexpr (sizeof(T) == 2)
+    if constexpr (kIsShort<T>)
       return bits16::gelu_tanh_derivative(z);
     else
       return gelu_tanh_derivative(z);

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2) epilogue_kernel(const Epilog
         for (int i = 0; i < N; ++i) {
           const R sum = p.bias ? widen(product[r].v[i]) + bias[i] : widen(product[r].v[i]);
           z.v[i] = rounded<T>(sum);
-          const R activated = Act::template value<T>(sum);
+          const R activated = Act::template value<InPass<T>>(sum);
           out.v[i] = rounded<T>(p.addend ? activated + widen(addend[r].v[i]) : activated);
         }
         if (p.z) store<N>(p.z + row * p.z_stride + col, z);

@@ -91,7 +91,7 @@ inline double hopper_cycles(const GemmProblem& p, HopperKind kind, HopperTile ti
   const double bytes = static_cast<double>(element_size(p.dtype));
   const double main_loop =
       k * std::max(rows * cols / kMultiplyAdds * bytes / 2, (rows + cols / 2) * bytes / kL2Bytes);
-  const double instructions = kind == HopperKind::through_activation ? 36 : p.activation == Activation::none ? 5 : 20;
+  const double instructions = kind == HopperKind::through_activation ? 34 : p.activation == Activation::none ? 5 : 17;
   const double epilogue = rows * cols * instructions / (kLanes * (is_shared(tile) ? 0.8 : 0.5));
   const double rounds = static_cast<double>(ceil_div(TileGrid(p, tile).tiles(), gpu.multiprocessors));
   // Of two warpgroups with tiles of their own one at a time multiplies, and one at a time is in its epilogue.

@@ -75,7 +75,7 @@ struct ForwardEpilogue {
   using Bias = fusion::Sm90RowBroadcast<0, Tile<E, kTile>, E, float>;
   using Z = fusion::Sm90EVT<Compute<cutlass::plus, float>, Bias, fusion::Sm90AccFetch>;
   using KeptZ = std::conditional_t<kStoresZ, fusion::Sm90EVT<typename Aux<E, kTile>::Store, Z>, Z>;
-  using Tree = PlusAddend<E, E, fusion::Sm90EVT<Compute<Activate, float>, KeptZ>>;
+  using Tree = PlusAddend<E, E, fusion::Sm90EVT<Compute<ActivationOf<E>::template Value, float>, KeptZ>>;
 
   static typename Tree::Arguments arguments(const GemmProblem& p) {
     const typename Z::Arguments z{{static_cast<const E*>(p.bias)}, {}, {}};
@@ -102,7 +102,8 @@ struct DgradEpilogue {
 template <class E, HopperTile kTile>
 struct ThroughActivationEpilogue {
   using Unscaled = fusion::Sm90EVT<typename Aux<E, kTile>::Store, PlusAddend<E, float, fusion::Sm90AccFetch>>;
-  using Scaled = fusion::Sm90EVT<Compute<TimesSlope, float>, Unscaled, typename Aux<E, kTile>::Load>;
+  using Scaled =
+      fusion::Sm90EVT<Compute<ActivationOf<E>::template TimesSlope, float>, Unscaled, typename Aux<E, kTile>::Load>;
   using Sums = ColumnSums<column_sum_rows(kTile)>;
   using Tree = fusion::Sm90EVT<Compute<cutlass::epilogue::thread::Identity, E>, fusion::Sm90EVT<Sums, Scaled>>;
 

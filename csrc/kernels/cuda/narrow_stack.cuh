@@ -136,12 +136,14 @@ struct StackWarp {
     const NarrowLayer& l = p.layers[layer];
     Rows next;
     const auto finish = [&](auto activation, int s, const Sums<T>(&z)[kTiles]) {
-      const S added = l.adds_input ? h[s] : S{};
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         float y[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) y[i] = activation.template value<T>(z[j][i]) + added.at(j, i);
+        for (int i = 0; i < 4; ++i) {
+          y[i] = activation.template value<T>(z[j][i]);
+          if (l.adds_input) y[i] += h[s].at(j, i);
+        }
         next[s].set(j, y);
       }
     };

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2) preactivation_grad_kernel(co
           if (p.z) z = load<N>(p.z + row * p.z_stride + col);
 #pragma unroll
           for (int i = 0; i < N; ++i) {
-            const R grad = widen(dy.v[i]) * Act::template slope<T>(widen(z.v[i]));
+            const R grad = widen(dy.v[i]) * Act::template slope<InPass<T>>(widen(z.v[i]));
             db[i] += grad;
             dz.v[i] = rounded<T>(grad);
           }
