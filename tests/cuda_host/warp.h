@@ -100,7 +100,13 @@ struct HostWarp {
     const void* from;  // null for zeros
   };
   static inline thread_local std::vector<Copy> open_copies;
-  static inline thread_local std::deque<std::vector<Copy>> copies;
+  struct Groups : std::deque<std::vector<Copy>> {
+    ~Groups() {
+      for (const std::vector<Copy>& group : *this)
+        if (!group.empty()) std::abort();
+    }
+  };
+  static inline thread_local Groups copies;
 
   template <class T>
   static float element(uint32_t bits, unsigned which) {

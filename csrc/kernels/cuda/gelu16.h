@@ -5,7 +5,7 @@
 //   tanh:   gelu.h's, with the GPU's own reciprocal and power of 2
 //
 // log₂ Φ(−t) is a polynomial, so that the tail keeps its digits; of as many terms as a result has digits. What the
-// GPU's functions would return as a denormal they return as 0, and so a result below 2⁻¹¹⁸ may be 0.
+// GPU's functions would return as a denormal they return as 0, so that below 2⁻¹¹⁸ a result has fewer digits or is 0.
 #pragma once
 
 #include <limits>
@@ -31,8 +31,9 @@ inline float exp2_approx(float x) { return without_denormals(std::exp2(x)); }
 inline float reciprocal_approx(float x) { return without_denormals(1 / x); }
 #endif
 
-// At a tail's end, and where σ(−2u(t)) is 0, clamping keeps ∞ from becoming ∞ · 0; written so that NaN stays.
-constexpr float kLogisticEnd = 12;
+// Where Φ(−t) and φ(t), and where σ(−2u(t)), have become 0. Clamping there keeps ∞ from becoming ∞ · 0; written so
+// that NaN stays.
+constexpr float kTailEnd = 13.2f, kLogisticEnd = 12;
 FASTLANE_HOST_DEVICE inline float at_most(float z, float limit) { return z > limit ? limit : z; }
 FASTLANE_HOST_DEVICE inline float at_least(float z, float limit) { return z < limit ? limit : z; }
 
@@ -42,12 +43,11 @@ FASTLANE_HOST_DEVICE float polynomial(float t, float first, Rest... rest) {
   return std::fma(polynomial(t, rest...), t, first);
 }
 
-// For each kind of result: log₂ Φ(−t) for 0 ≤ t ≤ kEnd, where Φ has become 0, with minimax coefficients. The errors
-// are the largest relative ones of gelu, and of gelu′ against Φ + |z| φ.
+// For each kind of result: log₂ Φ(−t) for 0 ≤ t ≤ kTailEnd, with minimax coefficients. The errors are the largest
+// relative ones of gelu, and of gelu′ against Φ + |z| φ.
 //
 // 5.2e-4; half a unit is at least 2e-3.
 struct Bfloat16Tail {
-  static constexpr float kEnd = 13;
   static FASTLANE_HOST_DEVICE float log2(float t) {
     return polynomial(t, -1.00072908f, -1.14341259f, -0.472251445f, -0.0447753929f, 0.00554739079f, -0.000429960288f,
                       1.85255522e-05f, -3.36470492e-07f);
@@ -55,7 +55,6 @@ struct Bfloat16Tail {
 };
 // 2e-5 up to t = 6, where float16 ends; half a unit is at least 2.4e-4.
 struct Float16Tail {
-  static constexpr float kEnd = 7.5f;
   static FASTLANE_HOST_DEVICE float log2(float t) {
     return polynomial(t, -1.0000211f, -1.15092182f, -0.459242076f, -0.0532473847f, 0.00819277577f, -0.000858614338f,
                       5.34442624e-05f, -1.47141236e-06f);
@@ -64,7 +63,6 @@ struct Float16Tail {
 // 6e-5 up to t = 6, 3e-4 up to 10, 6e-4 beyond; half a unit of TF32 is at least 2.4e-4, and gelu at −t enlarges the
 // one in its z about t²-fold.
 struct Tf32Tail {
-  static constexpr float kEnd = 13;
   static FASTLANE_HOST_DEVICE float log2(float t) {
     return polynomial(t, -1.00007367f, -1.15030038f, -0.460419029f, -0.0524671637f, 0.00798706058f, -0.000847749005f,
                       5.79579028e-05f, -2.26575753e-06f, 3.81983831e-08f);
@@ -73,7 +71,7 @@ struct Tf32Tail {
 
 template <class Tail>
 FASTLANE_HOST_DEVICE float gelu(float z) {
-  const float t = at_most(std::fabs(z), Tail::kEnd);
+  const float t = at_most(std::fabs(z), kTailEnd);
   return std::fma(-t, exp2_approx(Tail::log2(t)), std::fmax(z, 0.0f));
 }
 
@@ -81,7 +79,7 @@ template <class Tail>
 FASTLANE_HOST_DEVICE float gelu_derivative(float z) {
   constexpr float kScale = static_cast<float>(-0.5 * gelu_constants::log2_e);
   constexpr float kLog2InvSqrt2Pi = -1.3257480647361593f;
-  const float t = at_most(std::fabs(z), Tail::kEnd);
+  const float t = at_most(std::fabs(z), kTailEnd);
   const float density = exp2_approx(std::fma(kScale * t, t, kLog2InvSqrt2Pi));
   const float below = std::fma(-t, density, exp2_approx(Tail::log2(t)));
   return z < 0 ? below : 1 - below;

@@ -21,6 +21,14 @@ __device__ inline float float_of(uint32_t bits) {
   return x;
 }
 
+// What a layer takes in.
+__device__ inline const void* layer_input(const NarrowStack& p, int layer) {
+  return layer == 0 ? p.x.data : p.layers[layer - 1].kept;
+}
+__device__ inline int64_t layer_input_stride(const NarrowStack& p, int layer) {
+  return layer == 0 ? p.x.row_stride : p.layers[layer].in_features;
+}
+
 // A matrix into shared memory, kRows × kWidth with rows kStride apart: what is beyond `rows` and `cols` is zero. What
 // may be copied by 16 bytes is only on its way then, in the thread's open group of copies. All kThreads of the block
 // have to come here.

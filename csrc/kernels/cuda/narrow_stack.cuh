@@ -84,17 +84,12 @@ struct StackWarp {
     });
   }
 
-  // Has rows brought near, each of at most two lines, that are to be read soon.
+  // Has rows brought near that are to be read soon: of each two lines, all of it where it begins on one.
   __device__ void prefetch(int64_t row_tile, const void* data, int64_t stride, int cols) const {
     constexpr int kLine = 128 / sizeof(T);
     const int lane = threadIdx.x % 32, col = lane % 2 * kLine;
     const int64_t row = row_tile * kWarpRows + lane / 2;
     if (row < p.rows && col < cols) Warp::prefetch(static_cast<const T*>(data) + row * stride + col);
-  }
-  // What a layer takes in.
-  __device__ const void* input(int layer) const { return layer == 0 ? p.x.data : p.layers[layer - 1].kept; }
-  __device__ int64_t input_stride(int layer) const {
-    return layer == 0 ? p.x.row_stride : p.layers[layer].in_features;
   }
 
   // rows · W, or rows · Wᵀ, added to the sums of a slice of columns.
@@ -289,9 +284,9 @@ __global__ void __launch_bounds__(backward_shape(kWidth, sizeof(T)).warps * 32,
         typename W::ColumnSums db = {};
         if (present) {
           typename W::Rows h, dz;
-          warp.read(h, tile, warp.input(layer), warp.input_stride(layer), l.in_features);
+          warp.read(h, tile, layer_input(p, layer), layer_input_stride(p, layer), l.in_features);
           if (const int next = layer - 1; layer > p.first)
-            warp.prefetch(tile, warp.input(next), warp.input_stride(next), p.layers[next].in_features);
+            warp.prefetch(tile, layer_input(p, next), layer_input_stride(p, next), p.layers[next].in_features);
           warp.backward_dz(h, dh, dz, layer, shared, p.rows - tile * kWarpRows, db);
           if (l.dz) warp.write(dz, tile, l.dz, l.out_features, l.out_features);
           if (layer > p.first || p.dx.data) warp.backward_dh(dz, dh, layer, shared);

@@ -18,7 +18,7 @@ namespace fastlane::cuda {
 
 constexpr int64_t kMaxStackLayers = 128;  // so that all fit into a kernel's parameters
 constexpr int kWarpRows = 16;
-// Three blocks of this fit where a multiprocessor has 227 KiB, and one where it has the least, 99.
+// Three blocks of this fit on a Hopper's multiprocessor, and one where there is least, 99 KiB.
 constexpr int64_t kWeightBytes = int64_t{75} << 10;
 // Of the larger GPUs; a constant, because it decides in which order db is summed.
 constexpr int64_t kMultiprocessors = 132;
@@ -89,7 +89,8 @@ inline int64_t narrow_shared_bytes(int64_t layers, int width, DType dtype) {
 
 // A block has a range of tiles of kWarpRows, its warps take them in turn.
 inline int64_t narrow_blocks(int64_t rows, StackShape shape) {
-  return std::min(kMultiprocessors * shape.blocks_at_once, ceil_div(rows, shape.warps * kWarpRows));
+  constexpr int64_t kLeastTiles = 4;  // few rows on many multiprocessors are faster than in full blocks
+  return std::min(kMultiprocessors * shape.blocks_at_once, ceil_div(rows, kLeastTiles * kWarpRows));
 }
 // Each warp sums the db of its rows.
 inline int64_t narrow_partial_sums(int64_t rows, int width, DType dtype) {
@@ -97,9 +98,9 @@ inline int64_t narrow_partial_sums(int64_t rows, int width, DType dtype) {
   return narrow_blocks(rows, shape) * shape.warps;
 }
 
-// A block of wgrad multiplies kWgradRows at a time, while the next come into shared memory. chunk_rows are what it
-// sums, and so many chunks there are: by the problem alone: about 512 blocks if there are rows, more where a chunk
-// would be too long for tensor cores' sums, which are rounded toward zero at every step.
+// A block of wgrad multiplies kWgradRows at a time, while the next come into shared memory. It sums chunk_rows, by
+// the problem alone: for about 512 blocks if there are rows, more where a chunk would be too long for tensor cores'
+// sums, which are rounded toward zero at every step.
 constexpr int kWgradWarps = 4, kWgradRows = 64;
 struct WgradGeometry {
   int64_t chunk_rows, chunks;

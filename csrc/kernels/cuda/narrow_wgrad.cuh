@@ -19,8 +19,8 @@ struct WgradBlock {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int first_n = warp / 2 * kHalf, first_k = warp % 2 * kHalf;
     const T* const from_dz = static_cast<const T*>(l.dz);
-    const T* const inputs = static_cast<const T*>(layer == 0 ? p.x.data : p.layers[layer - 1].kept);
-    const int64_t input_stride = layer == 0 ? p.x.row_stride : l.in_features;
+    const T* const inputs = static_cast<const T*>(layer_input(p, layer));
+    const int64_t input_stride = layer_input_stride(p, layer);
 
     Sums<T> sums[kRowTiles][kSlices * S::kTiles];
 #pragma unroll
