@@ -278,6 +278,11 @@ __global__ void __launch_bounds__(backward_shape(kWidth, sizeof(T)).warps * 32,
       const bool present = tile < tiles.end;
       typename W::Rows dh;
       if (present) warp.read(dh, tile, p.dy.data, p.dy.row_stride, p.layers[last].out_features);
+      // Where there is one block, everyone waits for rows at once; the others have no registers for it.
+      if (const int64_t next = tile + kWarps; kWidth == 128 && next < tiles.end) {
+        warp.prefetch(next, p.dy.data, p.dy.row_stride, p.layers[last].out_features);
+        warp.prefetch(next, layer_input(p, last), layer_input_stride(p, last), p.layers[last].in_features);
+      }
       for (int layer = last; layer >= p.first; --layer) {
         const NarrowLayer& l = p.layers[layer];
         const SharedLayer<T> shared = layers.next();
