@@ -132,7 +132,7 @@ def integer_cases(*arguments, **options):
 @each_lying
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_few_rows(dtype, lying):
-    """Inner products up to 16 or 24 rows, sums of a weight's rows up to 128, tiles beyond; odd and even numbers, by turns."""
+    """Inner products up to 16 or 24 rows, sums of a weight's rows up to 128, tiles beyond; odd and even, by turns."""
     turn, real = LYING.index(lying) % 2, []
     for size in paired((1, 15, 17, 63, 65, 129, 1025), LYING.index(lying)):
         few = [*range(1 + turn, 18, 2), 24 + turn, 48 + turn, 128 + turn]
