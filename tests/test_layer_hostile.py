@@ -148,7 +148,7 @@ FAR_SIZES = {
     "the transposed product": (35, 67, 13),
     "two chunks of a narrow layer": (401, 21, 35),
     "beyond a narrow layer": (33, 301, 299),
-    "beyond a block": (19, 2051, 67),
+    "beyond a block": (25, 2051, 67),
 }
 
 
@@ -396,6 +396,20 @@ def test_a_single_denormal(tiny, size, layouts):
         operand[i, j] = value
         assert_exact(case.with_layout(x=layouts[0], weight=layouts[1]))
         operand[i, j] = 0
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("rows", [1, 5, 40, 130])
+def test_a_single_denormal_beyond_a_block(rows, layout):
+    """Found in a later block of k too, whose sums wait for it."""
+    case = make_case((rows,), 4200, 7, dtype=torch.bfloat16, integers=True, activation="none", residual="none")
+    case.bias.zero_()
+    for name in ("x", "weight"):
+        operand = getattr(case, name)
+        before, operand[:] = operand.clone(), 0
+        operand[-1, 4150] = 2.0**-133
+        assert_exact(case.with_layout(weight=layout))
+        operand[:] = before
 
 
 @poisoned

@@ -34,13 +34,13 @@ bool library_has_tiles(const LayerShape& shape) {
          shape.out_features >= 128;
 }
 
-// A bf16 weight that no cache holds, used by few rows, is a matter of fetching it, and the library fetches better
-// where it has vdpbf16ps; without, it was slower.
+// A bf16 weight that no cache holds, used by more rows than the kernels for few take, is a matter of fetching it, and
+// the library fetches better where it has vdpbf16ps; without, it was slower.
 // Measured on AMD Zen 5, eager's time / fused, forward: 128 × 4096² 0.76–0.92, 512 × 4096² 0.73–0.95, but
-// 2048 × 4096² 1.08.
+// 2048 × 4096² 1.08. On Zen 4: 17 and 24 × 4096² 1.28–1.34, 32 × 4096² 0.98.
 bool streams_weight(const LayerShape& shape) {
   static const bool measured = cpu_has("avx512_bf16");
-  return measured && shape.dtype == DType::bf16 && shape.rows > 16 && shape.rows <= 1024 &&
+  return measured && shape.dtype == DType::bf16 && shape.rows > 24 && shape.rows <= 1024 &&
          shape.in_features * shape.out_features * 2 >= (int64_t{32} << 20);
 }
 

@@ -18,16 +18,20 @@ struct Bf16PairProduct {
   static constexpr bool reads_storage = true;
   static constexpr bool loses_denormals = true;
 
-  static FASTLANE_INLINE bool loses_any(const BFloat16* p, int64_t count) {
-    const __m512i magnitude = _mm512_set1_epi16(0x7fff), one = _mm512_set1_epi16(1),
-                  largest = _mm512_set1_epi16(0x7f);
-    __mmask32 found = 0;
-    for (; count > 0; count -= 32, p += 32) {
-      const __mmask32 present = count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
-      const __m512i bits = _mm512_and_si512(_mm512_maskz_loadu_epi16(present, p), magnitude);
-      found |= _mm512_cmplt_epu16_mask(_mm512_sub_epi16(bits, one), largest);
+  struct Watch {
+    __m512i least;  // of the magnitudes less one, where zero is the largest number
+
+    FASTLANE_INLINE Watch() : least(_mm512_set1_epi16(-1)) {}
+    FASTLANE_INLINE void see(V units) {
+      const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(units.v), _mm512_set1_epi16(0x7fff));
+      least = _mm512_min_epu16(least, _mm512_sub_epi16(magnitude, _mm512_set1_epi16(1)));
     }
-    return found != 0;
+    bool found() const { return _mm512_cmplt_epu16_mask(least, _mm512_set1_epi16(0x7f)) != 0; }
+  };
+  static FASTLANE_INLINE bool loses_any(const BFloat16* p, int64_t count) {
+    Watch watch;
+    for (; count > 0; count -= 32, p += 32) watch.see(units_along_k(p, count));
+    return watch.found();
   }
 
   static FASTLANE_INLINE V lanes(const Unit* p) { return {_mm512_loadu_ps(p)}; }
@@ -42,9 +46,15 @@ struct Bf16PairProduct {
 
   static FASTLANE_INLINE void store_units(Unit* p, V a) { _mm512_storeu_ps(p, a.v); }
   static FASTLANE_INLINE V units_along_k(const BFloat16* p) { return {_mm512_loadu_ps(p)}; }
+  static FASTLANE_INLINE V units_along_k(const BFloat16* p, int64_t count) {
+    const __mmask32 present = count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
+    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(present, p))};
+  }
   static FASTLANE_INLINE V units_along_strip(const BFloat16* p, int64_t k_stride) {
-    const __m512i first = widen_bits(p), second = widen_bits(p + k_stride);
-    return {_mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)))};
+    return pairs(widen_bits(p), widen_bits(p + k_stride));
+  }
+  static FASTLANE_INLINE V units_along_strip(const BFloat16* p, int64_t k_stride, int64_t k_left, int64_t count) {
+    return pairs(widen_bits(p, count), k_left > 1 ? widen_bits(p + k_stride, count) : _mm512_setzero_si512());
   }
   static FASTLANE_INLINE Unit unit(const BFloat16* p, int64_t k_stride, int64_t k_left) {
     return {*p, k_left > 1 ? p[k_stride] : BFloat16{0}};
@@ -70,5 +80,11 @@ struct Bf16PairProduct {
   }
   static FASTLANE_INLINE __m512i widen_bits(const BFloat16* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static FASTLANE_INLINE __m512i widen_bits(const BFloat16* p, int64_t count) {
+    return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+  }
+  static FASTLANE_INLINE V pairs(__m512i first, __m512i second) {
+    return {_mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32(second, 16)))};
   }
 };
