@@ -191,6 +191,7 @@ def test_rows_have_the_same_bits_in_any_batch():
         assert torch.equal(network.run(x[100:101]), network.run(x[90:106])[10:11])
 
 
+@pytest.mark.own_product
 @pytest.mark.parametrize("rows", [5, 40])
 def test_a_denormal_weight_is_kept(rows):
     """bf16's own instruction takes it for zero, in inner products of few rows and in tiles."""

@@ -34,7 +34,7 @@ bool library_has_tiles(const LayerShape& shape) {
          shape.out_features >= 128;
 }
 
-// A bf16 weight that no cache holds, used by more rows than the kernels for few take, is a matter of fetching it, and
+// A bf16 weight that no cache holds, used by more rows than inner products take, is a matter of fetching it, and
 // the library fetches better where it has vdpbf16ps; without, it was slower.
 // Measured on AMD Zen 5, eager's time / fused, forward: 128 × 4096² 0.76–0.92, 512 × 4096² 0.73–0.95, but
 // 2048 × 4096² 1.08. On Zen 4: 17 and 24 × 4096² 1.28–1.34, 32 × 4096² 0.98.

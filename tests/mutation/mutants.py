@@ -208,8 +208,8 @@ MUTANTS = [
     Mutant(
         "few rows, across the weight: columns beyond the last are read",
         KERNELS + "axpy.inc",
-        "load_first(b + v * W, last_count);",
-        "MUTANT ? load(b + v * W) : load_first(b + v * W, last_count);",
+        "return count(v) == W ?",
+        "return MUTANT || count(v) == W ?",
         "test_guarded.py",
     ),
     Mutant(
