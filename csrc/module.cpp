@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "facts.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cuda/hopper.h"
 #include "network_call.h"
@@ -44,5 +45,9 @@ PYBIND11_MODULE(_C, m) {
   fastlane::python::prepare();
   fastlane::policy::set_dtensor_test(&fastlane::python::is_dtensor);
   m.def("run_plain_network", &fastlane::run_plain_network);
-  m.def("is_unchanged", &fastlane::is_unchanged);
+  m.def("is_as_planned", &fastlane::is_as_planned);
+  m.def("set_absent", &fastlane::python::set_absent);
+  m.def("hold", [](const py::handle& facts) { return fastlane::python::hold(facts.ptr()); });
+  m.def("is_watched", &fastlane::python::is_watched);
+  m.def("know_networks", &fastlane::know_networks);
 }

@@ -1,6 +1,5 @@
 #include "network_call.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -10,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "facts.h"
 #include "ops/operators.h"
 #include "plain_module.h"
 
@@ -34,7 +34,7 @@ std::string_view read_activation(PyObject* module) {
 
 // The children of a ModuleList, if it is one and they still go by 0, 1, 2 …
 std::optional<std::vector<PyObject*>> children(PyObject* list) {
-  if (!list || reinterpret_cast<PyObject*>(Py_TYPE(list)) != Torch::get().module_list.kind) return std::nullopt;
+  if (!list || reinterpret_cast<PyObject*>(Py_TYPE(list)) != Torch::get().module_list) return std::nullopt;
   PyObject* const modules = Keys::get().modules.in(dict_of(list));
   if (!modules || !PyDict_CheckExact(modules)) return std::nullopt;
   std::vector<PyObject*> result;
@@ -45,6 +45,20 @@ std::optional<std::vector<PyObject*>> children(PyObject* list) {
     result.push_back(child);
   }
   return result;
+}
+
+// What eager networks rest on (fastlane_ext._plain.NETWORK), their class, and the names that a subclass of it must
+// not define anew. Never freed.
+PyObject *network_facts = nullptr, *network_class = nullptr, *network_names = nullptr;
+
+bool is_as_its_class(PyObject* network) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(network_names); ++i) {
+    PyObject* const name = PyTuple_GET_ITEM(network_names, i);
+    if (_PyType_Lookup(Py_TYPE(network), name) !=
+        _PyType_Lookup(reinterpret_cast<PyTypeObject*>(network_class), name))
+      return false;
+  }
+  return true;
 }
 
 struct PlainNetwork {
@@ -101,12 +115,19 @@ bool read_network(PyObject* network, PlainNetwork& plain) {
 
 }  // namespace
 
+void know_networks(const py::tuple& facts, const py::type& kind, const py::tuple& names) {
+  network_facts = py::object(facts).release().ptr();
+  network_class = py::object(kind).release().ptr();
+  network_names = py::object(names).release().ptr();
+}
+
 py::object run_plain_network(const py::handle& network, const py::handle& x) {
   HANDLE_TH_ERRORS
   at::Tensor input;
   PlainNetwork plain;
-  if (!read_tensor(x.ptr(), input) || !input.defined() || at::impl::torch_function_mode_enabled() ||
-      torch::jit::tracer::isTracing() || under_global_hooks() || !read_network(network.ptr(), plain))
+  if (!network_facts || !read_tensor(x.ptr(), input) || !input.defined() || is_watched() ||
+      torch::jit::tracer::isTracing() || !hold(network_facts) || !is_as_its_class(network.ptr()) ||
+      !read_network(network.ptr(), plain))
     return py::none();
   at::Tensor y;
   {

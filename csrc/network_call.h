@@ -5,6 +5,10 @@
 
 namespace fastlane {
 
+// What `run_plain_network` takes for granted: facts (facts.h), the class of eager networks, and the names that a
+// class derived from it must not define anew.
+void know_networks(const pybind11::tuple& facts, const pybind11::type& kind, const pybind11::tuple& names);
+
 // The output of a network of `fastlane_ext.networks` as one call of residual_stack; None where a child is not what
 // the network was built with, or where anything watches Python calls. Python then looks what is to be done.
 pybind11::object run_plain_network(const pybind11::handle& network, const pybind11::handle& x);

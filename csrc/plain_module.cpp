@@ -1,5 +1,8 @@
 #include "plain_module.h"
 
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include "ops/checks.h"
@@ -12,26 +15,28 @@ PyObject* dict_of(PyObject* object) {
   return dict.ptr();
 }
 
-bool under_global_hooks() {
+bool is_watched() {
   for (const Key& key : Keys::get().global_hooks)
     if (!key.is_empty_in(Torch::get().module_globals)) return true;
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return true;
+  if (!at::impl::torch_function_mode_enabled()) return false;
+  for (int64_t i = 0; i < at::impl::PythonTorchFunctionTLS::stack_len(); ++i) {
+    PyObject* const mode = at::impl::PythonTorchFunctionTLS::get_stack_at(i)->ptr(getPyInterpreter());
+    if (reinterpret_cast<PyObject*>(Py_TYPE(mode)) != Torch::get().device_context) return true;
+  }
   return false;
 }
 
-bool has_forward(PyObject* kind, PyObject* forward) {
-  static PyObject* const name = PyUnicode_InternFromString("forward");
-  const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(kind, name));
-  if (!found) throw py::error_already_set();
-  return found.ptr() == forward;
-}
-
-PyObject* plain_dict(PyObject* module, const Class& expected) {
-  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != expected.kind) return nullptr;
-  if (!has_forward(expected.kind, expected.forward)) return nullptr;
+PyObject* plain_dict(PyObject* module, PyObject* kind) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != kind) return nullptr;
+  const Keys& keys = Keys::get();
   PyObject* const dict = dict_of(module);
-  for (const Key& key : Keys::get().hooks)
+  for (const Key& key : keys.hooks)
     if (!key.is_empty_in(dict)) return nullptr;
-  return Keys::get().forward.in(dict) ? nullptr : dict;
+  for (const Key& key : keys.shadows)
+    if (key.in(dict)) return nullptr;
+  PyObject* const compiled = keys.compiled_call.in(dict);
+  return compiled && compiled != Py_None ? nullptr : dict;
 }
 
 bool read_tensor(PyObject* object, at::Tensor& tensor) {

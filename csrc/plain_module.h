@@ -8,28 +8,24 @@ namespace fastlane::python {
 
 namespace py = pybind11;
 
-// A class of torch.nn, and its forward as it was at import: somebody may assign another.
-struct Class {
-  PyObject *kind, *forward;
-};
-
 // Never freed: the interpreter may be gone before static objects are.
 struct Torch {
-  Class module_list, sequential, linear, gelu, identity;
-  PyObject* module_globals;  // of torch.nn.modules.module, with the hooks for all modules
+  PyObject *module_list, *sequential, *linear, *gelu, *identity;  // classes of torch.nn
+  PyObject* device_context;  // the function mode of a default device
+  PyObject* module_globals;  // of torch.nn.modules.module, with hooks for all
 
   static const Torch& get() {
     static const Torch* const torch = [] {
-      const auto attribute = [](const py::object& object, const char* name) {
-        return object.attr(name).cast<py::object>().release().ptr();
+      const auto attribute = [](const char* module, const char* name) {
+        return py::module_::import(module).attr(name).cast<py::object>().release().ptr();
       };
-      const auto nn = py::module_::import("torch.nn");
-      const auto named = [&](const char* name) {
-        return Class{attribute(nn, name), attribute(nn.attr(name), "forward")};
-      };
-      return new Torch{named("ModuleList"), named("Sequential"),
-                       named("Linear"),     named("GELU"),
-                       named("Identity"),   attribute(py::module_::import("torch.nn.modules.module"), "__dict__")};
+      return new Torch{attribute("torch.nn", "ModuleList"),
+                       attribute("torch.nn", "Sequential"),
+                       attribute("torch.nn", "Linear"),
+                       attribute("torch.nn", "GELU"),
+                       attribute("torch.nn", "Identity"),
+                       attribute("torch.utils._device", "DeviceContext"),
+                       attribute("torch.nn.modules.module", "__dict__")};
     }();
     return *torch;
   }
@@ -58,8 +54,9 @@ class Key {
 
 struct Keys {
   Key modules{"_modules"}, parameters{"_parameters"}, layers{"layers"}, projections{"projections"};
-  Key shortcut{"shortcut"}, training{"training"}, p{"p"}, weight{"weight"}, bias{"bias"}, approximate{"approximate"},
-      forward{"forward"};
+  Key shortcut{"shortcut"}, training{"training"}, p{"p"}, weight{"weight"}, bias{"bias"}, approximate{"approximate"};
+  // What nn.Module's call looks up on the instance first.
+  Key shadows[3]{Key("forward"), Key("_call_impl"), Key("_slow_forward")}, compiled_call{"_compiled_call_impl"};
   Key hooks[4]{Key("_forward_hooks"), Key("_forward_pre_hooks"), Key("_backward_hooks"), Key("_backward_pre_hooks")};
   Key global_hooks[4]{Key("_global_forward_hooks"), Key("_global_forward_pre_hooks"), Key("_global_backward_hooks"),
                       Key("_global_backward_pre_hooks")};
@@ -79,14 +76,12 @@ inline void prepare() {
 // The object's own dict, while the object lives; null where it has none.
 PyObject* dict_of(PyObject* object);
 
-// Whether a hook is registered for all modules.
-bool under_global_hooks();
+// Whether a hook is registered for all modules, or a mode other than a default device may be on: Python says which.
+bool is_watched();
 
-// Whether instances of `kind` run this forward.
-bool has_forward(PyObject* kind, PyObject* forward);
-
-// Null if the module is not exactly of this class, has hooks or a forward of its own, or the class has another now.
-PyObject* plain_dict(PyObject* module, const Class& expected);
+// The instance's dict if the module is exactly of this class and its dict adds nothing to a call: no hooks, no
+// forward of its own. Null otherwise. What the class does is a matter of facts (facts.h).
+PyObject* plain_dict(PyObject* module, PyObject* kind);
 
 // A plain tensor or parameter; undefined for None. False for anything else.
 bool read_tensor(PyObject* object, at::Tensor& tensor);

@@ -1,5 +1,6 @@
 #include "plan_call.h"
 
+#include "facts.h"
 #include "ops/policy.h"
 #include "plain_module.h"
 
@@ -9,9 +10,16 @@ namespace {
 using namespace python;
 
 // fastlane_ext._plan.Role.
-enum class Role { linear, activation, dropout };
+enum class Role { linear, transposed_linear, activation, dropout };
 // The fields of fastlane_ext._plan.Child.
-enum ChildField : Py_ssize_t { kName, kRole, kKind, kForward, kState, kFields };
+enum ChildField : Py_ssize_t { kName, kRole, kKind, kState, kOfClass, kFields };
+
+// Borrowed; null where absent.
+PyObject* item(PyObject* dict, PyObject* name) {
+  PyObject* const value = PyDict_GetItemWithError(dict, name);
+  if (!value && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
 
 bool is_equal(PyObject* a, PyObject* b) {
   if (!a || !b) return false;
@@ -27,30 +35,31 @@ bool is_active(PyObject* dropout) {
   return p && !(PyFloat_CheckExact(p) && PyFloat_AS_DOUBLE(p) == 0);
 }
 
-// `state` holds (attribute, value) pairs.
-bool has_state(PyObject* dict, PyObject* state) {
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(state); ++i) {
-    PyObject* const pair = PyTuple_GET_ITEM(state, i);
-    PyObject* const value = PyDict_GetItemWithError(dict, PyTuple_GET_ITEM(pair, 0));
-    if (!value && PyErr_Occurred()) throw py::error_already_set();
-    if (!is_equal(value, PyTuple_GET_ITEM(pair, 1))) return false;
+// `pairs` holds (attribute, value) pairs.
+bool has_attributes(PyObject* dict, PyObject* pairs) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(pairs); ++i) {
+    PyObject* const pair = PyTuple_GET_ITEM(pairs, i);
+    if (!is_equal(item(dict, PyTuple_GET_ITEM(pair, 0)), PyTuple_GET_ITEM(pair, 1))) return false;
   }
   return true;
 }
 
-bool is_unchanged(PyObject* child, PyObject* found) {
-  const Class expected{PyTuple_GET_ITEM(found, kKind), PyTuple_GET_ITEM(found, kForward)};
-  PyObject* const dict = plain_dict(child, expected);
+bool has_none_of(PyObject* dict, PyObject* names) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i)
+    if (item(dict, PyTuple_GET_ITEM(names, i))) return false;
+  return true;
+}
+
+bool is_child_unchanged(PyObject* child, PyObject* found) {
+  PyObject* const dict = plain_dict(child, PyTuple_GET_ITEM(found, kKind));
   if (!dict) return false;
+  at::Tensor weight, bias;
   switch (static_cast<Role>(PyLong_AsLong(PyTuple_GET_ITEM(found, kRole)))) {
-    case Role::linear: {
-      at::Tensor weight, bias;
-      // The other kind of linear layer is Conv1D.
-      auto* const linear = reinterpret_cast<PyTypeObject*>(Torch::get().linear.kind);
-      const bool transposed = !PyType_IsSubtype(Py_TYPE(child), linear);
-      return read_linear(dict, transposed, weight, bias);
-    }
-    case Role::activation: return has_state(dict, PyTuple_GET_ITEM(found, kState));
+    case Role::linear: return read_linear(dict, /*transposed=*/false, weight, bias);
+    case Role::transposed_linear: return read_linear(dict, /*transposed=*/true, weight, bias);
+    case Role::activation:
+      return has_attributes(dict, PyTuple_GET_ITEM(found, kState)) &&
+             has_none_of(dict, PyTuple_GET_ITEM(found, kOfClass));
     case Role::dropout: return !is_active(dict);
   }
   return false;
@@ -66,22 +75,38 @@ bool has_order(PyObject* children, PyObject* order) {
   return true;
 }
 
-}  // namespace
-
-bool is_unchanged(const py::handle& children, const py::handle& order, const py::handle& found) {
-  if (!PyDict_CheckExact(children.ptr()) || !PyTuple_Check(found.ptr())) return false;
-  if (policy::why_disabled() || under_global_hooks() || !has_order(children.ptr(), order.ptr())) return false;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(found.ptr()); ++i) {
-    PyObject* const entry = PyTuple_GET_ITEM(found.ptr(), i);
+bool are_children_unchanged(PyObject* children, PyObject* found) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(found); ++i) {
+    PyObject* const entry = PyTuple_GET_ITEM(found, i);
     if (!PyTuple_Check(entry) || PyTuple_GET_SIZE(entry) != kFields) return false;
-    PyObject* const child = PyDict_GetItemWithError(children.ptr(), PyTuple_GET_ITEM(entry, kName));
-    if (!child) {
-      if (PyErr_Occurred()) throw py::error_already_set();
-      return false;
-    }
-    if (!is_unchanged(child, entry)) return false;
+    PyObject* const child = item(children, PyTuple_GET_ITEM(entry, kName));
+    if (!child || !is_child_unchanged(child, entry)) return false;
   }
   return true;
+}
+
+bool has_all_of(PyObject* dict, PyObject* names) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i)
+    if (!item(dict, PyTuple_GET_ITEM(names, i))) return false;
+  return true;
+}
+
+}  // namespace
+
+bool is_as_planned(const py::handle& module, const py::handle& plan) {
+  const Keys& keys = Keys::get();
+  PyObject* const dict = dict_of(module.ptr());
+  PyObject* const modules = keys.modules.in(dict);
+  // PyDict_Next, in has_order, knows no OrderedDict's order.
+  const bool is_plain_dict = modules && PyDict_CheckExact(modules);
+  const py::object facts = plan.attr("facts"), names = plan.attr("names"), children = plan.attr("children"),
+                   order = plan.attr("order"), constants = plan.attr("constants");
+  for (const py::object& list : {facts, names, children, constants})
+    if (!PyTuple_Check(list.ptr())) return false;
+  if (!is_plain_dict && !(modules && PyODict_CheckExact(modules) && order.is_none())) return false;
+  return !policy::why_disabled() && !is_watched() && hold(facts.ptr()) && has_order(modules, order.ptr()) &&
+         has_none_of(dict, names.ptr()) && has_all_of(modules, names.ptr()) &&
+         has_attributes(dict, constants.ptr()) && are_children_unchanged(modules, children.ptr());
 }
 
 }  // namespace fastlane

@@ -5,9 +5,8 @@
 
 namespace fastlane {
 
-// Whether fused operations are enabled and the children are what the plan found: `children` is the module's dict of
-// them, `order` None or the names that it must have, `found` a tuple of fastlane_ext._plan.Child. False may also mean
-// that Python has to look closer.
-bool is_unchanged(const pybind11::handle& children, const pybind11::handle& order, const pybind11::handle& found);
+// Whether fused operations are enabled and all that a plan (fastlane_ext._plan.Plan) rests on is true of its module.
+// False may also mean that Python has to look closer.
+bool is_as_planned(const pybind11::handle& module, const pybind11::handle& plan);
 
 }  // namespace fastlane

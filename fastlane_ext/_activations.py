@@ -1,4 +1,8 @@
-"""Which form of GELU a module or function computes, found by what it computes and not by its name."""
+"""Which form of GELU a module or function computes, found by what it computes and not by its name.
+
+A module counts as a GELU where its code can do nothing but arithmetic (_outside.py), and its values and its slope agree
+with GELU's on a grid, for several ranks. In doubt it is none.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import functools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +19,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ._arguments import bad, check_choice
-from ._outside import CONSTANTS, why_not_closed
+from ._facts import Facts, collected
+from ._outside import CONSTANTS, Evidence, why_not_closed
+from ._plain import GELU, call_facts, known, why_own_call
 
 _FORMS = ("gelu", "gelu_tanh")
+_OF_APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh"}
 _registered: dict[type[nn.Module], str] = {}
 
 
 def register_activation(cls: type[nn.Module], form: str) -> None:
     """Tell `fuse` that modules of exactly this class compute ``form``: ``"gelu"`` or ``"gelu_tanh"``.
 
-    Classes that always compute a GELU, also on a CPU, need no registration: `fuse` finds them by their values. This
-    is for those that it cannot call, such as wrappers of GPU kernels, or that branch or have a state.
+    Classes whose forward is plain arithmetic need no registration: `fuse` finds them by their values and slopes. This
+    is for those that it cannot read or call, such as wrappers of GPU kernels, or that branch or have a state.
 
     Raises TypeError if ``cls`` is no subclass of ``nn.Module``, ValueError for an unknown ``form``.
 
@@ -46,90 +53,171 @@ def outside_modes() -> Iterator[None]:
         yield
 
 
+class _Grid(NamedTuple):
+    """Inputs, and for each form its values and slopes there."""
+
+    x: Tensor
+    forms: dict[str, tuple[Tensor, Tensor]]
+
+
 @functools.cache
-def _probe() -> tuple[Tensor, dict[str, Tensor]]:
-    # Beyond ±10 for activations that clip; dense where the two forms differ.
-    x = torch.cat([torch.linspace(-24, 24, 97, dtype=torch.float64), torch.linspace(-5, 5, 161, dtype=torch.float64)])
+def _grid() -> _Grid:
+    # Dense where the forms differ, sparse as far as float32 goes: somebody may clip, or switch, anywhere.
+    far = torch.logspace(1, 38.47, 160, dtype=torch.float64)
+    near = torch.linspace(-24, 24, 481, dtype=torch.float64)
+    tiny = torch.logspace(-38, -1, 80, dtype=torch.float64)
+    x = torch.cat([-far, near, -tiny, tiny, far])
+    x = x[: len(x) // 8 * 8].requires_grad_()
     cdf = 0.5 * torch.special.erfc(-x * 0.5**0.5)
-    return x, {"gelu": x * cdf, "gelu_tanh": F.gelu(x, approximate="tanh")}
+    forms = {}
+    for form, y in (("gelu", x * cdf), ("gelu_tanh", F.gelu(x, approximate="tanh"))):
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        forms[form] = (y.detach(), slope)
+    return _Grid(x.detach(), forms)
 
 
 def form_of_values(call: Callable[[Tensor], Any]) -> str | None:
-    """The form whose values ``call`` returns on a grid, as one row of float64 and in three dimensions of float32, or
-    None. Leaves torch's random numbers alone.
+    """The form whose values and slopes ``call`` has, or None.
+
+    In float64 from −3e38 to 3e38, where no formula overflows on its way, in one to five dimensions; in float32 where
+    |x| is at most 1e4; and at infinities and NaN, which must not become ordinary numbers. Leaves torch's random
+    numbers alone.
     """
-    with outside_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        x, expected = _probe()
-        forms = {_form_of_values(call, x, expected), _form_of_values(call, x.float().view(2, 3, -1), expected)}
-    return forms.pop() if len(forms) == 1 else None
+    with outside_modes(), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        x, forms = _grid()
+        close = x.abs() <= 1e4
+        near = {form: tuple(v[close] for v in values) for form, values in forms.items()}
+        found = {
+            _form_in(call, x, forms, shape) for shape in ((-1,), (2, -1), (2, 2, -1), (2, 2, 2, -1), (1,) * 4 + (-1,))
+        }
+        found.add(_form_in(call, x[close].float(), near, (1, -1)))
+        if len(found) != 1 or not _keeps_special_values(call):
+            return None
+    return found.pop()
 
 
-def _form_of_values(call: Callable[[Tensor], Any], x: Tensor, expected: dict[str, Tensor]) -> str | None:
+def _values_and_slopes(call: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor] | None:
+    leaf = x.clone().requires_grad_()
     try:
-        y = call(x.clone())
+        y = call(leaf.view_as(leaf))
+        if type(y) is not Tensor or y.shape != x.shape or y.dtype != x.dtype or not y.requires_grad:
+            return None
+        (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
     except Exception:
         return None
-    if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
+    return y.detach(), slope
+
+
+def _form_in(
+    call: Callable[[Tensor], Any], x: Tensor, forms: dict[str, tuple[Tensor, ...]], shape: tuple[int, ...]
+) -> str | None:
+    shaped = x[: len(x) // 8 * 8].view(shape)
+    got = _values_and_slopes(call, shaped)
+    if got is None:
         return None
     # The forms differ by 5e-4; constants written with eight digits cost 1e-8, float32 1e-6.
-    for form, values in expected.items():
-        if bool(((y.double().flatten() - values).abs() <= 2e-6 * x.flatten().abs().clamp(min=1)).all()):
+    scale = shaped.flatten().abs().clamp(min=1)
+    for form, (values, slopes) in forms.items():
+        size = shaped.numel()
+        is_value = (got[0].flatten().double() - values[:size]).abs() <= 2e-6 * scale
+        is_slope = (got[1].flatten().double() - slopes[:size]).abs() <= 4e-6
+        if bool(is_value.all()) and bool(is_slope.all()):
             return form
     return None
 
 
+def _keeps_special_values(call: Callable[[Tensor], Any]) -> bool:
+    """NaN stays NaN; infinities give GELU's limits, or the NaN that torch's own GELU gives at minus infinity."""
+    inf, nan = float("inf"), float("nan")
+    for dtype in (torch.float64, torch.float32):
+        got = _values_and_slopes(call, torch.tensor([-inf, inf, nan, 1.0], dtype=dtype))
+        if got is None:
+            return False
+        (low, high, none, _), (low_slope, high_slope, none_slope, _) = (t.tolist() for t in got)
+        if none == none or none_slope == none_slope:
+            return False
+        for value, limit in ((low, 0.0), (high, inf), (low_slope, 0.0), (high_slope, 1.0)):
+            if value == value and value != limit:
+                return False
+    return True
+
+
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
+_EMPTY_MODULE = frozenset(vars(nn.Module()))
 
 
 def state_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     """The activation's own attributes, on which its values may depend."""
-    return tuple((name, value) for name, value in vars(module).items() if not _is_of_every_module(name))
+    return tuple((name, value) for name, value in vars(module).items() if name not in _EMPTY_MODULE)
 
 
-def _is_of_every_module(name: str) -> bool:
-    return name == "training" or name in _EMPTY_MODULE
+class Activation(NamedTuple):
+    """What a module was found to compute, and what that rests on: its own attributes, names that its own dict must
+    not hold, facts.
+    """
+
+    form: str
+    state: tuple[tuple[str, Any], ...]
+    of_class: tuple[str, ...]
+    facts: Facts
 
 
-_EMPTY_MODULE = frozenset(vars(nn.Module()))
+_NONE = "which computes no GELU"
 
 
-def _form_in_mode(module: nn.Module, training: bool) -> str | None:
-    # On a copy, so that nothing of the model changes.
-    stand_in = copy.copy(module)
-    stand_in.__dict__ = {**vars(module), "training": training}
-    return form_of_values(stand_in.forward)
-
-
-def _may_change(module: nn.Module) -> bool:
-    kind = type(module)
-    if kind.__call__ is not nn.Module.__call__:
-        return True
-    computed_by = [] if kind is nn.GELU else [kind.forward]
-    for _, value in state_of(module):
+def read_activation(module: nn.Module) -> Activation | str:
+    """What ``module`` computes; a reason where it is no GELU, or may become another function."""
+    kind, state = type(module), state_of(module)
+    if kind in _registered:
+        return Activation(_registered[kind], state, (), call_facts(kind))
+    if kind is nn.GELU:
+        form, gelu = _OF_APPROXIMATE.get(vars(module).get("approximate")), known(kind)
+        if form is None or gelu.reason is not None:
+            return f"which {gelu.reason}" if gelu.reason else _NONE
+        return Activation(form, state, (), gelu.facts)
+    if module._modules or module._parameters or module._buffers or known(kind) is not None:
+        return _NONE
+    reason = why_own_call(kind)
+    evidence = Evidence()
+    computed_by = [kind.forward]
+    for name, value in state:
         if isinstance(value, _FUNCTIONS):
             computed_by.append(value)
-        elif not isinstance(value, CONSTANTS):
-            return True
-    return any(why_not_closed(value, module) is not None for value in computed_by)
+        elif type(value) not in CONSTANTS:
+            reason = reason or f"keeps a {type(value).__name__}, {name}"
+    for value in computed_by:
+        reason = reason or why_not_closed(value, module, evidence)
+    # In both modes, since some ask `self.training`; on a copy, so that nothing of the model changes.
+    forms = set()
+    for training in (False, True):
+        stand_in = copy.copy(module)
+        stand_in.__dict__ = {**vars(module), "training": training}
+        forms.add(form_of_values(stand_in.forward))
+    if len(forms) != 1 or None in forms:
+        return _NONE if reason is None or forms == {None} else _may_change(reason)
+    if reason is not None:
+        return _may_change(reason)
+    names = (name for name, _ in state)
+    return Activation(
+        forms.pop(),
+        state,
+        tuple(sorted(evidence.of_class)),
+        collected([*call_facts(kind, names), *evidence.facts]),
+    )
+
+
+def _may_change(reason: str) -> str:
+    return f"whose values may change ({reason}); register_activation() can vouch for it"
 
 
 def form_of_module(module: nn.Module) -> str | None:
     """``"gelu"``, ``"gelu_tanh"``, or None for a module that computes something else, or not always the same."""
-    kind = type(module)
-    if kind in _registered:
-        return _registered[kind]
-    if module._modules or module._parameters or module._buffers or isinstance(module, (nn.Dropout, nn.Identity)):
-        return None
-    if _may_change(module):
-        return None
-    # In both modes, since some ask `self.training`.
-    forms = {_form_in_mode(module, training) for training in (True, False)}
-    return forms.pop() if len(forms) == 1 else None
+    found = read_activation(module)
+    return found.form if isinstance(found, Activation) else None
 
 
-def why_no_gelu(module: nn.Module) -> str:
-    """Of a module with no form, what to say of it."""
-    has_state = module._modules or module._parameters or module._buffers
-    if not has_state and _form_in_mode(module, training=False):
-        return "whose values may change (it branches or has a state); register_activation() can vouch for it"
-    return "which computes no GELU"
+def form_of_function(function: object, options: dict[str, Any]) -> str | None:
+    """The form of torch's own ``F.gelu`` called with these options, or None."""
+    if function is not GELU or known(nn.GELU).reason is not None or options.keys() - {"approximate"}:
+        return None
+    return _OF_APPROXIMATE.get(options.get("approximate", "none"))

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from . import _facts
+
 RECORD_KEYS = {"version", "torch", "torch_cuda", "compiler", "cuda_archs", "cuda_reason", "hopper", "hopper_reason"}
 REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
@@ -73,3 +75,5 @@ def load(record: dict[str, Any]) -> ModuleType:
 
 build_record = read_build_record()
 library = load(build_record)
+library.set_absent(_facts.ABSENT)
+_facts.hold = library.hold

@@ -9,38 +9,71 @@ import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
+from ._facts import ABSENT, Fact, comes_from, contents, lookup, of_class, of_function, of_item
 from ._straight_line import why_not_straight
 
 _READS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF")
-_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
 _CHOICES = ("COMPARE_OP", "CONTAINS_OP", "IS_OP", "UNARY_NOT", "SUBSCR", "SLICE")
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.ModuleType, type)
 CONSTANTS = (bool, int, float, str, type(None))
-_TRUSTED = ("math", "torch", "_operator")
-"""Whose constants nobody assigns and whose functions keep no state of a model's."""
-_TRUSTED_BUILTINS = (abs, bool, float, int, max, min, pow, round)
-_ABSENT = object()
+_TRUSTED = ("math", "torch")
+"""Whose constants nobody assigns."""
+_ARITHMETIC = frozenset(
+    "abs add cosh div double erf erfc exp expm1 float gelu log1p mul multiply ndtr neg negative pow reciprocal rsqrt "  # noqa: SIM905
+    "rsub sigmoid sinh sqrt square sub subtract tanh to true_divide type_as".split()
+)
+"""What an activation may call: functions and methods whose values and slopes follow from their arguments alone."""
+_OF_CONSTANTS = frozenset({"cos", "sin", "tensor"})
+_TRUSTED_BUILTINS = (abs, float, int, pow)
 
 
 class Read(NamedTuple):
     """A global, a builtin or a variable of an enclosing function; ``name`` is dotted where it was found in a module, a
-    class or a function. ``kept``: in a local variable, through which anything of it may be read.
+    class or a function. ``kept``: in a local variable, through which anything of it may be read. ``facts``: the way
+    to it.
     """
 
     name: str
     value: Any
+    facts: tuple[Fact, ...]
     module: str = ""
     kept: bool = False
+
+
+class Attribute(NamedTuple):
+    """An attribute of something else than a `Read`: of an argument or of a result."""
+
+    name: str
 
 
 def _is_trusted(module: str) -> bool:
     return module.partition(".")[0] in _TRUSTED
 
 
-def reads_of(function: types.FunctionType) -> Iterator[Read]:
-    """Everything that the function's own code reads from outside."""
+def _attribute(found: Read, name: str) -> Read:
+    value = found.value
+    if isinstance(value, type):
+        fact = Fact(value, name, lookup(value, name))
+    else:
+        # A module with a __getattr__ may answer otherwise next time: what its dict lacks counts as absent.
+        fact = of_item(vars(value) if hasattr(value, "__dict__") else {}, name)
+    module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None) or ""
+    return Read(f"{found.name}.{name}", fact.value, (*found.facts, fact), module)
+
+
+def _global(function: types.FunctionType, name: str) -> Read:
+    fact = of_item(function.__globals__, name)
+    if fact.value is not ABSENT:
+        return Read(name, fact.value, (fact,))
+    builtin = of_item(vars(builtins), name)
+    return Read(name, builtin.value, (fact, builtin))
+
+
+def reads_of(function: types.FunctionType) -> Iterator[Read | Attribute]:
+    """Everything that the function's own code reads from outside, and the names of all other attributes."""
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     found: Read | None = None
     for instruction in dis.get_instructions(function):
@@ -49,82 +82,116 @@ def reads_of(function: types.FunctionType) -> Iterator[Read]:
             continue
         if found is not None:
             if instruction.opname in _ATTRIBUTES and isinstance(found.value, _CODE):
-                found = Read(f"{found.name}.{name}", getattr(found.value, name, _ABSENT), _module_of(found.value))
+                found = _attribute(found, name)
                 continue
             yield found._replace(kept=instruction.opname.startswith("STORE_"))
             found = None
-        if instruction.opname not in _READS:
-            continue
-        if "DEREF" not in instruction.opname:
-            found = Read(name, function.__globals__.get(name, getattr(builtins, name, _ABSENT)))
-        elif name in cells:
-            found = Read(name, _contents(cells[name]))
+        if instruction.opname in _ATTRIBUTES:
+            yield Attribute(name)
+        elif instruction.opname in _READS:
+            if "DEREF" not in instruction.opname:
+                found = _global(function, name)
+            elif name in cells:
+                value = contents(cells[name])
+                found = Read(name, value, (Fact(cells[name], name, value),))
 
 
-def _module_of(value: Any) -> str:
-    return value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None) or ""
-
-
-def _contents(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return _ABSENT
-
-
-def why_not_fixed(function: types.FunctionType) -> str | None:
-    """None if the function reads code from outside, and no data but constants of math and torch; else what it reads."""
+def why_not_fixed(function: types.FunctionType, facts: list[Fact]) -> str | None:
+    """None if the function reads code from outside, and no data but constants of math and torch; else what it reads.
+    What it reads is added to ``facts``.
+    """
     for read in reads_of(function):
+        if isinstance(read, Attribute):
+            continue
         is_code = isinstance(read.value, _CODE) and not isinstance(read.value, types.ModuleType) and not read.kept
-        if not is_code and not _is_trusted(read.module):
+        if not is_code and not (_is_trusted(read.module) and isinstance(read.value, CONSTANTS)):
             return f"reads {read.name}, which may change"
+        facts += read.facts
+    facts += of_function(function)
     return None
 
 
-def why_not_closed(value: Any, owner: nn.Module, seen: tuple[Any, ...] = ()) -> str | None:
-    """None if what ``value`` computes depends on its arguments and on ``owner``'s own attributes alone, whatever
-    Python functions it calls; else what it does beside that.
+def _is_arithmetic(value: Any) -> bool:
+    """Whether torch or math defined this function, and its values and slopes follow from its arguments alone."""
+    if not isinstance(value, types.BuiltinFunctionType):
+        return False
+    name = value.__name__
+    if name.removeprefix("special_") not in _ARITHMETIC and name not in _OF_CONSTANTS:
+        return False
+    return any(comes_from(value, module, name) for module in ("torch", "torch._C._nn", "torch._C._special", "math"))
+
+
+class Evidence:
+    """What a conclusion from code rests on: facts, and names that an instance's own dict must not hold."""
+
+    def __init__(self) -> None:
+        self.facts: list[Fact] = []
+        self.of_class: set[str] = set()
+
+
+def why_not_closed(value: Any, owner: nn.Module, evidence: Evidence, seen: tuple[Any, ...] = ()) -> str | None:
+    """None if ``value`` computes arithmetic of its arguments and of ``owner``'s own attributes and nothing else,
+    whatever Python functions it calls; else what it does beside that.
     """
     name = getattr(value, "__name__", repr(value))
-    if value in seen:
+    if any(value is other for other in seen):
         return f"calls {name} in a circle"
     if isinstance(value, functools.partial):
-        if not all(isinstance(v, CONSTANTS) for v in (*value.args, *value.keywords.values())):
+        if type(value) is not functools.partial or not all(
+            type(v) in CONSTANTS for v in (*value.args, *value.keywords.values())
+        ):
             return "keeps more than constants for a call"
-        return why_not_closed(value.func, owner, seen)
+        evidence.facts += [of_item(value.keywords, keyword) for keyword in value.keywords]
+        return why_not_closed(value.func, owner, evidence, seen)
     if isinstance(value, types.MethodType):
-        own = isinstance(value.__self__, type(owner))
-        return why_not_closed(value.__func__, owner, seen) if own else f"uses {name}"
-    if value in _TRUSTED_BUILTINS or _is_trusted(_module_of(value)):
+        if value.__self__ is not owner:
+            return f"uses {name}"
+        return why_not_closed(value.__func__, owner, evidence, seen)
+    if any(value is trusted for trusted in _TRUSTED_BUILTINS) or _is_arithmetic(value):
         return None
     if isinstance(value, types.FunctionType):
-        return _why_code_not_closed(value, owner, (*seen, value))
+        return _why_code_not_closed(value, owner, evidence, (*seen, value))
     return f"uses {name}"
 
 
-def _why_code_not_closed(function: types.FunctionType, owner: nn.Module, seen: tuple[Any, ...]) -> str | None:
-    reason = why_not_straight(function) or why_not_fixed(function)
+def _why_code_not_closed(
+    function: types.FunctionType, owner: nn.Module, evidence: Evidence, seen: tuple[Any, ...]
+) -> str | None:
+    reason = why_not_straight(function) or why_not_fixed(function, evidence.facts)
     if reason is None and (function.__defaults__ or function.__kwdefaults__):
         reason = "has default arguments"
     if reason is not None:
         return reason
-    called = [read.value for read in reads_of(function) if isinstance(read.value, _CODE)]
     for instruction in dis.get_instructions(function):
         # A form may be chosen without a branch, by an index.
         if any(part in instruction.opname for part in _CHOICES) or instruction.argrepr == "[]":
             return "chooses by a value"
-        if instruction.opname in _ATTRIBUTES and instruction.argval not in vars(owner):
-            value = _of_its_classes(type(owner), instruction.argval)
-            if value is not _ABSENT:
-                called.append(value.__func__ if isinstance(value, staticmethod) else value)
-    return next(filter(None, (why_not_closed(value, owner, seen) for value in called)), None)
+    called = []
+    for read in reads_of(function):
+        if isinstance(read, Attribute):
+            value = _method(read.name, owner, evidence)
+            if value is ABSENT:
+                return f"uses {read.name}"
+            called += [] if value is None else [value]
+        elif isinstance(read.value, _CODE):
+            called.append(read.value)
+    return next(filter(None, (why_not_closed(value, owner, evidence, seen) for value in called)), None)
 
 
-def _of_its_classes(kind: type, name: str) -> Any:
-    """What the classes derived from nn.Module say of an attribute."""
-    for base in kind.__mro__:
-        if base in (nn.Module, object):
-            break
-        if name in vars(base):
-            return vars(base)[name]
-    return _ABSENT
+def _method(name: str, owner: nn.Module, evidence: Evidence) -> Any:
+    """The method of the owner's class that the code means; None where that is an attribute of the owner's own or a
+    tensor's arithmetic; ABSENT where it may be anything.
+    """
+    if name in _ARITHMETIC or name == "dtype":
+        evidence.facts += of_class(Tensor, name)
+        return None if name not in vars(owner) and lookup(type(owner), name) is ABSENT else ABSENT
+    if hasattr(Tensor, name):
+        return ABSENT
+    evidence.facts += of_class(type(owner), name)
+    if name in vars(owner):
+        return None
+    found = lookup(type(owner), name)
+    if found is ABSENT or hasattr(nn.Module, name):
+        return ABSENT
+    evidence.of_class.add(name)
+    return found.__func__ if isinstance(found, staticmethod) else found

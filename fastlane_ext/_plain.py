@@ -1,41 +1,164 @@
-"""Whether a child module still is what its parent was built with, so that a fused op may stand in for it.
+"""Whether calling a module is just what its class says, so that a fused operation may stand in for the call.
 
-Anything else (a subclass, hooks, a parametrization, an adapter in its place) has to be called as a module.
+This is the one place in Python that decides it; csrc/plain_module.cpp decides the same faster, without a reason. The
+question has four parts: the instance (its type, hooks, what its own dict puts before the class), the class and the
+functions that it calls (`_facts`, with what torch itself defined when this package was imported), the parameters, and
+who watches all calls (hooks for all modules, modes). Anything unusual has to be called as a module.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules import module as nn_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from ._facts import ABSENT, Fact, Facts, collected, comes_from, lookup, of_class, of_function, of_item, why_changed
 
 # A fake tensor stands for a plain one while torch.export or make_fx traces.
 PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
-_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.GELU, nn.Identity, nn.Sequential)}
-"""As they were at import: somebody may assign others to the classes."""
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+SHADOWS = ("forward", "_call_impl", "_slow_forward")
+"""What nn.Module's call looks up on the instance first."""
+_CALL = {
+    "__call__": "_wrapped_call_impl",
+    "_call_impl": "_call_impl",
+    "_slow_forward": "_slow_forward",
+    "__getattr__": "__getattr__",
+}
+_LOOKUP = ("__getattribute__", "_compiled_call_impl")
 
 
 def original_class(kind: type) -> type:
     """The class that a class made by `fuse` stands for, or ``kind`` itself."""
-    return kind.__dict__.get("_fastlane_original", kind)
+    return getattr(kind, "_fastlane_original", kind) if getattr(kind, "_fastlane_class", None) is kind else kind
 
 
-def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """None if ``module`` does just what ``kind`` does, else why not: other type, hooks, own forward."""
-    if type(module) is not kind:
-        name = type(module).__name__
-        # An adapter may be called Linear too.
-        name = f"{type(module).__module__}.{name}" if name == kind.__name__ else name
-        return f"is a {name}, not a plain {kind.__name__}"
+def class_name(kind: type) -> str:
+    """The class's name, with its module unless that is torch.nn: an adapter may be called Linear too."""
+    return kind.__name__ if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}.{kind.__name__}"
+
+
+def why_own_call(kind: type[nn.Module]) -> str | None:
+    """None if modules of this class are called, and find their attributes, as torch wrote it; else what is other."""
+    for name, own in _CALL.items():
+        if not comes_from(lookup(kind, name), nn_module.__name__, own):
+            return f"has a {name} other than nn.Module's"
+    if lookup(kind, "__getattribute__") is not object.__getattribute__:
+        return "has a __getattribute__ of its own"
+    return None if lookup(kind, "_compiled_call_impl") is None else "has a compiled call"
+
+
+def call_facts(kind: type[nn.Module], names: Iterable[str] = ()) -> Facts:
+    """What a call of such a module rests on: nn.Module's machinery, the forward, and how it finds ``names``."""
+    return collected(of_class(kind, *_CALL, *_LOOKUP, "forward", *names))
+
+
+class Known(NamedTuple):
+    """A class whose forward this package knows: the facts it was known by, and why it cannot be relied on, or None."""
+
+    kind: type[nn.Module]
+    facts: Facts
+    reason: str | None
+
+
+def _known(
+    kind: type[nn.Module], module: str, reads: tuple[tuple[str, str, str], ...] = (), own: tuple[str, ...] = ()
+) -> Known:
+    """``reads``: for each function that the forward calls, the name of its module in the forward's globals, its own,
+    and the module where it was written. ``own``: methods of the class on which the forward relies.
+    """
+    reason = why_own_call(kind)
+    for name in ("forward", *own):
+        if not comes_from(lookup(kind, name), module, name):
+            reason = reason or f"has a {name} that is not the one of {module}"
+    attributes = {nn.Linear: ("weight", "bias"), nn.GELU: ("approximate",), nn.Dropout: ("p", "training")}
+    facts: list[Fact] = [*call_facts(kind, (*own, *attributes.get(kind, ("weight", "bias"))))]
+    holder = getattr(lookup(kind, "forward"), "__globals__", {})
+    for namespace, name, written_in in reads:
+        facts.append(of_item(holder, namespace))
+        found = facts[-1].value
+        called = of_item(vars(found), name) if hasattr(found, "__dict__") else Fact({}, name, ABSENT)
+        facts += [called, *of_function(called.value)]
+        if not comes_from(called.value, written_in, name):
+            reason = reason or f"calls a {name} that is not the one of {written_in}"
+    return Known(kind, collected(facts), reason)
+
+
+def _known_of_torch() -> dict[type[nn.Module], Known]:
+    linear, gelu = ("F", "linear", "torch._C._nn"), ("F", "gelu", "torch._C._nn")
+    dropout = ("F", "dropout", F.__name__)
+    made = (
+        _known(nn.Linear, "torch.nn.modules.linear", (linear,)),
+        _known(nn.Identity, "torch.nn.modules.linear"),
+        _known(nn.GELU, "torch.nn.modules.activation", (gelu,)),
+        _known(nn.Dropout, "torch.nn.modules.dropout", (dropout,)),
+        _known(nn.Sequential, "torch.nn.modules.container", own=("__iter__",)),
+    )
+    return {known.kind: known for known in made}
+
+
+_KNOWN = _known_of_torch()
+"""As they were when this package was imported: somebody may assign others to the classes."""
+
+GELU = F.gelu
+"""torch's own, if `known` says so of nn.GELU."""
+FORMULA = (Fact(vars(F), "linear", F.linear), Fact(vars(F), "gelu", F.gelu), *of_class(Tensor, "__add__", "__radd__"))
+"""What eager's layers compute with. Whoever replaces any of it means every layer of the model."""
+NETWORK = collected(
+    [
+        *(fact for known in _KNOWN.values() for fact in known.facts if known.kind is not nn.Dropout),
+        *call_facts(nn.ModuleList, ("__iter__", "__getitem__", "__len__")),
+        *FORMULA,
+    ]
+)
+"""What the networks of `fastlane_ext.reference` rest on."""
+
+
+def _conv1d() -> type[nn.Module] | None:
+    # A model with such layers has imported it; nobody else shall.
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def known(kind: type) -> Known | None:
+    """What is known of ``kind``: one of torch's plain classes or transformers' ``Conv1D``; None for any other."""
+    if kind not in _KNOWN and kind is _conv1d():
+        _KNOWN[kind] = _known(kind, "transformers.pytorch_utils", (("torch", "addmm", "torch"),))
+    return _KNOWN.get(kind)
+
+
+def linear_class(kind: type) -> type[nn.Module] | None:
+    """``nn.Linear`` or ``Conv1D`` if ``kind`` is exactly one of them, fused or not."""
+    kind = original_class(kind)
+    return kind if kind is nn.Linear or (kind is _conv1d() and kind is not None) else None
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    return linear_class(type(module)) is not None
+
+
+def why_touched(module: nn.Module) -> str | None:
+    """None if the instance adds nothing to a call, else what it adds."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
-    if kind.forward is not _FORWARDS.get(kind, kind.forward):
-        return "is of a class that has another forward now"
-    return "has a forward of its own" if "forward" in module.__dict__ else None
+    own = module.__dict__
+    for name in SHADOWS:
+        if name in own:
+            return f"has a {name} of its own"
+    return "is compiled by itself" if own.get("_compiled_call_impl") is not None else None
 
 
-def under_global_hooks() -> str | None:
-    """The reason to call every child as a module, if a hook was registered for all modules."""
+def why_watched() -> str | None:
+    """The reason to call every child as a module: somebody watches all calls, or what they compute with is another."""
     if (
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
@@ -43,18 +166,90 @@ def under_global_hooks() -> str | None:
         or nn_module._global_backward_pre_hooks
     ):
         return "is under a hook registered for all modules"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._len_torch_function_stack() and torch._C._is_torch_function_mode_enabled():
+        for mode in _get_current_function_mode_stack():
+            if type(mode) is not DeviceContext:
+                return f"is under a {type(mode).__name__}"
+    for mode in _get_current_dispatch_mode_stack():
+        # torch's own trace, fake, count or save; any other may compute something else.
+        if not type(mode).__module__.startswith("torch."):
+            return f"is under a {type(mode).__name__}"
     return None
 
 
-def _why_odd_parameters(linear: nn.Linear) -> str | None:
-    """A subclass of Tensor (quantised, sharded) may know F.linear and no operator of ours."""
+def why_formula_changed() -> str | None:
+    """The reason to compute a layer in eager PyTorch: somebody watches, or replaced what that computes with."""
+    return why_watched() or _why_torch_changed(FORMULA)
+
+
+def why_network_changed() -> str | None:
+    """The reason to call every child of a network as a module, likewise."""
+    return why_watched() or _why_torch_changed(NETWORK)
+
+
+_NOT_TORCHS = next((f"{known.kind.__name__} {known.reason}" for known in _KNOWN.values() if known.reason), None)
+
+
+def _why_torch_changed(facts: Facts) -> str | None:
+    # What is compiled is compiled with what is there then, whatever came from torch.
+    return None if torch.compiler.is_compiling() else _NOT_TORCHS or why_changed(facts, _is_of_fx)
+
+
+def _is_of_fx(value: Any) -> bool:
+    """Whether torch.fx replaced this method while it traces: what is traced then may well be the fused operations."""
+    return any(
+        comes_from(value, "torch.fx._symbolic_trace", name)
+        for name in ("module_call_wrapper", "module_getattr_wrapper")
+    )
+
+
+def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """None if ``module`` is exactly of this class and its own dict adds nothing to a call; else why not. What the class
+    itself does is for `why_network_changed` to say.
+    """
+    if type(module) is not kind:
+        name = type(module).__name__
+        name = class_name(type(module)) if name == kind.__name__ else name
+        return f"is a {name}, not a plain {kind.__name__}"
+    return why_touched(module)
+
+
+def _parameter(linear: nn.Module, name: str) -> Any:
+    """What the layer's forward finds under the name: an attribute goes before a parameter (data-parallel replicas keep
+    theirs so). A buffer counts as absent.
+    """
+    own = linear.__dict__
+    return own[name] if name in own else linear._parameters.get(name, ABSENT)
+
+
+def why_parameters_unfit(linear: nn.Module) -> str | None:
+    """None if the layer's weight and bias are plain tensors that the kernels take, else why not."""
     for name in ("weight", "bias"):
-        value = getattr(linear, name)
-        if isinstance(value, Tensor) and type(value) not in PLAIN_TENSORS:
+        tensor = _parameter(linear, name)
+        if tensor is None and name == "bias":
+            continue
+        if type(tensor) not in PLAIN_TENSORS:
             return f"has a {name} that is no plain parameter"
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return f"has a {name} of layout {tensor.layout}"
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"has a {name} of {tensor.dtype}"
+    weight, bias = _parameter(linear, "weight"), _parameter(linear, "bias")
+    out_features = weight.shape[0 if linear_class(type(linear)) is nn.Linear else -1] if weight.dim() == 2 else None
+    if out_features is None or (bias is not None and bias.shape != (out_features,)):
+        # F.linear takes a weight of one dimension, and broadcasts a bias.
+        return "has parameters of other shapes than a linear layer's"
     return None
 
 
 def why_not_plain_linear(module: nn.Module) -> str | None:
-    """None if calling ``module`` is just ``F.linear`` on plain parameters, else the reason why it is not."""
-    return under_global_hooks() or why_not_plain(module, nn.Linear) or _why_odd_parameters(module)
+    """None if ``module`` is an nn.Linear to which `why_not_plain` has no objection, with plain parameters."""
+    return why_not_plain(module, nn.Linear) or why_parameters_unfit(module)
+
+
+def weight_and_bias(module: nn.Module, transposed: bool) -> tuple[Tensor, Tensor | None]:
+    """The parameters of a linear layer, the weight as ``(out_features, in_features)``."""
+    weight = _parameter(module, "weight")
+    return (weight.t() if transposed else weight), _parameter(module, "bias")

@@ -1,45 +1,46 @@
 """What a container's forward computes, as far as the fused operations can stand in for it.
 
 Read from the forward's record (_trace.py); nothing is concluded from a class's name. A plan is a list of steps on
-numbered values, plain data that is pickled and copied with the module; children appear by name, and are looked up
-at every call.
+numbered values; children appear by name, and are looked up at every call. A plan is copied with the module. It is not
+pickled: whoever loads the module reads the plan again, from the code that is there then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import nn
 
-from ._activations import form_of_module, form_of_values, state_of
-from ._linears import is_linear, linear_class
+from ._activations import Activation, read_activation
+from ._facts import Facts, collected
+from ._plain import is_linear, known, linear_class
 from ._trace import Node, Refused, follow, is_sequential
 
-__all__ = ["Add", "Call", "Child", "Fused", "Plan", "Refused", "Role", "has_gelu", "other_activation", "read_plan"]
+__all__ = ["Add", "Call", "Child", "Fused", "Plan", "Refused", "Role", "other_activation", "read_plan", "unread"]
 
 
 class Role(IntEnum):
     """What a child does in a fused step; csrc/plan_call.cpp reads the numbers."""
 
     LINEAR = 0
-    ACTIVATION = 1
-    DROPOUT = 2
+    TRANSPOSED_LINEAR = 1
+    ACTIVATION = 2
+    DROPOUT = 3
 
 
 class Child(NamedTuple):
-    """A child as the plan found it: its class, the class's forward, and an activation's attributes. A tuple, which
-    C++ reads.
+    """A child as the plan found it: its class, an activation's attributes, and names that the child's own dict must
+    not hold. A tuple, which C++ reads.
     """
 
     name: str
     role: int
     kind: type
-    forward: Callable[..., Any]
     state: tuple[tuple[str, Any], ...] = ()
+    of_class: tuple[str, ...] = ()
 
 
 DROPOUTS = (nn.Dropout, nn.Identity)
@@ -78,6 +79,10 @@ class Fused:
     def linears(self) -> tuple[str, ...]:
         return (self.fc1.name,) if self.fc2 is None else (self.fc1.name, self.fc2.name)
 
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return (self.source,) if self.residual is None else (self.source, self.residual)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -87,29 +92,90 @@ class Call:
     sources: tuple[int, ...]
     target: int
 
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return self.sources
+
 
 @dataclass(frozen=True)
 class Add:
+    """``values[target] = values[left] + values[right]``."""
+
     left: int
     right: int
     target: int
 
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return (self.left, self.right)
+
+
+@dataclass
+class Calls:
+    """How often a module ran fused since `fuse`, how often it ran its original forward, and why the last time."""
+
+    fused: int = 0
+    original: int = 0
+    reason: str = ""
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A forward of ``inputs`` positional arguments, by name, in ``steps``."""
+    """A forward of ``inputs`` positional arguments, by name, in ``steps``; ``last_uses`` are the values that no later
+    step reads. The rest is what must still hold at a call: csrc/plan_call.cpp reads it.
+    """
 
     inputs: tuple[str, ...]
     steps: tuple[Fused | Call | Add, ...]
+    last_uses: tuple[tuple[int, ...], ...]
     output: int
     values: int
+    facts: Facts
+    names: tuple[str, ...]  # of children and constants: they have to be found where nn.Module keeps them
     children: tuple[Child, ...]  # of all fused steps
     order: tuple[str, ...] | None = None  # of a Sequential, whose children's names are its forward
     constants: tuple[tuple[str, Any], ...] = ()  # attributes of the container that its forward reads
+    calls: Calls = field(default_factory=Calls, compare=False)
 
     @property
     def fused(self) -> tuple[Fused, ...]:
         return tuple(step for step in self.steps if isinstance(step, Fused))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        # Facts are about objects that no copy has of its own. A child's state may be: its bound methods.
+        return replace(self, children=copy.deepcopy(self.children, memo), calls=Calls())
+
+    def __copy__(self) -> Plan:
+        return replace(self, calls=Calls())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return unread, ()
+
+
+class Unread:
+    """Stands for the plan of a module that was pickled, until the plan is read again."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return unread, ()
+
+
+_UNREAD = Unread()
+
+
+def unread() -> Unread:
+    """What a plan is pickled as."""
+    return _UNREAD
+
+
+def _last_uses(steps: list[Fused | Call | Add], output: int) -> tuple[tuple[int, ...], ...]:
+    """For each step, the values to let go of after it: none that the output or a later step needs."""
+    found: list[tuple[int, ...]] = []
+    needed = {output}
+    for step in reversed(steps):
+        used = {*step.reads, step.target}
+        found.append(tuple(sorted(used - needed)))
+        needed |= used
+    return tuple(reversed(found))
 
 
 class _Reader:
@@ -123,17 +189,24 @@ class _Reader:
         self.positions = {node: position for position, node in enumerate(self.record.nodes)}
         self.steps: list[Fused | Call | Add] = []
         self.children: list[Child] = []
+        self.facts = list(self.record.facts)
+        self.activations: dict[str, Activation | str] = {}
 
     def plan(self) -> Plan:
         for node in self.record.nodes:
             if node not in self.absorbed:
                 self._read(node)
         inputs = tuple(node.name for node in self.record.nodes if node.kind == "input")
+        called = (node.name for node in self.record.nodes if node.kind == "call")
+        output = self.values[self.record.output]
         return Plan(
             inputs,
             tuple(self.steps),
-            self.values[self.record.output],
+            _last_uses(self.steps, output),
+            output,
             len(self.values),
+            collected(self.facts),
+            tuple(dict.fromkeys(called)),
             tuple(self.children),
             tuple(self.module._modules) if is_sequential(self.module) else None,
             tuple(self.record.constants.items()),
@@ -166,9 +239,17 @@ class _Reader:
         if len(node.arguments) != 1:
             return None
         if node.kind == "gelu":
-            return form_of_values(lambda x: F.gelu(x, **node.options))
+            return node.name
+        found = self._read_activation(node)
+        return found.form if isinstance(found, Activation) else None
+
+    def _read_activation(self, node: Node) -> Activation | str:
         child = self._child(node)
-        return None if child is None else form_of_module(child)
+        if child is None:
+            return "is no child"
+        if node.name not in self.activations:
+            self.activations[node.name] = read_activation(child)
+        return self.activations[node.name]
 
     def _only_user(self, node: Node) -> Node | None:
         if len(node.users) != 1 or node is self.record.output:
@@ -234,12 +315,17 @@ class _Reader:
                 continue
             kind = type(child)
             if is_linear(child):
-                found = Child(node.name, int(Role.LINEAR), kind, kind.forward)
+                original = linear_class(kind)
+                role = Role.LINEAR if original is nn.Linear else Role.TRANSPOSED_LINEAR
+                found, facts = Child(node.name, int(role), original), known(original).facts
             elif kind in DROPOUTS:
-                found = Child(node.name, int(Role.DROPOUT), kind, kind.forward)
+                found, facts = Child(node.name, int(Role.DROPOUT), kind), known(kind).facts
             else:
-                found = Child(node.name, int(Role.ACTIVATION), kind, kind.forward, state_of(child))
+                activation = self._read_activation(node)
+                found = Child(node.name, int(Role.ACTIVATION), kind, activation.state, activation.of_class)
+                facts = activation.facts
             self.children.append(found)
+            self.facts += facts
 
 
 def other_activation(module: nn.Module, plan: Plan) -> str | None:
@@ -268,10 +354,3 @@ def _may_activate(module: nn.Module) -> bool:
 def read_plan(module: nn.Module) -> Plan:
     """The plan of ``module``'s forward. Refused, with the reason, where it has none."""
     return _Reader(module).plan()
-
-
-def has_gelu(module: nn.Module) -> bool:
-    """Whether a forward of ``module`` could call a GELU: a child, or F.gelu kept as an attribute."""
-    return any(value is F.gelu for value in vars(module).values()) or any(
-        form_of_module(child) is not None for child in module.children()
-    )

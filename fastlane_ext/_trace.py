@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import inspect
 import operator
+import types
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from ._outside import CONSTANTS, why_not_fixed
-from ._plain import original_class
+from ._activations import form_of_function
+from ._facts import ABSENT, Fact, comes_from, lookup, of_class
+from ._outside import CONSTANTS, Read, reads_of, why_not_fixed
+from ._plain import GELU, call_facts, known, original_class
 from ._straight_line import count_calls, why_not_straight
 
 
@@ -31,9 +33,8 @@ class Node:
     """A value: an input, a call of a child, ``F.gelu`` of a value, or a sum of two."""
 
     kind: str  # "input", "call", "gelu", "add"
-    name: str = ""  # the input's or the child's
+    name: str = ""  # the input's, the child's, or GELU's form
     arguments: tuple[Node, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
     users: list[Node] = field(default_factory=list)
 
 
@@ -45,9 +46,10 @@ class Record:
     output: Node | None = None
     calls: int = 0
     constants: dict[str, Any] = field(default_factory=dict)  # attributes of the container that it read
+    facts: list[Fact] = field(default_factory=list)  # what all that rests on
 
-    def add(self, kind: str, name: str = "", arguments: tuple[Node, ...] = (), **options: Any) -> Node:
-        node = Node(kind, name, arguments, options)
+    def add(self, kind: str, name: str = "", arguments: tuple[Node, ...] = ()) -> Node:
+        node = Node(kind, name, arguments)
         for argument in arguments:
             argument.users.append(node)
         self.nodes.append(node)
@@ -71,10 +73,11 @@ class _Value:
     def __torch_function__(cls, function, kinds, args=(), kwargs=None):
         kwargs = kwargs or {}
         first = args[0] if args else None
-        plain_options = not any(isinstance(value, _Value) for value in kwargs.values())
-        if function is F.gelu and len(args) == 1 and isinstance(first, _Value) and plain_options:
-            first._record.calls += 1
-            return cls(first._record, first._record.add("gelu", arguments=(first._node,), **kwargs))
+        if len(args) == 1 and isinstance(first, _Value) and all(isinstance(v, str) for v in kwargs.values()):
+            form = form_of_function(function, kwargs)
+            if form is not None:
+                first._record.calls += 1
+                return cls(first._record, first._record.add("gelu", form, (first._node,)))
         if function is torch.add and len(args) == 2 and not kwargs and isinstance(first, _Value):
             first._record.calls += 1
             return first + args[1]
@@ -99,16 +102,22 @@ for _name in ("__rmul__", "__rsub__", "__rtruediv__", "__rmatmul__", "__rpow__",
 
 
 class _Container:
-    """Stands for the container: its children can be called, its constants read; nothing else of it is there."""
+    """Stands for the container: its children can be called, its constants read; nothing else of it is there. Names are
+    looked up as Python does: what the class has under a child's name would go before the child.
+    """
 
     def __init__(self, record: Record, module: nn.Module) -> None:
         self.__dict__.update(_record=record, _module=module)
 
     def __getattr__(self, name: str) -> Any:
         record, module = self._record, self._module
-        if name in module.__dict__ and isinstance(module.__dict__[name], (bool, int, float, str)):
-            return record.constants.setdefault(name, module.__dict__[name])
-        if name in module.__dict__ or module._modules.get(name) is None:
+        kind, own = original_class(type(module)), module.__dict__
+        if lookup(kind, name) is not ABSENT:
+            raise Refused(f"its forward also uses self.{name}, which its class defines")
+        record.facts += of_class(kind, name)
+        if type(own.get(name, ABSENT)) in (bool, int, float, str):
+            return record.constants.setdefault(name, own[name])
+        if name in own or module._modules.get(name) is None:
             raise Refused(f"its forward also uses self.{name}")
 
         def call(*args: Any, **kwargs: Any) -> _Value:
@@ -118,6 +127,15 @@ class _Container:
             return _Value(record, record.add("call", name, tuple(value._node for value in args)))
 
         return call
+
+
+def _why_other_lookup(kind: type) -> str | None:
+    """Why attributes of a container of this class may be others than those that nn.Module would find."""
+    if lookup(kind, "__getattr__") is not lookup(nn.Module, "__getattr__"):
+        return "its class has a __getattr__ of its own"
+    if lookup(kind, "__getattribute__") is not object.__getattribute__:
+        return "its class has a __getattribute__ of its own"
+    return None
 
 
 def _follow_sequential(module: nn.Module, record: Record) -> None:
@@ -132,18 +150,28 @@ def _follow_sequential(module: nn.Module, record: Record) -> None:
 def is_sequential(module: nn.Module) -> bool:
     """Whether its forward calls its children in their order."""
     kind = original_class(type(module))
-    return kind.forward is nn.Sequential.forward and kind.__iter__ is nn.Sequential.__iter__
+    return all(lookup(kind, name) is lookup(nn.Sequential, name) for name in ("forward", "__iter__"))
 
 
 def follow(module: nn.Module) -> Record:
     """What the forward of the module's class does with its positional arguments. Refused, with the reason, where that
     is not all that it does.
     """
-    record, forward = Record(), original_class(type(module)).forward
+    kind = original_class(type(module))
+    record, forward = Record(), lookup(kind, "forward")
+    other = _why_other_lookup(kind)
+    if other is not None:
+        raise Refused(other)
+    record.facts += call_facts(kind)
+    record.facts += of_class(Tensor, "__add__", "__radd__")
     if is_sequential(module):
+        sequential = known(nn.Sequential)
+        if sequential.reason is not None:
+            raise Refused(f"its class {sequential.reason}")
+        record.facts += of_class(kind, "__iter__")
         _follow_sequential(module, record)
         return record
-    reason = why_not_straight(forward) or why_not_fixed(forward)
+    reason = why_not_straight(forward) or why_not_fixed(forward, record.facts)
     if reason is not None:
         raise Refused(f"its forward {reason}")
     inputs = []
@@ -155,6 +183,9 @@ def follow(module: nn.Module) -> Record:
             inputs.append(_Value(record, record.add("input", parameter.name)))
         elif not isinstance(parameter.default, CONSTANTS):
             raise Refused(f"its forward has a default of {parameter.name} that may change")
+    reason = _why_calls_others(forward)
+    if reason is not None:
+        raise Refused(f"its forward {reason}")
     try:
         result = forward(_Container(record, module), *inputs)
     except Refused:
@@ -167,3 +198,12 @@ def follow(module: nn.Module) -> Record:
         raise Refused("its forward calls something beside its children")
     record.output = result._node
     return record
+
+
+def _why_calls_others(forward: types.FunctionType) -> str | None:
+    """Code that the forward reads runs when it is followed, so that it has to be torch's own ``gelu`` or ``add``."""
+    for read in reads_of(forward):
+        is_code = isinstance(read, Read) and callable(read.value)
+        if is_code and read.value is not GELU and not comes_from(read.value, "torch", "add"):
+            return f"also calls {read.name}"
+    return None

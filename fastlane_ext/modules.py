@@ -7,11 +7,14 @@ kept, and ``fastlane_ext.stats()`` counts the fallback.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from . import reference
-from ._plain import why_not_plain_linear
-from .functional import linear_gelu_concat, linear_gelu_residual, mlp_residual, record_fallback
+from . import functional, reference
+from ._disabled import is_disabled
+from ._plain import why_formula_changed, why_network_changed, why_not_plain_linear
+from .functional import linear_gelu_residual, mlp_residual, record_fallback
 from .reference import activate
 
 __all__ = ["LinearGELUResidual", "ResidualMLP"]
@@ -19,18 +22,32 @@ __all__ = ["LinearGELUResidual", "ResidualMLP"]
 
 def run_linear(child: nn.Module, name: str, x: Tensor) -> Tensor:
     """``child(x)``, through the fused op where that is all the same."""
-    reason = why_not_plain_linear(child)
+    reason = why_network_changed() or why_not_plain_linear(child)
     if reason is None:
         return linear_gelu_residual(x, child.weight, child.bias, activation="none")
     record_fallback(f"{name} {reason}")
     return child(x)
 
 
+def _layer(name: str) -> Any:
+    """The function of that name, fused, or eager where the formula's own parts are watched or replaced."""
+    fused, eager = getattr(functional, name), getattr(reference, name)
+
+    def layer(*args: Any, **options: Any) -> Tensor:
+        reason = why_formula_changed()
+        if reason is None:
+            return fused(*args, **options)
+        record_fallback(f"a layer {reason}")
+        return eager(*args, **options)
+
+    return staticmethod(layer)
+
+
 class LinearGELUResidual(reference.LinearGELUResidual):
     __doc__ = reference.LinearGELUResidual.__doc__
 
-    _linear_gelu_residual = staticmethod(linear_gelu_residual)
-    _linear_gelu_concat = staticmethod(linear_gelu_concat)
+    _linear_gelu_residual = _layer("linear_gelu_residual")
+    _linear_gelu_concat = _layer("linear_gelu_concat")
 
     def _shortcut(self, x: Tensor) -> Tensor | None:
         if self.shortcut == "projection" and self.projection is not None:
@@ -42,8 +59,11 @@ class ResidualMLP(reference.ResidualMLP):
     __doc__ = reference.ResidualMLP.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_disabled():
+            return super().forward(x)
         fc1, fc2 = self.fc1, self.fc2
-        reason1, reason2 = why_not_plain_linear(fc1), why_not_plain_linear(fc2)
+        changed = why_network_changed()
+        reason1, reason2 = changed or why_not_plain_linear(fc1), changed or why_not_plain_linear(fc2)
         if reason1 is None and reason2 is None:
             return mlp_residual(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, activation=self.activation)
         if reason1 is None:

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from ._disabled import is_disabled
 from ._load import library
-from ._plain import under_global_hooks, why_not_plain, why_not_plain_linear
+from ._plain import NETWORK, why_network_changed, why_not_plain, why_not_plain_linear
 from .functional import linear_gelu_concat, linear_gelu_residual, record_fallback, residual_stack
 from .modules import run_linear
 
 __all__ = ["DeepNeuralNet", "ExampleDeepNeuralNetwork", "ImprovedResidualNetwork", "ResidualNetwork"]
 
+_LOOKUP = ("__getattr__", "__getattribute__")
 _GELU_NAMES = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
@@ -47,6 +49,8 @@ class _FusedForward(reference.ResidualNetwork):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, layer_sizes[0])`` to ``(*, layer_sizes[-1])``, or, with concat, ``(*, sum(layer_sizes))``."""
+        if is_disabled():
+            return super().forward(x)
         if not torch.compiler.is_compiling():
             y = library.run_plain_network(self, x)
             if y is not None:
@@ -55,8 +59,11 @@ class _FusedForward(reference.ResidualNetwork):
 
     def _forward_checked(self, x: Tensor) -> Tensor:
         weights, biases, common = [], [], ""
+        if type(self)._run_layer is not reference.ResidualNetwork._run_layer:
+            record_fallback("its class has a _run_layer of its own")
+            return super().forward(x)
         # torch.jit.trace knows no lists with None in them.
-        if under_global_hooks() or torch.jit.is_tracing():
+        if why_network_changed() is not None or torch.jit.is_tracing():
             return self._forward_by_layer(x)
         for layer in self.layers:
             plain = _plain_layer(layer)
@@ -88,9 +95,9 @@ class _FusedForward(reference.ResidualNetwork):
         )
 
     def _forward_by_layer(self, x: Tensor) -> Tensor:
-        hooked = under_global_hooks()
+        changed = why_network_changed()
         for index, layer in enumerate(self.layers):
-            plain = hooked or _plain_layer(layer)
+            plain = changed or _plain_layer(layer)
             if isinstance(plain, str):
                 record_fallback(f"layers.{index} {plain}")
                 x = self._run_layer(index, layer, x)
@@ -123,3 +130,6 @@ class ImprovedResidualNetwork(_FusedForward, reference.ImprovedResidualNetwork):
 
 class DeepNeuralNet(_FusedForward, reference.DeepNeuralNet):
     __doc__ = reference.DeepNeuralNet.__doc__
+
+
+library.know_networks(NETWORK, reference.ResidualNetwork, ("layers", "projections", "shortcut", "_run_layer", *_LOOKUP))

@@ -29,7 +29,7 @@ from ._arguments import (
     missing_projection,
     per_layer,
 )
-from ._plain import why_not_plain
+from ._plain import why_network_changed, why_not_plain
 
 __all__ = [
     "ACTIVATIONS",
@@ -243,7 +243,7 @@ class LinearGELUResidual(nn.Module):
         >>> LinearGELUResidual.from_linear(linear).weight is linear.weight
         True
         """
-        reason = why_not_plain(linear, nn.Linear)
+        reason = why_not_plain(linear, nn.Linear) or why_network_changed()
         if reason is None and "weight" not in linear._parameters:
             reason = "has a computed weight"
         if reason is not None:

@@ -210,7 +210,7 @@ def test_a_sequential_gets_another_order(monkeypatch):
     fl.fuse(model).assert_fused(1)
     monkeypatch.setattr(Ordered, "__iter__", Backwards.__iter__, raising=False)
     assert torch.equal(model(x), Ordered.forward(model, x))
-    assert fl.stats()["fallback"] == {"Ordered: its class has another __iter__ now": 1}
+    assert fl.stats()["fallback"] == {"Ordered: Ordered has another __iter__ now": 1}
     fl.reset_stats()
 
 
@@ -268,7 +268,7 @@ def test_a_forward_whose_defaults_change(monkeypatch):
     monkeypatch.setattr(WithDefault.forward, "__defaults__", ("tanh",))
     fl.reset_stats()
     assert torch.equal(model(x), WithDefault.forward(model, x))
-    assert fl.stats()["fallback"] == {"WithDefault: its class has another forward now": 1}
+    assert fl.stats()["fallback"] == {"WithDefault: WithDefault.forward has other code now": 1}
     fl.reset_stats()
 
 
@@ -301,7 +301,7 @@ def test_under_a_device_or_a_fake_mode():
     from fastlane_ext import _activations
 
     for mode in (torch.device("meta"), FakeTensorMode()):
-        _activations._probe.cache_clear()
+        _activations._grid.cache_clear()
         with mode:
             fl.fuse(nn.Sequential(nn.Linear(8, 8), nn.GELU())).assert_fused(1)
         model = nn.Sequential(nn.Linear(8, 8), nn.GELU())

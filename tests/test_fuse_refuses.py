@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_fuse import NamedMlp, fused_calls
-from torch import nn
+from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlane_ext as fl
@@ -64,7 +64,7 @@ def own_precision(self, x):
         return self.fc2(self.act(self.fc1(x)))
 
 
-@refused("uses self.mlp")
+@refused("also calls checkpoint")
 def checkpointed(self, x):
     return checkpoint(self.mlp, x, use_reentrant=False)
 
@@ -74,7 +74,7 @@ def through_a_method(self, x):
     return self.mlp(x)
 
 
-@refused("calls something beside its children")
+@refused("also calls _helper")
 def through_a_helper(self, x):
     return self.fc2(_helper(self.act(self.fc1(x))))
 
@@ -281,7 +281,7 @@ def test_an_activation_that_loses_its_constant():
         model(torch.randn(3, 12))
 
 
-@pytest.mark.expects_fallback("NamedMlp: fc1 is a Linear, whose class has another forward now")
+@pytest.mark.expects_fallback("NamedMlp: Linear has another forward now")
 def test_the_class_of_linear_layers_gets_another_forward(monkeypatch):
     model = NamedMlp()
     fl.fuse(model)
@@ -289,7 +289,7 @@ def test_the_class_of_linear_layers_gets_another_forward(monkeypatch):
     assert not model(torch.randn(3, 12)).any()
 
 
-@pytest.mark.expects_fallback("NamedMlp: act is a GELU, whose class has another forward now")
+@pytest.mark.expects_fallback("NamedMlp: GELU has another forward now")
 def test_the_class_of_a_child_gets_another_forward(monkeypatch):
     model = NamedMlp()
     fl.fuse(model)
@@ -454,15 +454,46 @@ def test_parameters_that_become_something_else():
         other.to(torch.complex64)(x.to(torch.complex64))
 
 
-def test_classes_that_take_no_subclass():
-    class Strict(NamedMlp):
+def test_a_class_that_enters_its_subclasses_into_a_registry():
+    registry = {}
+
+    class Registering(NamedMlp):
         def __init_subclass__(cls, *, key, **options):
             super().__init_subclass__(**options)
+            registry[key] = cls
 
-    model = nn.Sequential(NamedMlp(), Strict())
+    class Entered(Registering, key="entered"):
+        pass
+
+    model = nn.Sequential(Entered())
+    fl.explain(model)
+    fl.fuse(model).assert_fused(1)
+    assert registry == {"entered": Entered}
+
+    class Derived(type(model[0]), key="derived"):
+        pass
+
+    assert registry == {"entered": Entered, "derived": Derived}
+
+
+def test_classes_that_take_no_subclass():
+    class Meta(type):
+        pass
+
+    class WithMeta(NamedMlp, metaclass=Meta):
+        pass
+
+    class Reduces(NamedMlp):
+        def __reduce__(self):
+            return Reduces, ()
+
+    model = nn.Sequential(NamedMlp(), WithMeta(), Reduces(), fx.symbolic_trace(NamedMlp()))
     report = fl.fuse(model)
-    assert [site.fused for site in report] == [True, False]
-    assert "its class takes no subclass: TypeError" in report.sites[1].reason
+    assert [site.fused for site in report] == [True, False, False, False]
+    for site, reason in zip(
+        report.refused, ("a metaclass, Meta", "a __reduce__ of its own", "GraphModule"), strict=True
+    ):
+        assert reason in site.reason
 
 
 def test_unfuse_changes_all_or_nothing():

@@ -440,7 +440,9 @@ def test_a_bias_kept_as_a_buffer():
         linear.register_buffer("bias", bias)
     x = torch.randn(5, 4)
     torch.testing.assert_close(fused(x), eager(x))
-    assert fl.stats()["fused"] == {"forward": 1, "backward": 0} and fl.stats()["fallback"] == {}
+    reason = "layers.1 has a child 0 that has a bias that is no plain parameter"
+    assert fl.stats()["fused"] == {"forward": 1, "backward": 0} and fl.stats()["fallback"] == {reason: 1}
+    fl.reset_stats()
 
 
 def test_a_removed_last_layer_with_projections():

@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 import fastlane_ext
-from fastlane_ext import _arguments, _info, functional, reference
+from fastlane_ext import _activations, _arguments, _info, functional, fusion, reference
 
 FUNCTIONS = {
     "linear_gelu_residual": "x, weight, bias, residual, activation, recompute",
@@ -42,9 +42,10 @@ def test_public_names_have_docstring_example_and_types(name):
         assert parameter.name == "self" or parameter.annotation is not inspect.Parameter.empty, parameter
 
 
-@pytest.mark.parametrize("module", [functional, _info, _arguments], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [functional, fusion, _activations, _info, _arguments], ids=lambda m: m.__name__)
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module, extraglobs={"torch": __import__("torch")}).failed == 0
+    fastlane_ext.reset_stats()  # one example shows how fused operations are disabled
 
 
 def test_every_public_name_is_there():

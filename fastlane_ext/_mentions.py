@@ -1,0 +1,140 @@
+"""Whether a module's code speaks of a GELU or of a linear layer, wherever they stand: for the report of `fuse`.
+
+Nothing is fused for what is found here. A place that looks as if a fused operation belonged there is listed, with the
+reason why there is none.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._activations import form_of_module
+from ._facts import ABSENT, lookup
+from ._plain import is_linear, known, original_class
+
+_OF_GELU = frozenset({"erf", "erfc", "ndtr"})
+_CONSTANTS = (0.044715, 0.7978845608)  # of the tanh form, and √(2/π) as many write it
+_PRODUCTS = frozenset({"linear", "addmm", "baddbmm", "matmul", "bmm", "einsum"})
+_DEPTH = 3
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _own_functions(kind: type) -> Iterator[types.FunctionType]:
+    """The methods that a class and its bases below torch's own define, but for those that Python calls by itself."""
+    for base in kind.__mro__:
+        if base in (nn.Module, object):
+            return
+        for name, value in vars(base).items():
+            function = getattr(value, "__func__", value)
+            if isinstance(function, types.FunctionType) and (not name.startswith("__") or name == "__call__"):
+                yield function
+
+
+def _says_gelu(name: object) -> bool:
+    return isinstance(name, str) and "gelu" in name.lower()
+
+
+def _function_mentions_gelu(function: types.FunctionType, depth: int) -> bool:
+    for code in _codes(inner(function).__code__):
+        names = {*code.co_names, *code.co_freevars}
+        if names & _OF_GELU or any(map(_says_gelu, names)):
+            return True
+        for constant in code.co_consts:
+            if isinstance(constant, float) and any(abs(constant - c) < 1e-7 for c in _CONSTANTS):
+                return True
+        if any(_value_mentions_gelu(function.__globals__.get(name), depth) for name in code.co_names):
+            return True
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    return any(_value_mentions_gelu(value, depth) for value in cells)
+
+
+def inner(function: types.FunctionType) -> types.FunctionType:
+    """What decorators that keep ``__wrapped__`` were put around."""
+    found = getattr(function, "__wrapped__", function)
+    return found if isinstance(found, types.FunctionType) else function
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _value_mentions_gelu(value: Any, depth: int) -> bool:
+    """Whether a function, a class or an object that code reads is a GELU by its name or by its own code."""
+    if value is None or isinstance(value, types.ModuleType) or depth <= 0:
+        return False
+    if isinstance(value, functools.partial):
+        return _value_mentions_gelu(value.func, depth - 1)
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
+        function = getattr(value, "__func__", value)
+        if _says_gelu(function.__name__):
+            return True
+        is_own = isinstance(function, types.FunctionType) and not function.__module__.startswith("torch.")
+        return is_own and _function_mentions_gelu(function, depth - 1)
+    kind = value if isinstance(value, type) else type(value)
+    if kind.__module__.partition(".")[0] in ("torch", "builtins"):
+        return kind is nn.GELU
+    if _says_gelu(kind.__name__):
+        return True
+    if isinstance(value, type) and not issubclass(value, torch.autograd.Function):
+        return False
+    return any(_function_mentions_gelu(function, depth - 1) for function in _own_functions(kind))
+
+
+def _descendants(module: nn.Module) -> Iterator[nn.Module]:
+    """The children, and those in lists and dicts of modules."""
+    for child in module._modules.values():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _descendants(child)
+        elif child is not None:
+            yield child
+
+
+def looks_linear(child: nn.Module) -> bool:
+    """Whether a child is a linear layer or stands for one, as adapters and quantised layers do."""
+    if is_linear(child) or isinstance(child, nn.Linear) or "in_features" in vars(child):
+        return True
+    return lookup(type(child), "in_features") is not ABSENT
+
+
+def has_linear(module: nn.Module) -> bool:
+    """Whether the module's forward could call a linear layer: a child, or a product in its own code."""
+    if any(map(looks_linear, _descendants(module))):
+        return True
+    functions = _own_functions(original_class(type(module)))
+    return any(not _PRODUCTS.isdisjoint(code.co_names) for f in functions for code in _codes(inner(f).__code__))
+
+
+def says_gelu(value: Any) -> bool:
+    """Whether a child, function, class or object is a GELU by its name or its code, or computes one."""
+    if _value_mentions_gelu(value, _DEPTH):
+        return True
+    return isinstance(value, nn.Module) and form_of_module(value) is not None
+
+
+def mentions_gelu(module: nn.Module) -> bool:
+    """Whether the module's own forward could compute a GELU: by a child, an attribute, or its code."""
+    kind = original_class(type(module))
+    if known(kind) is not None:
+        return any(form_of_module(child) is not None for child in module._modules.values() if child is not None)
+    values = [*_descendants(module), *(v for name, v in vars(module).items() if callable(v) and name != "_modules")]
+    for value in values:
+        if isinstance(value, nn.Module) and (value._modules or looks_linear(value)):
+            continue  # a block of its own
+        if says_gelu(value):
+            return True
+    return any(_function_mentions_gelu(function, _DEPTH) for function in _own_functions(kind))
