@@ -29,6 +29,8 @@ KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 SHADOWS = ("forward", "_call_impl", "_slow_forward")
 """What nn.Module's call looks up on the instance first."""
+_TRACERS = ("torch.export.", "torch._export.", "torch.fx.experimental.proxy_tensor")
+"""Whose function modes watch what torch.export and make_fx record, and change nothing."""
 _CALL = {
     "__call__": "_wrapped_call_impl",
     "_call_impl": "_call_impl",
@@ -166,11 +168,12 @@ def why_watched() -> str | None:
         or nn_module._global_backward_pre_hooks
     ):
         return "is under a hook registered for all modules"
-    if torch.compiler.is_compiling():
-        return None
+    if torch.compiler.is_dynamo_compiling():
+        # Which one cannot be asked while torch.compile traces. It traces again where the modes are others.
+        return "is under a mode" if torch._C._len_torch_function_stack() > 0 else None
     if torch._C._len_torch_function_stack() and torch._C._is_torch_function_mode_enabled():
         for mode in _get_current_function_mode_stack():
-            if type(mode) is not DeviceContext:
+            if type(mode) is not DeviceContext and not type(mode).__module__.startswith(_TRACERS):
                 return f"is under a {type(mode).__name__}"
     for mode in _get_current_dispatch_mode_stack():
         # torch's own trace, fake, count or save; any other may compute something else.
@@ -193,11 +196,16 @@ _NOT_TORCHS = next((f"{known.kind.__name__} {known.reason}" for known in _KNOWN.
 
 
 def _why_torch_changed(facts: Facts) -> str | None:
-    # What is compiled is compiled with what is there then, whatever came from torch.
-    return None if torch.compiler.is_compiling() else _NOT_TORCHS or why_changed(facts, _is_of_fx)
+    return _why_traced_torch_changed() if torch.compiler.is_compiling() else _NOT_TORCHS or why_changed(facts, is_of_fx)
 
 
-def _is_of_fx(value: Any) -> bool:
+@torch.compiler.assume_constant_result
+def _why_traced_torch_changed() -> str | None:
+    """Asked once while torch.compile traces: facts are about code, and what changes later no graph notices."""
+    return _NOT_TORCHS or why_changed(NETWORK, is_of_fx)
+
+
+def is_of_fx(value: Any) -> bool:
     """Whether torch.fx replaced this method while it traces: what is traced then may well be the fused operations."""
     return any(
         comes_from(value, "torch.fx._symbolic_trace", name)

@@ -8,15 +8,18 @@ pickled: whoever loads the module reads the plan again, from the code that is th
 from __future__ import annotations
 
 import copy
+import itertools
+import weakref
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ._activations import Activation, read_activation
-from ._facts import Facts, collected
-from ._plain import is_linear, known, linear_class
+from ._facts import Facts, collected, why_changed
+from ._plain import is_linear, is_of_fx, known, linear_class
 from ._trace import Node, Refused, follow, is_sequential
 
 __all__ = ["Add", "Call", "Child", "Fused", "Plan", "Refused", "Role", "other_activation", "read_plan", "unread"]
@@ -136,6 +139,11 @@ class Plan:
     order: tuple[str, ...] | None = None  # of a Sequential, whose children's names are its forward
     constants: tuple[tuple[str, Any], ...] = ()  # attributes of the container that its forward reads
     calls: Calls = field(default_factory=Calls, compare=False)
+    key: int = field(init=False, compare=False)  # by which code that torch.compile traces names the plan
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", next(_keys))
+        _plans[self.key] = self
 
     @property
     def fused(self) -> tuple[Fused, ...]:
@@ -150,6 +158,16 @@ class Plan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return unread, ()
+
+
+_keys = itertools.count()
+_plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result
+def why_traced_facts_changed(key: int) -> str | None:
+    """Asked once while torch.compile traces: facts are about code, and what changes later no graph notices."""
+    return why_changed(_plans[key].facts, is_of_fx)
 
 
 class Unread:

@@ -23,6 +23,7 @@ from ._load import library
 from ._plain import (
     PLAIN_TENSORS,
     class_name,
+    is_of_fx,
     known,
     linear_class,
     original_class,
@@ -31,7 +32,7 @@ from ._plain import (
     why_touched,
     why_watched,
 )
-from ._plan import Call, Child, Fused, Plan, Refused, Role, Unread, read_plan
+from ._plan import Call, Child, Fused, Plan, Refused, Role, Unread, read_plan, why_traced_facts_changed
 from .functional import record_fallback
 
 PLAN = "_fastlane_plan"
@@ -85,10 +86,10 @@ def why_changed(module: nn.Module, plan: Plan, *, ignore_dropout: bool = False) 
     reason = why_watched() or _why_structure_changed(module, plan)
     if reason is not None:
         return reason
-    if not torch.compiler.is_compiling():
-        changed = _facts.why_changed(plan.facts)
-        if changed is not None:
-            return changed
+    compiling = torch.compiler.is_compiling()
+    changed = why_traced_facts_changed(plan.key) if compiling else _facts.why_changed(plan.facts, is_of_fx)
+    if changed is not None:
+        return changed
     for found in plan.children:
         reason = _why_child_changed(module._modules.get(found.name), found)
         if reason is not None and not (ignore_dropout and reason is _ACTIVE):
@@ -207,7 +208,7 @@ def _linear_forward(original: type[nn.Module]) -> Any:
         else:
             reason = why_watched() or why_parameters_unfit(self)
             if reason is None and not torch.compiler.is_compiling():
-                reason = _facts.why_changed(facts)
+                reason = _facts.why_changed(facts, is_of_fx)
         if reason is None:
             parameters = weight_and_bias(self, transposed)
             return torch.ops.fastlane.linear_gelu_residual.default(args[0], *parameters, activation="none")
