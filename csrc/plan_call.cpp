@@ -13,6 +13,8 @@ using namespace python;
 enum class Role { linear, transposed_linear, activation, dropout };
 // The fields of fastlane_ext._plan.Child.
 enum ChildField : Py_ssize_t { kName, kRole, kKind, kState, kOfClass, kFields };
+// The fields of fastlane_ext._plan.Plan.checks, tuples all of them but for an order of None.
+enum CheckField : Py_ssize_t { kFacts, kNames, kOrder, kConstants, kChildren, kCheckFields };
 
 // Borrowed; null where absent.
 PyObject* item(PyObject* dict, PyObject* name) {
@@ -93,20 +95,19 @@ bool has_all_of(PyObject* dict, PyObject* names) {
 
 }  // namespace
 
-bool is_as_planned(const py::handle& module, const py::handle& plan) {
+bool is_as_planned(const py::handle& module, const py::handle& checks) {
+  if (!PyTuple_Check(checks.ptr()) || PyTuple_GET_SIZE(checks.ptr()) != kCheckFields) return false;
   const Keys& keys = Keys::get();
   PyObject* const dict = dict_of(module.ptr());
   PyObject* const modules = keys.modules.in(dict);
   // PyDict_Next, in has_order, knows no OrderedDict's order.
   const bool is_plain_dict = modules && PyDict_CheckExact(modules);
-  const py::object facts = plan.attr("facts"), names = plan.attr("names"), children = plan.attr("children"),
-                   order = plan.attr("order"), constants = plan.attr("constants");
-  for (const py::object& list : {facts, names, children, constants})
-    if (!PyTuple_Check(list.ptr())) return false;
-  if (!is_plain_dict && !(modules && PyODict_CheckExact(modules) && order.is_none())) return false;
-  return !policy::why_disabled() && !is_watched() && hold(facts.ptr()) && has_order(modules, order.ptr()) &&
-         has_none_of(dict, names.ptr()) && has_all_of(modules, names.ptr()) &&
-         has_attributes(dict, constants.ptr()) && are_children_unchanged(modules, children.ptr());
+  const auto check = [&](CheckField field) { return PyTuple_GET_ITEM(checks.ptr(), field); };
+  PyObject* const order = check(kOrder);
+  if (!is_plain_dict && !(modules && PyODict_CheckExact(modules) && order == Py_None)) return false;
+  return !policy::why_disabled() && !is_watched() && hold(check(kFacts)) && has_order(modules, order) &&
+         has_none_of(dict, check(kNames)) && has_all_of(modules, check(kNames)) &&
+         has_attributes(dict, check(kConstants)) && are_children_unchanged(modules, check(kChildren));
 }
 
 }  // namespace fastlane

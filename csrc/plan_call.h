@@ -5,8 +5,8 @@
 
 namespace fastlane {
 
-// Whether fused operations are enabled and all that a plan (fastlane_ext._plan.Plan) rests on is true of its module.
-// False may also mean that Python has to look closer.
-bool is_as_planned(const pybind11::handle& module, const pybind11::handle& plan);
+// Whether fused operations are enabled and all that a plan rests on (fastlane_ext._plan.Plan.checks) is true of its
+// module. False may also mean that Python has to look closer.
+bool is_as_planned(const pybind11::handle& module, const pybind11::handle& checks);
 
 }  // namespace fastlane

@@ -84,10 +84,11 @@ def of_function(value: Any) -> Iterator[Fact]:
 
 
 def collected(facts: Iterable[Fact]) -> Facts:
-    """Each fact once, in their order."""
-    seen: dict[tuple[int, str], Fact] = {}
+    """Each fact once, in their order. Two that contradict each other both stay: no call satisfies them."""
+    seen: dict[tuple[int, str, tuple[int, ...]], Fact] = {}
     for fact in facts:
-        seen.setdefault((id(fact.holder), fact.name), fact)
+        values = fact.value if type(fact.value) is tuple else (fact.value,)
+        seen.setdefault((id(fact.holder), fact.name, tuple(map(id, values))), fact)
     return tuple(seen.values())
 
 

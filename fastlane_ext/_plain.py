@@ -40,6 +40,12 @@ _CALL = {
 _LOOKUP = ("__getattribute__", "_compiled_call_impl")
 
 
+def constant_while_traced(function: Any) -> Any:
+    """What ``torch.compiler.assume_constant_result`` does, which imports the whole compiler."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def original_class(kind: type) -> type:
     """The class that a class made by `fuse` stands for, or ``kind`` itself."""
     return getattr(kind, "_fastlane_original", kind) if getattr(kind, "_fastlane_class", None) is kind else kind
@@ -199,7 +205,7 @@ def _why_torch_changed(facts: Facts) -> str | None:
     return _why_traced_torch_changed() if torch.compiler.is_compiling() else _NOT_TORCHS or why_changed(facts, is_of_fx)
 
 
-@torch.compiler.assume_constant_result
+@constant_while_traced
 def _why_traced_torch_changed() -> str | None:
     """Asked once while torch.compile traces: facts are about code, and what changes later no graph notices."""
     return _NOT_TORCHS or why_changed(NETWORK, is_of_fx)
@@ -211,6 +217,14 @@ def is_of_fx(value: Any) -> bool:
         comes_from(value, "torch.fx._symbolic_trace", name)
         for name in ("module_call_wrapper", "module_getattr_wrapper")
     )
+
+
+def why_odd_tensor(*values: Any) -> str | None:
+    """None if these are plain tensors, or no tensors at all; a subclass may know ``F.linear`` and nothing of ours."""
+    for value in values:
+        if isinstance(value, Tensor) and type(value) not in PLAIN_TENSORS:
+            return f"gets a {type(value).__name__}"
+    return None
 
 
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from ._activations import Activation, read_activation
 from ._facts import Facts, collected, why_changed
-from ._plain import is_linear, is_of_fx, known, linear_class
+from ._plain import constant_while_traced, is_linear, is_of_fx, known, linear_class
 from ._trace import Node, Refused, follow, is_sequential
 
 __all__ = ["Add", "Call", "Child", "Fused", "Plan", "Refused", "Role", "other_activation", "read_plan", "unread"]
@@ -140,8 +139,11 @@ class Plan:
     constants: tuple[tuple[str, Any], ...] = ()  # attributes of the container that its forward reads
     calls: Calls = field(default_factory=Calls, compare=False)
     key: int = field(init=False, compare=False)  # by which code that torch.compile traces names the plan
+    checks: tuple[Any, ...] = field(init=False, compare=False)  # csrc/plan_call.cpp's ``CheckField``
 
     def __post_init__(self) -> None:
+        checks = (self.facts, self.names, self.order, self.constants, self.children)
+        object.__setattr__(self, "checks", checks)
         object.__setattr__(self, "key", next(_keys))
         _plans[self.key] = self
 
@@ -164,7 +166,7 @@ _keys = itertools.count()
 _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 
 
-@torch.compiler.assume_constant_result
+@constant_while_traced
 def why_traced_facts_changed(key: int) -> str | None:
     """Asked once while torch.compile traces: facts are about code, and what changes later no graph notices."""
     return why_changed(_plans[key].facts, is_of_fx)

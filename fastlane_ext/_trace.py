@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from ._activations import form_of_function
 from ._facts import ABSENT, Fact, comes_from, lookup, of_class
 from ._outside import CONSTANTS, Read, reads_of, why_not_fixed
-from ._plain import GELU, call_facts, known, original_class
+from ._plain import GELU, is_of_fx, known, original_class
 from ._straight_line import count_calls, why_not_straight
 
 
@@ -131,7 +132,8 @@ class _Container:
 
 def _why_other_lookup(kind: type) -> str | None:
     """Why attributes of a container of this class may be others than those that nn.Module would find."""
-    if lookup(kind, "__getattr__") is not lookup(nn.Module, "__getattr__"):
+    found = lookup(kind, "__getattr__")
+    if not is_of_fx(found) and not comes_from(found, nn_module.__name__, "__getattr__"):
         return "its class has a __getattr__ of its own"
     if lookup(kind, "__getattribute__") is not object.__getattribute__:
         return "its class has a __getattribute__ of its own"
@@ -162,7 +164,7 @@ def follow(module: nn.Module) -> Record:
     other = _why_other_lookup(kind)
     if other is not None:
         raise Refused(other)
-    record.facts += call_facts(kind)
+    record.facts += of_class(kind, "forward", "__getattr__", "__getattribute__")
     record.facts += of_class(Tensor, "__add__", "__radd__")
     if is_sequential(module):
         sequential = known(nn.Sequential)

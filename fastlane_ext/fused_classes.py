@@ -179,7 +179,7 @@ def _container_forward(original: type[nn.Module]) -> Any:
         values = _arguments(plan, args, kwargs)
         if values is None:
             reason = _ARGUMENTS
-        elif not compiling and library.is_as_planned(self, plan):
+        elif not compiling and library.is_as_planned(self, plan.checks):
             reason = None
         else:
             reason = why_changed(self, plan)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import functional, reference
 from ._disabled import is_disabled
-from ._plain import why_formula_changed, why_network_changed, why_not_plain_linear
+from ._plain import why_formula_changed, why_network_changed, why_not_plain_linear, why_odd_tensor
 from .functional import linear_gelu_residual, mlp_residual, record_fallback
 from .reference import activate
 
@@ -22,7 +22,7 @@ __all__ = ["LinearGELUResidual", "ResidualMLP"]
 
 def run_linear(child: nn.Module, name: str, x: Tensor) -> Tensor:
     """``child(x)``, through the fused op where that is all the same."""
-    reason = why_network_changed() or why_not_plain_linear(child)
+    reason = why_network_changed() or why_odd_tensor(x) or why_not_plain_linear(child)
     if reason is None:
         return linear_gelu_residual(x, child.weight, child.bias, activation="none")
     record_fallback(f"{name} {reason}")
@@ -34,7 +34,7 @@ def _layer(name: str) -> Any:
     fused, eager = getattr(functional, name), getattr(reference, name)
 
     def layer(*args: Any, **options: Any) -> Tensor:
-        reason = why_formula_changed()
+        reason = why_formula_changed() or why_odd_tensor(*args)
         if reason is None:
             return fused(*args, **options)
         record_fallback(f"a layer {reason}")
@@ -62,8 +62,8 @@ class ResidualMLP(reference.ResidualMLP):
         if is_disabled():
             return super().forward(x)
         fc1, fc2 = self.fc1, self.fc2
-        changed = why_network_changed()
-        reason1, reason2 = changed or why_not_plain_linear(fc1), changed or why_not_plain_linear(fc2)
+        changed, odd = why_network_changed(), why_odd_tensor(x)
+        reason1, reason2 = (changed or why_not_plain_linear(linear) or odd for linear in (fc1, fc2))
         if reason1 is None and reason2 is None:
             return mlp_residual(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, activation=self.activation)
         if reason1 is None:
@@ -71,6 +71,7 @@ class ResidualMLP(reference.ResidualMLP):
         else:
             record_fallback(f"fc1 {reason1}")
             hidden = activate(fc1(x), self.activation)
+            reason2 = reason2 or why_odd_tensor(hidden)
         if reason2 is None:
             return linear_gelu_residual(hidden, fc2.weight, fc2.bias, x, activation="none")
         record_fallback(f"fc2 {reason2}")

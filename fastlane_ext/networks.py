@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import reference
 from ._disabled import is_disabled
 from ._load import library
-from ._plain import NETWORK, why_network_changed, why_not_plain, why_not_plain_linear
+from ._plain import NETWORK, why_network_changed, why_not_plain, why_not_plain_linear, why_odd_tensor
 from .functional import linear_gelu_concat, linear_gelu_residual, record_fallback, residual_stack
 from .modules import run_linear
 
@@ -63,7 +63,7 @@ class _FusedForward(reference.ResidualNetwork):
             record_fallback("its class has a _run_layer of its own")
             return super().forward(x)
         # torch.jit.trace knows no lists with None in them.
-        if why_network_changed() is not None or torch.jit.is_tracing():
+        if (why_network_changed() or why_odd_tensor(x)) is not None or torch.jit.is_tracing():
             return self._forward_by_layer(x)
         for layer in self.layers:
             plain = _plain_layer(layer)
@@ -98,6 +98,8 @@ class _FusedForward(reference.ResidualNetwork):
         changed = why_network_changed()
         for index, layer in enumerate(self.layers):
             plain = changed or _plain_layer(layer)
+            if not isinstance(plain, str):
+                plain = why_odd_tensor(x) or plain
             if isinstance(plain, str):
                 record_fallback(f"layers.{index} {plain}")
                 x = self._run_layer(index, layer, x)

@@ -204,7 +204,7 @@ def layer_in_columns(shortcut):
         input_fn=lambda _, inputs, on: DTensor.from_local(inputs[0], on, [Replicate()]),
         output_fn=lambda _, y, on: y.full_tensor(),
     )
-    compare(model, alone, random(5, 6), {COMPOSED: 1})
+    compare(model, alone, random(5, 6), {"a layer gets a DTensor": 1})
 
 
 for _shortcut in ("identity", "none", "concat"):

@@ -1,0 +1,336 @@
+"""One list of oddities, put to `fuse`, to a module, and to a network, in Python and in C++.
+
+An oddity changes an instance, a class, a function, or who watches. It is applied to a fused model and to its eager
+twin. The compiled check has to say "ask Python", Python has to give a reason, and the values have to be the twin's.
+"""
+
+import copy
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules import linear as linear_file
+from torch.nn.modules import module as module_file
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlane_ext as fl
+from fastlane_ext import _plain, fused_classes, reference
+from fastlane_ext._load import library
+
+LINEAR, GELU, LINEAR_FORWARD = F.linear, F.gelu, nn.Linear.forward
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.fc2(self.act(self.fc1(x)))
+
+
+class Subject:
+    """A fused model, its eager twin, and where their first linear layer and activation are."""
+
+    def __init__(self, fused, eager, linear, activation):
+        self.fused, self.eager, self._linear, self._activation = fused, eager, linear, activation
+        self.eager.load_state_dict(fused.state_dict())
+
+    def linears(self):
+        return [self._linear(model) for model in (self.fused, self.eager)]
+
+    def activations(self):
+        return [self._activation(model) for model in (self.fused, self.eager)]
+
+    def compiled_check(self, x):
+        """Whether the compiled code would go on without Python; None if there is none for this kind of model."""
+        if isinstance(self.fused, reference.ResidualNetwork):
+            return library.run_plain_network(self.fused, x) is not None
+        plan = vars(self.fused).get(fused_classes.PLAN)
+        return None if plan is None else library.is_as_planned(self.fused, plan.checks)
+
+
+def fused_mlp():
+    model = Mlp()
+    eager = copy.deepcopy(model)
+    fl.fuse(model).assert_fused(1)
+    return Subject(model, eager, lambda m: m.fc1, lambda m: m.act)
+
+
+def residual_mlp():
+    return Subject(fl.ResidualMLP(8, 8), reference.ResidualMLP(8, 8), lambda m: m.fc1, lambda m: None)
+
+
+def network():
+    sizes = [8, 8, 8]
+    kinds = fl.ResidualNetwork(sizes), reference.ResidualNetwork(sizes)
+    return Subject(*kinds, lambda m: m.layers[0][0], lambda m: m.layers[0][1])
+
+
+SUBJECTS = {"fuse": fused_mlp, "module": residual_mlp, "network": network}
+ODDITIES = {}
+
+
+def oddity(function):
+    ODDITIES[function.__name__] = function
+    return function
+
+
+def doubled(self, x):
+    return 2 * LINEAR(x, self.weight, self.bias)
+
+
+def shrunk(x):
+    return 0.5 * x
+
+
+def on_linears(name):
+    """An oddity of the first linear layer alone."""
+
+    def remember(change):
+        def apply(subject, patch):
+            for linear in subject.linears():
+                change(linear)
+
+        ODDITIES[name] = apply
+        return change
+
+    return remember
+
+
+on_linears("a forward of its own")(lambda m: setattr(m, "forward", types.MethodType(doubled, m)))
+on_linears("a _call_impl of its own")(lambda m: setattr(m, "_call_impl", types.MethodType(doubled, m)))
+on_linears("a hook")(lambda m: m.register_forward_hook(lambda *a: 2 * a[2]))
+on_linears("a pre-hook")(lambda m: m.register_forward_pre_hook(lambda m, a: (2 * a[0],)))
+on_linears("a bias that is a buffer")(lambda m: (delattr_bias(m), m.register_buffer("bias", torch.ones(8))))
+on_linears("a bias that broadcasts")(lambda m: setattr(m, "bias", nn.Parameter(torch.ones(1))))
+on_linears("a class of its own")(lambda m: setattr(m, "__class__", type("Linear", (nn.Linear,), {"forward": doubled})))
+on_linears("a weight of a subclass")(
+    lambda m: setattr(m, "weight", nn.Parameter(m.weight.detach().as_subclass(Doubled), requires_grad=False))
+)
+
+
+def delattr_bias(linear):
+    del linear.bias
+
+
+class Doubled(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+        result = super().__torch_function__(function, kinds, args, kwargs)
+        return 2 * result if function is LINEAR else result
+
+
+@oddity
+def a_compiled_child(subject, patch):
+    for linear in subject.linears():
+        linear._compiled_call_impl = types.MethodType(doubled, linear)
+
+
+@oddity
+def another_forward_of_the_class(subject, patch):
+    patch.setattr(nn.Linear, "forward", doubled)
+
+
+@oddity
+def other_code_in_the_forward(subject, patch):
+    def forward(self, input):
+        return 2 * F.linear(input, self.weight, self.bias)
+
+    patch.setattr(LINEAR_FORWARD, "__code__", forward.__code__)
+
+
+@oddity
+def a_call_of_the_class(subject, patch):
+    patch.setattr(nn.Linear, "__call__", doubled, raising=False)
+
+
+@oddity
+def a_call_impl_of_the_class(subject, patch):
+    patch.setattr(nn.Linear, "_call_impl", doubled, raising=False)
+
+
+@oddity
+def a_call_impl_of_all_modules(subject, patch):
+    original = nn.Module._call_impl
+    patch.setattr(
+        nn.Module, "_call_impl", lambda self, *a: original(self, *a) * (1 + isinstance(self, nn.Linear)), raising=False
+    )
+
+
+@oddity
+def a_call_of_all_modules(subject, patch):
+    original = nn.Module.__call__
+    patch.setattr(nn.Module, "__call__", lambda self, *a: original(self, *a) * (1 + isinstance(self, nn.Linear)))
+
+
+@oddity
+def other_code_in_the_call(subject, patch):
+    def _wrapped_call_impl(self, *args, **kwargs):
+        y = self._call_impl(*args, **kwargs)
+        return 2 * y if type(self).__name__ == "Linear" else y
+
+    patch.setattr(nn.Module._wrapped_call_impl, "__code__", _wrapped_call_impl.__code__)
+
+
+@oddity
+def a_weight_on_the_class(subject, patch):
+    patch.setattr(nn.Linear, "weight", property(lambda self: 2 * self._parameters["weight"]), raising=False)
+
+
+@oddity
+def a_getattr_on_the_class(subject, patch):
+    original = nn.Module.__getattr__
+    scale = {"weight": 2}
+    patch.setattr(nn.Linear, "__getattr__", lambda self, name: original(self, name) * scale.get(name, 1), raising=False)
+
+
+@oddity
+def another_linear_function(subject, patch):
+    patch.setattr(F, "linear", lambda *a: 2 * LINEAR(*a))
+
+
+@oddity
+def another_gelu_function(subject, patch):
+    patch.setattr(F, "gelu", lambda x, approximate="none": shrunk(x))
+
+
+@oddity
+def another_namespace_in_torchs_file(subject, patch):
+    patch.setattr(linear_file, "F", types.SimpleNamespace(linear=lambda *a: 2 * LINEAR(*a)))
+
+
+@oddity
+def another_sum(subject, patch):
+    original = torch.Tensor.__add__
+    patch.setattr(torch.Tensor, "__add__", lambda a, b: original(a, 3 * b) if a.dim() == 2 else original(a, b))
+
+
+@oddity
+def a_hook_for_all_modules(subject, patch):
+    hook = {-1: lambda module, args, output: 2 * output if isinstance(module, nn.Linear) else None}
+    patch.setattr(module_file, "_global_forward_hooks", hook)
+
+
+class DoublesLinear(TorchFunctionMode):
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return 2 * result if function is LINEAR else result
+
+
+class DoublesProducts(TorchDispatchMode):
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return 2 * result if function is torch.ops.aten.addmm.default else result
+
+
+MODES = {"a function mode": DoublesLinear, "a dispatch mode": DoublesProducts}
+
+
+def results(model, x):
+    leaf = x.clone().requires_grad_()
+    y = model(leaf)
+    wanted = [leaf, *(p for p in model.parameters() if p.requires_grad)]
+    return [y.detach().as_subclass(torch.Tensor), *torch.autograd.grad(y.sum(), wanted, allow_unused=True)]
+
+
+def assert_as_eager(subject, x):
+    fl.reset_stats()
+    assert subject.compiled_check(x) in (False, None)
+    fl.reset_stats()
+    got, expected = results(subject.fused, x), results(subject.eager, x)
+    reasons = fl.stats()["fallback"]
+    fl.reset_stats()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    return reasons
+
+
+@pytest.mark.parametrize("name", ODDITIES)
+@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+def test_after_the_model_was_made(subject, name, monkeypatch):
+    subject, x = subject(), torch.randn(3, 8)
+    before = results(subject.eager, x)[0]
+    assert subject.compiled_check(x) in (True, None)
+    ODDITIES[name](subject, monkeypatch)
+    assert not torch.allclose(results(subject.eager, x)[0], before), "the oddity changes nothing"
+    assert assert_as_eager(subject, x)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+def test_under_a_mode(subject, name):
+    subject, x = subject(), torch.randn(3, 8)
+    before = results(subject.eager, x)[0]
+    with MODES[name]():
+        assert not torch.allclose(results(subject.eager, x)[0], before)
+        assert assert_as_eager(subject, x)
+    assert subject.compiled_check(x) in (True, None)
+    with torch.device("cpu"):
+        fl.reset_stats()
+        subject.fused(x)
+        assert fl.stats()["fused"]["forward"] and not fl.stats()["fallback"]
+
+
+OF_CLASSES = [
+    name for name in ODDITIES if name.startswith(("another", "other", "a_call_", "a_call", "a_weight", "a_getattr"))
+]
+
+
+@pytest.mark.parametrize("name", [name for name in OF_CLASSES if "a_hook" not in name])
+def test_before_fuse(name, monkeypatch):
+    """What torch itself had at import is known: a patch is not taken for the original."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)), torch.randn(3, 8)
+    ODDITIES[name](types.SimpleNamespace(linears=lambda: [], activations=lambda: []), monkeypatch)
+    expected = model(x)
+    with pytest.warns(UserWarning, match="nothing runs fused") if name != "another_sum" else _no_warning():
+        report = fl.fuse(model)
+    assert torch.equal(model(x), expected) or (report.fused and name == "another_sum")
+    fl.reset_stats()
+    monkeypatch.undo()
+
+
+def _no_warning():
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def test_a_layer_with_a_weight_of_its_own(monkeypatch):
+    layer, eager = fl.LinearGELUResidual(8, 8), reference.LinearGELUResidual(8, 8)
+    eager.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 8)
+    for name in ("another_linear_function", "another_gelu_function", "another_sum"):
+        with monkeypatch.context() as patch:
+            ODDITIES[name](None, patch)
+            assert torch.equal(layer(x), eager(x))
+            assert len(fl.stats()["fallback"]) == 1
+            fl.reset_stats()
+    for mode in MODES.values():
+        with mode():
+            assert torch.equal(layer(x), eager(x))
+    fl.reset_stats()
+
+
+@pytest.mark.parametrize("kind", list(_plain._KNOWN), ids=lambda kind: kind.__name__)
+def test_what_torch_defined_is_known_to_be_torchs(kind):
+    known = _plain.known(kind)
+    assert known.reason is None and library.hold(known.facts)
+    remade = _plain._known(kind, "somewhere.else")
+    assert "that is not the one of somewhere.else" in remade.reason
+
+
+def test_both_checks_of_facts_agree(monkeypatch):
+    from fastlane_ext._facts import hold_slowly
+
+    for name in OF_CLASSES:
+        with monkeypatch.context() as patch:
+            ODDITIES[name](None, patch)
+            for known in _plain._KNOWN.values():
+                assert library.hold(known.facts) == hold_slowly(known.facts)
+            assert library.hold(_plain.NETWORK) is hold_slowly(_plain.NETWORK) is False
+    assert library.hold(_plain.NETWORK)
