@@ -50,6 +50,22 @@ def check_layer_sizes(argument: str, value: Any) -> list[int]:
     return [check_size(f"{argument}[{index}]", size) for index, size in enumerate(value)]
 
 
+def check_seed(argument: str, value: Any) -> int:
+    remedy = "torch.manual_seed takes 64 bits"
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        raise bad(argument, f"{value!r} ({type(value).__name__})", "an int", remedy, TypeError)
+    if not -(2**63) <= operator.index(value) < 2**64:
+        raise bad(argument, shortened(value), "an int from -2**63 to 2**64 - 1", remedy)
+    return operator.index(value)
+
+
+def shortened(value: object) -> str:
+    """``repr`` for a message of one line: what is long loses its middle."""
+    # An int of thousands of digits has no repr at all.
+    text = f"an int of {value.bit_length()} bits" if isinstance(value, int) and abs(value) >= 10**40 else repr(value)
+    return text if len(text) <= 60 else f"{text[:30]}...{text[-10:]}"
+
+
 def per_layer(argument: str, values: Sequence[Tensor | None] | None, layers: int) -> Sequence[Tensor | None]:
     if values is not None and len(values) != layers:
         remedy = "use None for a layer that has none"

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import fastlane_ext
 from fastlane_ext import commands
+from fastlane_ext.experiments import EXPERIMENTS
 from fastlane_ext.reference import ACTIVATIONS
 
 EPILOG = """\
@@ -74,8 +75,8 @@ def _json_option(parser: argparse.ArgumentParser) -> None:
 def _gradients(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
     from fastlane_ext.commands import gradients
 
-    result = gradients.compute(args.sizes, seed=args.seed, activation=args.activation, style=args.style, plot=args.plot)
-    return result, gradients.render
+    options = {name: getattr(args, name) for name in ("sizes", "seed", "activation", "style", "plot")}
+    return gradients.compute(args.experiment, **options), gradients.render
 
 
 def _train(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
@@ -141,12 +142,15 @@ def parser() -> argparse.ArgumentParser:
         "gradients",
         _gradients,
         "print each layer's mean |gradient|, without and with shortcuts",
-        "Runs the fused networks and checks them against the eager ones; exit status 1 if they disagree.",
+        "Runs an experiment with the fused networks and checks them against the eager ones; exit status 1 if they "
+        "disagree. An option that an experiment does not have is refused.",
     )
-    p.add_argument("--sizes", type=_sizes, default="1,64,64,64,64,1", help="input size, then each layer's")
-    p.add_argument("--seed", type=int, default=42, help="for the parameters and the input")
-    p.add_argument("--activation", choices=ACTIVATIONS, default="gelu", help="of every layer")
-    p.add_argument("--style", choices=("lines", "full", "table"), default="lines", help="how values are printed")
+    described = "; ".join(f"{name}: {each.summary}" for name, each in EXPERIMENTS.items())
+    p.add_argument("--experiment", choices=tuple(EXPERIMENTS), default="example", help=described)
+    p.add_argument("--sizes", type=_sizes, help="input size, then each layer's, as in 1,64,64,1")
+    p.add_argument("--seed", type=int, help="for the parameters and the input")
+    p.add_argument("--activation", choices=ACTIVATIONS, help="of every layer")
+    p.add_argument("--style", choices=("lines", "full", "table"), help="how values are printed")
     p.add_argument("--plot", metavar="PATH", help="save a picture; the ending picks the format")
     _json_option(p)
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import networks, reference
-from ._arguments import bad, check_choice, check_layer_sizes, check_tensor
+from ._arguments import bad, check_choice, check_layer_sizes, check_seed, check_tensor
 
 __all__ = [
     "GradientComparison",
@@ -346,31 +346,41 @@ def shortcut_demo(
     *,
     seed: int = 42,
     activation: str = "gelu",
-    shortcut: str = "projection",
+    shortcut: str = "identity",
     x: Tensor | None = None,
     eager: bool = False,
 ) -> ShortcutDemo:
-    """The pair of networks that shows what shortcuts do to gradients, each made from the same seed.
+    """The pair of networks that shows what shortcuts do to gradients: the ``example`` of `fastlane_ext.experiments`.
 
-    After seeding, ``torch.randn(1, layer_sizes[0])`` is drawn first, then a `ResidualNetwork`'s
-    parameters; the random state is given back. Projections draw values too, so that later layers start from
-    other values with them than without; with ``shortcut="identity"`` both networks start from the same.
+    After one ``torch.manual_seed(seed)`` come ``torch.randn(1, layer_sizes[0])``, the parameters of the network without
+    shortcuts, and those of the network with them, in this order: the two networks start from different values. The
+    random state is given back.
 
     Args:
-        layer_sizes, activation, shortcut: as in `ResidualNetwork`.
-        seed: for ``torch.manual_seed``.
+        layer_sizes, activation, shortcut: as in `ResidualNetwork`; ``"identity"`` adds x where the sizes are equal.
+        seed: for ``torch.manual_seed``, at least -2**63 and less than 2**64.
         x: an input of your own in place of the random one, ``(*, layer_sizes[0])``.
         eager: make the networks of `fastlane_ext.reference`, same values, instead of the fused ones.
 
-    >>> demo = shortcut_demo([1, 64, 64, 64, 64, 1], eager=True)
+    Raises:
+        TypeError, ValueError: one line naming the argument, what came and what was expected.
+
+    >>> demo = shortcut_demo(eager=True)
     >>> f"{gradient_report(demo.without, demo.x).rows[0].mean_abs:.5e}"
     '1.79718e-05'
     """
     kind = reference.ResidualNetwork if eager else networks.ResidualNetwork
-    made = []
+    sizes = check_layer_sizes("layer_sizes", layer_sizes)
+    with seeded(seed):
+        drawn = torch.randn(1, sizes[0])
+        without, with_shortcuts = (kind(sizes, shortcut=rule, activation=activation) for rule in ("none", shortcut))
+    return ShortcutDemo(drawn if x is None else x, without, with_shortcuts)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A block that draws what ``torch.manual_seed(seed)`` leads to, and leaves the random state as it was."""
+    check_seed("seed", seed)
     with torch.random.fork_rng(devices=[]):
-        for rule in ("none", shortcut):
-            torch.manual_seed(seed)
-            drawn = torch.randn(1, check_layer_sizes("layer_sizes", layer_sizes)[0])
-            made.append(kind(layer_sizes, shortcut=rule, activation=activation))
-    return ShortcutDemo(drawn if x is None else x, made[0], made[1])
+        torch.manual_seed(seed)
+        yield

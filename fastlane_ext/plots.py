@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ def plot_gradients(
     path: str | os.PathLike[str],
     *,
     title: str = "Shortcuts keep gradients from vanishing",
+    subtitle: str | None = None,
 ) -> None:
     """Save a line a report: mean |gradient| of each layer's weight on a log scale, from the input's side on.
 
@@ -55,6 +57,7 @@ def plot_gradients(
             weights that all of them have, in order; a projection that only one network has is left out.
         path: where to save; the ending picks the format.
         title: the picture's heading.
+        subtitle: a line below the heading, such as which network it is.
 
     Raises:
         ImportError: matplotlib is missing; the message has the command that installs it.
@@ -90,7 +93,11 @@ def plot_gradients(
         axes.annotate("", (1, high), (1, low), arrowprops=arrow)
         middle = (1, math.sqrt(low * high))
         axes.annotate(f"{high / low:,.3g} times larger", middle, (8, 0), textcoords="offset points", color=_INK)
-    _finish(figure, axes, title, "y", path)
+    lines = textwrap.wrap(subtitle or "", 100)
+    axes.annotate(
+        "\n".join(lines), (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", color=_MUTED, size=9
+    )
+    _finish(figure, axes, title, "y", path, pad=6 + 13 * len(lines))
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -102,8 +109,8 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _finish(figure: Figure, axes: Any, title: str, grid: str, path: str | os.PathLike[str]) -> None:
-    axes.set_title(title, loc="left", color=_INK, fontweight="bold")
+def _finish(figure: Figure, axes: Any, title: str, grid: str, path: str | os.PathLike[str], *, pad: float = 6) -> None:
+    axes.set_title(title, loc="left", color=_INK, fontweight="bold", pad=pad)
     axes.grid(axis=grid, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 import fastlane_ext
-from fastlane_ext import cli, commands
+from fastlane_ext import cli, commands, experiments
 from fastlane_ext.commands import bench, check, promises, train
-from fastlane_ext.commands import gradients as gradients_command
 
 FIRST_LINE = "layers.0.0.weight has gradient mean of 1.797181e-05"
 COMMANDS = ("gradients", "train", "bench", "check", "info")
@@ -111,7 +110,7 @@ def test_gradients_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_gradients_fail_where_fused_and_eager_disagree(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    demo = gradients_command.gradients.shortcut_demo
+    demo = experiments.shortcut_demo
 
     def off(*args: Any, eager: bool = False, **options: Any) -> Any:
         made = demo(*args, eager=eager, **options)
@@ -120,7 +119,7 @@ def test_gradients_fail_where_fused_and_eager_disagree(
                 made.without.layers[0][0].weight.mul_(1.01)
         return made
 
-    monkeypatch.setattr(gradients_command.gradients, "shortcut_demo", off)
+    monkeypatch.setattr(experiments, "shortcut_demo", off)
     assert cli.main(["gradients"]) == 1
     assert "DISAGREE" in capsys.readouterr().out
 

@@ -99,7 +99,7 @@ def test_the_first_figure_in_eager():
     demo = shortcut_demo(eager=True)
     assert first_figure(demo.without, demo.x) == WITHOUT
     assert len(printed(demo.without, demo.x)) == 5
-    assert first_figure(demo.with_shortcuts, demo.x) == 1.195701e-02
+    assert first_figure(demo.with_shortcuts, demo.x) == 2.496186e-04
 
 
 def test_the_first_figure_fused():
@@ -133,17 +133,41 @@ def test_the_demo_is_made_from_its_seed_and_options():
     assert torch.equal(torch.get_rng_state(), before)
     assert demo.x.shape == (1, 3) and torch.equal(demo.x, same.x)
     assert type(demo.without) is fl.ResidualNetwork
-    first = [m.layers[0][0].weight for m in (demo.without, demo.with_shortcuts, same.without)]
-    assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
-    assert not torch.equal(first[0], shortcut_demo([3, 8, 8, 2], seed=6).without.layers[0][0].weight)
+    assert (demo.without.shortcut, demo.with_shortcuts.shortcut) == ("none", "identity")
+    for mine, theirs in zip(demo[1:], same[1:], strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(mine.parameters(), theirs.parameters(), strict=True))
+    # The plain script: one seed, then x, the network without, the network with.
+    torch.manual_seed(5)
+    assert torch.equal(demo.x, torch.randn(1, 3))
+    for model in demo[1:]:
+        drawn = fl.ResidualNetwork([3, 8, 8, 2])
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), drawn.parameters(), strict=True))
+    first = demo.without.layers[0][0].weight
+    assert not torch.equal(first, shortcut_demo([3, 8, 8, 2], seed=6).without.layers[0][0].weight)
     x = torch.ones(2, 3)
     given = shortcut_demo([3, 8, 8, 2], seed=5, x=x, activation="gelu_tanh")
-    assert given.x is x and torch.equal(given.without.layers[0][0].weight, first[0])
+    assert given.x is x and torch.equal(given.without.layers[0][0].weight, first)
     assert given.without.layers[0][1].approximate == "tanh"
-    assert torch.equal(
-        shortcut_demo([3, 3, 2], shortcut="identity").without.layers[1][0].weight,
-        shortcut_demo([3, 3, 2], shortcut="identity").with_shortcuts.layers[1][0].weight,
-    )
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "message"),
+    [
+        (2**64, ValueError, "seed: got 18446744073709551616, expected an int from -2"),
+        (-(2**63) - 1, ValueError, "seed: got -9223372036854775809, expected an int from -2"),
+        pytest.param(10**5000, ValueError, "seed: got an int of 16610 bits, expected an int from -2", id="huge"),
+        ("1", TypeError, r"seed: got '1' \(str\), expected an int"),
+        (True, TypeError, r"seed: got True \(bool\), expected an int"),
+    ],
+)
+def test_a_seed_that_torch_does_not_take(seed, error, message):
+    with pytest.raises(error, match=f"^{message}") as caught:
+        shortcut_demo(seed=seed)
+    assert "\n" not in str(caught.value)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2**64 - 1)
+        assert torch.equal(shortcut_demo(seed=2**64 - 1).x, torch.randn(1, 1))
+    shortcut_demo(seed=-(2**63))
 
 
 def test_figures_are_those_of_backward():
@@ -322,7 +346,7 @@ def test_table_is_plain_aligned_text():
 
 
 def test_compare_models_with_different_parameters():
-    demo = shortcut_demo([1, 4, 4, 1])
+    demo = shortcut_demo([1, 4, 4, 1], shortcut="projection")
     without, with_shortcuts = (gradient_report(model, demo.x) for model in demo[1:])
     comparison = without.compare(with_shortcuts, ("without", "with"))
     rows = {row[0]: row[1:] for row in comparison.rows}
@@ -431,7 +455,7 @@ def test_lines_without_and_with_shortcuts(drawn, tmp_path):
         layers = [r.mean_abs for r in report.rows if r.name.startswith("layers") and "weight" in r.name]
         assert list(line.get_xdata()) == [1, 2, 3, 4, 5]
         assert list(line.get_ydata()) == layers
-    assert "665 times larger" in [text.get_text() for text in axes.texts]
+    assert "13.9 times larger" in [text.get_text() for text in axes.texts]
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
 

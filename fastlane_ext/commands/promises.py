@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import fastlane_ext
-from fastlane_ext import reference
+from fastlane_ext import experiments, reference
+from fastlane_ext._formulas import gelu64
 from fastlane_ext.bench.machine import torch_threads
 
 DTYPES = {
@@ -217,21 +218,6 @@ def _row(
     }
 
 
-def _gelu64(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    # GELU, its derivative, and the derivative's size without cancellation; x in fp64, exact far into the
-    # tail.
-    if activation == "gelu":
-        gate = 0.5 * torch.special.erfc(-x * math.sqrt(0.5))
-        slope = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    else:
-        c, k = math.sqrt(2 / math.pi), 0.044715
-        inner = 2 * c * (x + k * x**3)
-        gate = torch.sigmoid(inner)
-        slope = gate * torch.sigmoid(-inner) * 2 * c * (1 + 3 * k * x * x)
-    tilt = torch.where(slope == 0, torch.zeros_like(x), x * slope)
-    return torch.where(gate == 0, torch.zeros_like(x), x * gate), gate + tilt, gate + tilt.abs()
-
-
 def _through_layer(layer: Callable[..., Tensor], x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     # GELU and its derivative as a layer computes them: one input, one output, weight 1, no bias.
     leaf = x.unsqueeze(1).requires_grad_()
@@ -251,7 +237,7 @@ def scalar_float32(fused: Counter, activation: str) -> list[Row]:
     """Relative error of GELU over fp32 in [-10, 10], and of GELU' relative to Φ(x) + |x|φ(x): at most
     1e-5."""
     x = _dense_float32()
-    value, slope, slope_size = _gelu64(x.double(), activation)
+    value, slope, slope_size = gelu64(x.double(), activation)
     smallest = torch.finfo(torch.float32).smallest_normal
     errors = []
     for layer in (fused, reference.linear_gelu_residual):
@@ -283,7 +269,7 @@ def scalar_half(fused: Counter, dtype_name: str, activation: str) -> list[Row]:
     dtype = DTYPES[dtype_name]
     x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     finite = torch.isfinite(x)
-    value, slope, _ = _gelu64(x.double(), activation)
+    value, slope, _ = gelu64(x.double(), activation)
     errors = []
     for layer in (fused, reference.linear_gelu_residual):
         results = _through_layer(layer, x, activation)
@@ -307,14 +293,10 @@ def published_table() -> list[Row]:
     rows = []
     for name, expected in PUBLISHED.items():
         errors = []
-        for networks in (fastlane_ext, reference):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(123)
-                model = networks.ExampleDeepNeuralNetwork(
-                    [3, 3, 3, 3, 3, 1], use_shortcut=name == "with shortcut", activation="gelu_tanh"
-                )
-            y = model(torch.tensor([[1.0, 0.0, -1.0]]))
-            torch.nn.functional.mse_loss(y, torch.zeros(1, 1)).backward()
+        for eager in (False, True):
+            demo = experiments.published(eager=eager)
+            model = demo.with_shortcuts if name == "with shortcut" else demo.without
+            torch.nn.functional.mse_loss(model(demo.x), torch.zeros(1, 1)).backward()
             means = [layer[0].weight.grad.abs().mean().item() for layer in model.layers]
             errors.append(max(abs(a - b) / b for a, b in zip(means, expected, strict=True)))
         mine, eagers = errors
