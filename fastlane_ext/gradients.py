@@ -1,7 +1,7 @@
 """How large the gradients are, layer by layer: printed, as a table, as JSON, as a picture.
 
-The gradients come from ``torch.autograd.grad``, so that looking at them changes nothing: ``.grad``, buffers
-(a BatchNorm's running statistics), the random state and train or eval mode stay as they were.
+Looking at gradients changes nothing: ``.grad``, buffers (a BatchNorm's running statistics), the random state and train
+or eval mode stay as they were, and no optimizer steps. `_differentiate` says how.
 
 ``GradientReport.plot`` and `fastlane_ext.plots` need matplotlib: ``pip install "fastlane_ext[plot]"``.
 """
@@ -19,9 +19,11 @@ from typing import Any, NamedTuple, TextIO
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import networks, reference
 from ._arguments import bad, check_choice, check_layer_sizes, check_seed, check_tensor
+from ._differentiate import check_model, differentiate, untouched, whole
 
 __all__ = [
     "GradientComparison",
@@ -38,33 +40,11 @@ _STYLES = ("lines", "full", "table")
 _TABLE_HEADING = "Gradients by layer"
 
 
-@contextmanager
-def _untouched(model: nn.Module, x: Any) -> Iterator[None]:
-    """Give buffers and random state back as they were: dropout and BatchNorm change them in a forward."""
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    tensors = [*model.parameters(), *([x] if isinstance(x, Tensor) else [])]
-    devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
-    kind = next(iter(devices)).type if devices else "cuda"
-    try:
-        with torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind):
-            yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
 def _loss(output: Any, target: Any, loss_fn: Loss | None) -> Tensor:
-    if loss_fn is None and not isinstance(output, Tensor):
+    if loss_fn is None and (not isinstance(output, Tensor) or not output.dtype.is_floating_point):
+        returned = f"{output.dtype} tensor" if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(
-            f"loss_fn: got None for a model that returns a {type(output).__name__}, expected a function "
+            f"loss_fn: got None for a model that returns a {returned}, expected a function "
             "loss_fn(output, target) -> scalar tensor; pass one that picks the tensor to look at"
         )
     if target is None and isinstance(output, Tensor):
@@ -80,50 +60,51 @@ def _loss(output: Any, target: Any, loss_fn: Loss | None) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn: got {got}, expected a tensor of one element; take its mean or sum")
+    if loss.is_complex():
+        raise ValueError(f"loss_fn: got {loss.dtype}, expected a real number; take its abs() or its real part")
     return loss
+
+
+def _recordable(value: Any) -> Any:
+    # Autograd cannot save an inference tensor, but it can save a copy.
+    return tree_map(lambda t: t.clone() if isinstance(t, Tensor) and t.is_inference() else t, value)
 
 
 def _gradients(
     model: nn.Module, x: Any, target: Any, loss_fn: Loss | None, keep_grad: bool
 ) -> tuple[float, list[tuple[str, Tensor, Tensor | None]]]:
     """The loss and, for each parameter once, its name, itself and its gradient or None."""
-    if not isinstance(model, nn.Module):
-        raise bad("model", f"a {type(model).__name__}", "an nn.Module", "wrap a function in one", TypeError)
+    check_model(model)
     if loss_fn is not None and not callable(loss_fn):
         raise bad("loss_fn", repr(loss_fn), "a function loss_fn(output, target)", "or None for MSE", TypeError)
     if loss_fn is None and target is not None:
         check_tensor("target", target)
-    named = list(model.named_parameters())
-    wanted = [p for _, p in named if p.requires_grad]
-    if not wanted:
-        raise ValueError(
-            "model: got no parameter with requires_grad, expected at least one; call model.requires_grad_()"
-        )
-    with torch.inference_mode(False), torch.enable_grad(), _untouched(model, x):
-        if isinstance(x, Tensor) and x.is_inference():
-            x = x.clone()  # autograd cannot save an inference tensor, but it can save a copy
-        if isinstance(target, Tensor) and target.is_inference():
-            target = target.clone()
+    with torch.inference_mode(False), torch.enable_grad(), untouched(model, x, target):
+        x, target = _recordable(x), _recordable(target)
+        known = [*model.parameters(), *(t for t in tree_leaves((x, target)) if isinstance(t, Tensor))]
         loss = _loss(model(x), target, loss_fn)
         if not loss.requires_grad:
             raise ValueError(
                 "model: got an output that no parameter has a part in, expected a differentiable one; "
                 "look for detach() or no_grad() in its forward"
             )
-        found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
-    rows = [(name, p, next(found) if p.requires_grad else None) for name, p in named]
+        rows = differentiate(model, loss, known)
     if keep_grad:
         for _, p, grad in rows:
             if grad is not None:
                 p.grad = grad.clone() if p.grad is None else p.grad.add_(grad)
-    return loss.item(), [(n, p.detach(), None if g is None else g.detach()) for n, p, g in rows]
+    return whole(loss.detach()).item(), [(n, p.detach(), None if g is None else g.detach()) for n, p, g in rows]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    # fp32 and fp64 as eager code computes it, to the last digit; narrower types would round the mean.
+    narrow = {torch.complex32: torch.complex64, torch.float64: torch.float64, torch.complex128: torch.complex128}
+    return tensor.to(narrow.get(tensor.dtype, torch.complex64 if tensor.is_complex() else torch.float32))
 
 
 def _mean_abs(grad: Tensor) -> float:
-    grad = grad.to_dense() if grad.layout != torch.strided else grad
-    # fp32 and fp64 as eager code computes it, to the last digit; narrower types would round the mean.
-    wide = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
-    return wide.abs().mean().item() if grad.numel() else 0.0
+    grad = whole(grad)
+    return _wide(grad).abs().mean().item() if grad.numel() else 0.0
 
 
 def print_gradients(
@@ -150,7 +131,8 @@ def print_gradients(
 
     Raises:
         TypeError: the model's output is no tensor and there is no ``loss_fn``.
-        ValueError: unknown ``style``, a target of another shape, nothing to differentiate.
+        ValueError: unknown ``style``, a target of another shape, nothing to differentiate, parameters on the meta
+            device or made in inference mode, a FullyShardedDataParallel.
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -162,9 +144,10 @@ def print_gradients(
     _, rows = _gradients(model, x, target, loss_fn, keep_grad)
     if style == "table":
         print(_TABLE_HEADING, "-" * len(_TABLE_HEADING), sep="\n", file=file)
-    for name, _, grad in rows:
-        if "weight" not in name:
-            continue
+    weights = [(name, grad) for name, _, grad in rows if "weight" in name]
+    if not weights:
+        print(f'no parameter has "weight" in its name; gradient_report lists all {len(rows)} parameters', file=file)
+    for name, grad in weights:
         if grad is None:
             print(f"{name}: no gradient" if style == "table" else f"{name} has no gradient", file=file)
             continue
@@ -197,15 +180,17 @@ def _row(name: str, parameter: Tensor, grad: Tensor | None) -> GradientRow:
     shape = tuple(parameter.shape)
     if grad is None:
         return GradientRow(name, shape)
-    grad = grad.to_dense() if grad.layout != torch.strided else grad
+    grad, parameter = whole(grad), whole(parameter)
     size = max(grad.numel(), 1)
-    norm, weight = (torch.linalg.vector_norm(t.double()).item() for t in (grad, parameter))
+    # Absolute values first: a conversion to real numbers would drop the imaginary parts.
+    absolute, weights = (t.to(torch.complex128 if t.is_complex() else torch.float64).abs() for t in (grad, parameter))
+    norm, weight = (torch.linalg.vector_norm(t).item() for t in (absolute, weights))
     return GradientRow(
         name,
         shape,
         mean_abs=_mean_abs(grad),
         l2=norm,
-        max_abs=grad.abs().max().item() if grad.numel() else 0.0,
+        max_abs=absolute.max().item() if grad.numel() else 0.0,
         zero_fraction=(grad == 0).sum().item() / size,
         nonfinite_fraction=(~torch.isfinite(grad)).sum().item() / size,
         ratio=norm / weight if weight else math.inf if norm > 0 else math.nan,
@@ -322,7 +307,11 @@ def gradient_report(
     """Figures on every parameter's gradient for one forward and backward of ``model``.
 
     Arguments and errors are those of `print_gradients`. A shared parameter is listed once, under its
-    first name; one that is frozen or unused has no gradient and shows "-".
+    first name; one that is frozen or unused has no gradient and shows "-". Figures of complex numbers are those of
+    their absolute values. Lazy modules are initialised, as by any forward.
+
+    Under FSDP2 and tensor parallelism every process has to call it, and the figures are those of whole parameters, with
+    gradients averaged as ``backward()`` averages them. Under DistributedDataParallel they are the process's own.
 
     >>> import torch
     >>> report = gradient_report(torch.nn.Linear(2, 1), torch.zeros(3, 2))
