@@ -347,14 +347,16 @@ def plot(document: Document, path: Path) -> None:
     """Save bars, one panel a mode and number of threads: rivals' time over the fused time, log scale,
     line at 1."""
     try:
-        from matplotlib.figure import Figure
+        from fastlane_ext import plots
+
+        figure_class = plots.figure_class()
     except ImportError as error:
-        raise ReportError('--plot needs matplotlib: pip install "fastlane_ext[plot]"') from error
+        raise ReportError('--plot needs fastlane_ext and matplotlib: pip install "fastlane_ext[plot]"') from error
     panels: dict[tuple[int, str], list[Document]] = {}
     for row in document["rows"]:
         panels.setdefault((row["threads"], row["mode"]), []).append(row)
     longest = max(len(rows) for rows in panels.values())
-    figure = Figure(figsize=(6.2 * len(panels), 1.6 + 0.62 * longest), layout="constrained")
+    figure = figure_class(figsize=(6.2 * len(panels), 1.6 + 0.62 * longest), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, ((threads, mode), rows) in zip(all_axes, panels.items(), strict=True):
         present = [name for name in RIVALS if any(name in row["over_fused"] for row in rows)]
@@ -397,7 +399,7 @@ def plot(document: Document, path: Path) -> None:
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     try:
-        figure.savefig(path, dpi=150)
+        plots.save(figure, path)
     except (OSError, ValueError) as error:
         raise ReportError(f"--plot: cannot write {path}: {error}") from error
 

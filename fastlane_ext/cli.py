@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import fastlane_ext
 from fastlane_ext import commands
+from fastlane_ext._arguments import shortened
+from fastlane_ext._text import tolerant
 from fastlane_ext.experiments import EXPERIMENTS
 from fastlane_ext.reference import ACTIVATIONS
 
@@ -23,7 +27,14 @@ FASTLANE_STRICT=1 raises where a call would leave the fused path.
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        _complain(f"{self.prog}: {message}; see {self.prog} --help")
+        self.exit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own passes over a full disk in silence.
+        stream = file or sys.stderr
+        if message and stream is not None:
+            stream.write(message)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -32,33 +43,55 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, True, False) else super()._get_help_string(action)
 
 
-def _sizes(text: str) -> list[int]:
+def _ints(text: str) -> list[int]:
     try:
-        sizes = [int(part) for part in text.replace(",", " ").split()]
+        return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
-        sizes = []
+        return []
+
+
+def _refused(text: str, expected: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"got {shortened(text)}, expected {expected}")
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = _ints(text)
     if len(sizes) < 2 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected two or more positive sizes, as in 1,64,64,1")
+        raise _refused(text, "two or more positive sizes, as in 1,64,64,1")
     return sizes
 
 
 def _counts(text: str) -> list[int]:
-    try:
-        counts = [int(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        counts = []
+    counts = _ints(text)
     if not counts or min(counts) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers of threads, as in 1,2")
+        raise _refused(text, "numbers of threads, as in 1,2")
     return counts
 
 
-def _positive(text: str) -> int:
+def _whole(option: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = _ints(text)
+        if len(value) != 1 or not 1 <= value[0] <= commands.LARGEST[option]:
+            raise _refused(text, f"a whole number from 1 to {commands.LARGEST[option]}")
+        return value[0]
+
+    return parse
+
+
+def _seed(text: str) -> int:
+    value = _ints(text)
+    if len(value) != 1 or not -(2**63) <= value[0] < 2**64:
+        raise _refused(text, "a whole number from -2^63 to 2^64 - 1")
+    return value[0]
+
+
+def _rate(text: str) -> float:
     try:
-        value = int(text)
+        value = float(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+        value = math.nan
+    if not 0 < value <= commands.LARGEST["lr"]:
+        raise _refused(text, f"a positive number up to {commands.LARGEST['lr']:g}")
     return value
 
 
@@ -148,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
     described = "; ".join(f"{name}: {each.summary}" for name, each in EXPERIMENTS.items())
     p.add_argument("--experiment", choices=tuple(EXPERIMENTS), default="example", help=described)
     p.add_argument("--sizes", type=_sizes, help="input size, then each layer's, as in 1,64,64,1")
-    p.add_argument("--seed", type=int, help="for the parameters and the input")
+    p.add_argument("--seed", type=_seed, help="for the parameters and the input")
     p.add_argument("--activation", choices=ACTIVATIONS, help="of every layer")
     p.add_argument("--style", choices=("lines", "full", "table"), help="how values are printed")
     p.add_argument("--plot", metavar="PATH", help="save a picture; the ending picks the format")
@@ -161,12 +194,12 @@ def parser() -> argparse.ArgumentParser:
         "Fused and eager runs see the same parameters, batches and optimiser; exit status 1 if their loss "
         "curves differ by more than fp32 rounding explains.",
     )
-    p.add_argument("--epochs", type=_positive, default=20, help="passes over the training digits")
-    p.add_argument("--layers", type=_positive, default=30, help="hidden layers")
-    p.add_argument("--width", type=_positive, default=64, help="features of a hidden layer")
-    p.add_argument("--batch", type=_positive, default=64, help="digits in a step")
-    p.add_argument("--lr", type=float, default=1e-3, help="learning rate of SGD with momentum 0.9")
-    p.add_argument("--seed", type=int, default=0, help="for parameters, split and batches")
+    p.add_argument("--epochs", type=_whole("epochs"), default=20, help="passes over the training digits")
+    p.add_argument("--layers", type=_whole("layers"), default=30, help="hidden layers")
+    p.add_argument("--width", type=_whole("width"), default=64, help="features of a hidden layer")
+    p.add_argument("--batch", type=_whole("batch"), default=64, help="digits in a step")
+    p.add_argument("--lr", type=_rate, default=1e-3, help="learning rate of SGD with momentum 0.9")
+    p.add_argument("--seed", type=_seed, default=0, help="for parameters, split and batches")
     p.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     p.add_argument("--plot", metavar="PATH", help="save loss curves and gradients; the ending picks the format")
     _json_option(p)
@@ -180,7 +213,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--suite", choices=("layer", "networks", "models", "all"), default="all", help="what to time")
     p.add_argument("--threads", type=_counts, help="numbers of threads, as in 1,2 (default: one, and all)")
-    p.add_argument("--repeats", type=_positive, help="rounds of samples (default: 15; 5 with --quick)")
+    p.add_argument("--repeats", type=_whole("repeats"), help="rounds of samples (default: 15; 5 with --quick)")
     p.add_argument("--quick", action="store_true", help="a few shapes, few rounds, all threads")
     p.add_argument(
         "--dtype",
@@ -212,9 +245,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["info", "--json"])  # doctest: +SKIP
     0
     """
+    with tolerant(sys.stdout), tolerant(sys.stderr):
+        try:
+            try:
+                return _run(argv)
+            finally:
+                # Here an error can still be told in one line; when the interpreter ends it cannot.
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+        except BrokenPipeError:
+            # A pager that was closed early is no error.
+            _abandon(sys.stdout)
+            return 0
+        except OSError as error:
+            _abandon(sys.stdout)
+            _complain(f"fastlane: cannot write to standard output: {error.strerror or error}")
+            return 2
+        except KeyboardInterrupt:
+            _complain("fastlane: interrupted")
+            return 130
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = parser().parse_args(argv)
     try:
         commands.writable("--json", args.json)
+        if sys.stdout is None and args.json in (None, "-"):
+            raise commands.CommandError("standard output is closed; open it, or give --json a PATH")
         if args.json is None:
             # Before minutes of work, not after.
             commands.need("rich", "cli", "output as tables")
@@ -222,28 +279,49 @@ def main(argv: Sequence[str] | None = None) -> int:
             fastlane_ext.cpu_isa()
         except RuntimeError as error:
             raise commands.CommandError(str(error)) from error
-        result, render = args.run(args)
-        if args.json is None:
-            render(result)
-        else:
-            commands.write_json(result, args.json)
-        return 0 if result.get("ok", True) else 1
+        try:
+            result, render = args.run(args)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise commands.CommandError(str(error)) from error
     except commands.CommandError as error:
-        print(f"fastlane {args.command}: {error}", file=sys.stderr)
+        _complain(f"fastlane {args.command}: {error}")
         return 2
     except (RuntimeError, MemoryError) as error:
         message = str(error)
         if isinstance(error, MemoryError) or "allocate memory" in message:
-            print(f"fastlane {args.command}: not enough memory; choose smaller sizes", file=sys.stderr)
+            _complain(f"fastlane {args.command}: not enough memory; choose smaller sizes")
             return 2
         if not message.startswith("FASTLANE_STRICT"):
             raise
-        print(f"fastlane {args.command}: {message}", file=sys.stderr)
+        _complain(f"fastlane {args.command}: {message}")
         return 1
     except KeyboardInterrupt:
-        print(f"fastlane {args.command}: interrupted", file=sys.stderr)
+        _complain(f"fastlane {args.command}: interrupted")
         return 130
-    except BrokenPipeError:
-        # A pager that was closed early is no error; keep the interpreter from flushing into it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    try:
+        if args.json is None:
+            render(result)
+        else:
+            commands.write_json(result, args.json)
+    except commands.CommandError as error:
+        _complain(f"fastlane {args.command}: {error}")
+        return 2
+    return 0 if result.get("ok", True) else 1
+
+
+def _complain(message: str) -> None:
+    """One line on stderr, whatever is in ``message``; a stderr that is closed or full is no reason to stop."""
+    if sys.stderr is None:
+        return
+    try:
+        print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
+    except OSError:
+        _abandon(sys.stderr)
+
+
+def _abandon(stream: TextIO | None) -> None:
+    # Keeps the interpreter from flushing into it at exit.
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]

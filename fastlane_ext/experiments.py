@@ -138,9 +138,9 @@ def worked(*, activation: str = "gelu", eager: bool = False) -> dict[str, Tensor
 def _worked(activation: str) -> dict[str, Any]:
     fused, eager = worked(activation=activation), worked(activation=activation, eager=True)
     name = {"gelu": "GELU", "gelu_tanh": "tanh GELU", "none": "nothing"}[activation]
-    labels = ["x", "x Wᵀ", f"{name}(x Wᵀ)", f"{name}(x Wᵀ) + x"]
+    labels = ["x", "x W^T", f"{name}(x W^T)", f"{name}(x W^T) + x"]
     if activation == "none":
-        labels[2:] = ["no activation", "x Wᵀ + x"]
+        labels[2:] = ["no activation", "x W^T + x"]
     width = max(map(len, labels))
     lines = [
         label.ljust(width) + "".join(f"{value:12.6f}" for value in values.tolist())

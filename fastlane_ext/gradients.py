@@ -295,6 +295,7 @@ class GradientReport:
 
         Raises:
             ImportError: matplotlib is missing; the message has the command that installs it.
+            OSError, ValueError: the picture cannot be written, as a whole or in the format that ``path`` ends in.
         """
         from .plots import plot_report
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import os
+import sys
 import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from ._arguments import bad
+from ._files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +67,7 @@ def plot_gradients(
 
     Raises:
         ImportError: matplotlib is missing; the message has the command that installs it.
-        ValueError: no report, or no weight that all have.
+        OSError, ValueError: the picture cannot be written; no report, or no weight that all have.
     """
     means = {
         label: {row.name: row.mean_abs for row in report.rows if "weight" in row.name}
@@ -100,13 +106,50 @@ def plot_gradients(
     _finish(figure, axes, title, "y", path, pad=6 + 13 * len(lines))
 
 
-def _figure(width: float, height: float) -> Figure:
-    # A bare Figure draws without a display and leaves pyplot's global state alone.
+def figure_class() -> type[Figure]:
+    """matplotlib's ``Figure``; ImportError, with the command that installs it, where it is missing.
+
+    A notebook's MPLBACKEND may name a package that is not here, which matplotlib refuses while it is imported. A bare
+    Figure needs no backend, so the variable says ``agg`` for that moment.
+    """
+    wanted = os.environ.get("MPLBACKEND")
+    fresh = "matplotlib" not in sys.modules
     try:
+        if wanted:
+            os.environ["MPLBACKEND"] = "agg"
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "fastlane_ext[plot]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
+    finally:
+        if wanted:
+            os.environ["MPLBACKEND"] = wanted
+    if wanted and fresh:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = wanted
+    return Figure
+
+
+def picture_format(path: str | os.PathLike[str]) -> str:
+    """The format that the ending of ``path`` names, PNG without one; ValueError for one that nothing here writes."""
+    figure = figure_class()(figsize=(1, 1))
+    known = sorted(figure.canvas.get_supported_filetypes())
+    ending = os.path.splitext(os.fspath(path))[1][1:].lower() or "png"
+    if ending not in known:
+        raise bad("path", f"the ending .{ending}", f"one of {', '.join(known)}", "it picks the picture's format")
+    return ending
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Save a picture whole or, with OSError or ValueError, not at all; the ending of ``path`` picks the format."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=picture_format(path), dpi=150)
+    write_whole(path, picture.getvalue())
+
+
+def _figure(width: float, height: float) -> Figure:
+    # A bare Figure draws without a display and leaves pyplot's global state alone.
+    return figure_class()(figsize=(width, height), layout="constrained")
 
 
 def _finish(figure: Figure, axes: Any, title: str, grid: str, path: str | os.PathLike[str], *, pad: float = 6) -> None:
@@ -114,4 +157,4 @@ def _finish(figure: Figure, axes: Any, title: str, grid: str, path: str | os.Pat
     axes.grid(axis=grid, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save(figure, path)

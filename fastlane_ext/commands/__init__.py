@@ -9,12 +9,17 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fastlane_ext._arguments import shortened
+from fastlane_ext._files import write_whole
+from fastlane_ext._text import for_stream
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -26,6 +31,8 @@ Note = Callable[..., None]
 """``note(done=0, text=None)``: move the progress bar by ``done`` steps and say what is going on."""
 
 PLAIN_NOTE_SECONDS = 5.0
+# More is a slip of the finger, would run for years, or is no float32.
+LARGEST = {"epochs": 10**6, "layers": 10**5, "width": 10**6, "batch": 10**9, "repeats": 10**6, "lr": 1e38}
 
 
 class CommandError(Exception):
@@ -43,17 +50,32 @@ def need(module: str, extra: str, purpose: str) -> ModuleType:
 
 def console() -> Console:
     """A rich console on stdout; CommandError without rich."""
-    made: Console = need("rich.console", "cli", "output as tables").Console()
+    kind = need("rich.console", "cli", "output as tables").Console
+    made: Console = kind()
     # Piped into a file or a pager there is no width to ask for, and 80 columns would cut the tables.
-    return made if made.is_terminal else need("rich.console", "cli", "").Console(width=160)
+    made = made if made.is_terminal else kind(width=160)
+    made.on_broken_pipe = _reraise  # type: ignore[method-assign]
+    return made
+
+
+def _reraise() -> NoReturn:
+    # rich would end the process with status 1; a reader that left is no error, and main() knows what to do.
+    raise
 
 
 def table(title: str, *columns: str, left: int = 1) -> Table:
     """An empty rich table whose first ``left`` columns are aligned left, the others right."""
-    made: Table = need("rich.table", "cli", "output as tables").Table(title=title, title_justify="left")
+    made: Table = need("rich.table", "cli", "output as tables").Table(title=_shown(title), title_justify="left")
     for index, name in enumerate(columns):
-        made.add_column(name, justify="left" if index < left else "right", overflow="fold")
+        made.add_column(_shown(name), justify="left" if index < left else "right", overflow="fold")
+    add_row = made.add_row
+    made.add_row = lambda *cells, **options: add_row(*map(_shown, cells), **options)  # type: ignore[method-assign]
     return made
+
+
+def _shown(cell: Any) -> Any:
+    # Columns are measured before they are encoded: "->" is wider than the arrow it stands for.
+    return for_stream(cell, sys.stdout) if isinstance(cell, str) else cell
 
 
 def _plain_notes(title: str, total: int) -> Note:
@@ -64,7 +86,8 @@ def _plain_notes(title: str, total: int) -> Note:
         finished += done
         if time.monotonic() - last > PLAIN_NOTE_SECONDS:
             last = time.monotonic()
-            print(f"{title}: {finished} of {total} done{'; ' + text if text else ''}", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(f"{title}: {finished} of {total} done{'; ' + text if text else ''}", file=sys.stderr, flush=True)
 
     return note
 
@@ -75,8 +98,8 @@ def progress(title: str, total: int, *, json_output: bool) -> Iterator[Note]:
 
     On a terminal it is a bar; elsewhere a plain line every few seconds, or nothing under ``--json``.
     """
-    if not sys.stderr.isatty():
-        yield (lambda done=0, text=None: None) if json_output else _plain_notes(title, total)
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield (lambda done=0, text=None: None) if json_output or sys.stderr is None else _plain_notes(title, total)
         return
     rich_progress = need("rich.progress", "cli", "a progress bar")
     errors = need("rich.console", "cli", "a progress bar").Console(stderr=True)
@@ -108,26 +131,83 @@ def _clean(value: Any) -> Any:
 
 
 def write_json(result: Mapping[str, Any], path: str) -> None:
-    """Write ``result`` as one JSON document to a file, or to stdout for ``"-"``."""
+    """Write ``result`` as one JSON document to a file, whole or not at all, or to stdout for ``"-"``."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8") if path == "-" else "utf-8"
     text = json.dumps(_clean(result), indent=2, allow_nan=False, ensure_ascii=False)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        # JSON has escapes of its own, and what replaced a character otherwise would be another value.
+        text = json.dumps(_clean(result), indent=2, allow_nan=False)
     if path == "-":
         print(text)
         return
+    with cannot_write("--json", path):
+        write_whole(path, f"{text}\n".encode())
+
+
+@contextmanager
+def cannot_write(option: str, path: str) -> Iterator[None]:
+    """CommandError, naming ``option``, for what goes wrong while ``path`` is written."""
     try:
-        Path(path).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CommandError(f"--json: cannot write {path}: {error.strerror}") from error
+        yield
+    except ImportError as error:
+        raise CommandError(str(error)) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise CommandError(f"{option}: cannot write {path}: {reason}") from error
 
 
 def writable(option: str, path: str | None) -> None:
     """Refuse a path that cannot be written before minutes of work rather than after; CommandError."""
     if path is None or path == "-":
         return
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        raise CommandError(f"{option}: got {path}, but the folder {folder} does not exist; make it first")
-    if Path(path).is_dir():
-        raise CommandError(f"{option}: got {path}, which is a folder; give a file's name")
+    try:
+        folder = Path(path).absolute().parent
+        if not folder.is_dir():
+            raise CommandError(f"{option}: got {path}, but the folder {folder} does not exist; make it first")
+        if Path(path).is_dir():
+            raise CommandError(f"{option}: got {shortened(path)}, which is a folder; give a file's name")
+        place = path if os.path.exists(path) else folder
+    except OSError as error:
+        raise CommandError(f"{option}: cannot write {shortened(path)}: {error.strerror}") from error
+    if not os.access(place, os.W_OK):
+        raise CommandError(f"{option}: cannot write {path}: no permission to write to {place}")
+
+
+def picture(option: str, path: str | None) -> None:
+    """`writable` for a picture: CommandError too without matplotlib, or for a format that it does not write."""
+    if path is None:
+        return
+    writable(option, path)
+    from fastlane_ext import plots
+
+    try:
+        plots.picture_format(path)
+    except ImportError as error:
+        raise CommandError(str(error)) from error
+    except ValueError as error:
+        raise CommandError(f"{option}: {str(error).removeprefix('path: ')}") from error
+
+
+def fits(options: str, needed: int) -> None:
+    """Refuse what needs more bytes than this machine has before the system ends the process; CommandError."""
+    available = memory()
+    if available is not None and needed > available:
+        raise CommandError(
+            f"{options}: needs about {size(needed)} of memory, this machine has {size(available)}; choose smaller ones"
+        )
+
+
+def memory() -> int | None:
+    """The bytes of memory that this process may use at most; None where the system does not say."""
+    found = []
+    with suppress(AttributeError, ValueError, OSError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(ValueError, OSError):
+        # A container's limit; "max" is none.
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(found, default=None)
 
 
 def seconds(value: float) -> str:
@@ -140,7 +220,9 @@ def seconds(value: float) -> str:
 
 def size(value: int) -> str:
     """A number of bytes for people: ``1.5 MiB``."""
-    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+    if value >= 1 << 80:
+        return f"2^{value.bit_length() - 1} B"
+    for unit, shift in (("EiB", 60), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if value >= 1 << shift:
             return f"{value / (1 << shift):.3g} {unit}"
     return f"{value} B"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 import fastlane_ext
 from fastlane_ext import experiments, gradients, plots
+from fastlane_ext._arguments import shortened
 from fastlane_ext.bench import machine, protocol
 from fastlane_ext.bench.contestants import stats_since
 
-from . import CommandError, seconds, writable
+from . import CommandError, cannot_write, fits, picture, seconds
 
 # fp32 sums in another order, through a few layers: differences beyond this are no rounding.
 TOLERANCE = 1e-4
@@ -34,7 +36,10 @@ def compute(
     ``step`` times one forward and backward of the network with shortcuts.
     CommandError for a value that the experiment refuses, and for a picture of one that compares no layers.
     """
-    writable("--plot", plot)
+    picture("--plot", plot)
+    if sizes is not None:
+        # Two networks, perhaps with projections, fused and in eager, and their gradients.
+        fits(f"--sizes {shortened(','.join(map(str, sizes)))}", 80 * sum((a + 1) * b for a, b in pairwise(sizes)))
     before = fastlane_ext.stats()
     try:
         result = experiments.run(experiment, sizes=sizes, seed=seed, activation=activation, style=style)
@@ -45,7 +50,8 @@ def compute(
             raise CommandError(
                 f"--plot: got {plot}, but the experiment {experiment} compares no layers; leave the option out"
             )
-        _plot(result, plot)
+        with cannot_write("--plot", plot):
+            plots.plot_gradients(result.reports, plot, subtitle=f"{result.experiment}: {result.description}")
     return {
         "experiment": experiment,
         "description": result.description,
@@ -80,15 +86,6 @@ def _step_times(fused: gradients.ShortcutDemo, eager: gradients.ShortcutDemo) ->
     calls = {name: step(demo.with_shortcuts, demo.x) for name, demo in (("fused", fused), ("eager", eager))}
     with machine.torch_threads(1):
         return {name: timing.to_dict() for name, timing in protocol.race(calls, repeats=9, budget=2.0).items()}
-
-
-def _plot(result: experiments.Result, path: str) -> None:
-    try:
-        plots.plot_gradients(result.reports, path, subtitle=f"{result.experiment}: {result.description}")
-    except ImportError as error:
-        raise CommandError(str(error)) from error
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--plot: cannot write {path}: {error}") from error
 
 
 def render(result: dict[str, Any]) -> None:

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlane_ext
-from fastlane_ext import gradients, reference
+from fastlane_ext import gradients, plots, reference
+from fastlane_ext._arguments import check_seed, shortened
 from fastlane_ext.bench import protocol
 from fastlane_ext.bench.contestants import stats_since
 
-from . import CommandError, Note, console, need, seconds, table, writable
+from . import LARGEST, CommandError, Note, cannot_write, console, fits, need, picture, seconds, table
 
 SHORTCUTS = {"without": "none", "with": "identity"}
 CLASSES = 10
@@ -45,10 +46,18 @@ class Options:
     def check(self) -> None:
         """CommandError naming the first option that is out of range."""
         for name in ("epochs", "layers", "width", "batch"):
-            if getattr(self, name) < 1:
-                raise CommandError(f"--{name}: got {getattr(self, name)}, expected at least 1")
-        if not 0 < self.lr < math.inf:
-            raise CommandError(f"--lr: got {self.lr}, expected a positive number")
+            if not 1 <= getattr(self, name) <= LARGEST[name]:
+                got = shortened(getattr(self, name))
+                raise CommandError(f"--{name}: got {got}, expected a whole number from 1 to {LARGEST[name]}")
+        if not 0 < self.lr <= LARGEST["lr"]:
+            raise CommandError(f"--lr: got {self.lr}, expected a positive number up to {LARGEST['lr']:g}")
+        try:
+            check_seed("--seed", self.seed)
+        except (TypeError, ValueError) as error:
+            raise CommandError(str(error)) from error
+        # Weights, gradients and momentum, of the fp64 run too; and what a backward needs of every layer.
+        parameters = (64 + CLASSES) * self.width + self.layers * self.width**2
+        fits(f"--layers {self.layers}, --width {self.width}", 40 * parameters + 24 * self.layers * self.width * 64)
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class Digits:
     def batches(self, epochs: int, size: int, seed: int) -> list[Tensor]:
         """The rows of every step: each epoch in a new order, equal batches, the rest of an epoch left
         out."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % 2**64)
         size = min(size, len(self.x))
         out: list[Tensor] = []
         for _ in range(epochs):
@@ -204,9 +213,7 @@ def compute(
     """
     options = options or Options()
     options.check()
-    writable("--plot", plot)
-    if plot is not None:
-        need("matplotlib.figure", "plot", "--plot")
+    picture("--plot", plot)
     digits = Digits.load(options.seed)
     batches = digits.batches(options.epochs, options.batch, options.seed + 1)
     before = fastlane_ext.stats()
@@ -253,7 +260,7 @@ def compute(
 
 
 def _plot(result: dict[str, Any], path: str) -> None:
-    figure = need("matplotlib.figure", "plot", "--plot").Figure(figsize=(11, 4.2), layout="constrained")
+    figure = plots.figure_class()(figsize=(11, 4.2), layout="constrained")
     losses, slopes = figure.subplots(1, 2)
     per_epoch = result["steps_per_epoch"]
     for (key, run), colour in zip(result["runs"].items(), ("#0072b2", "#d55e00"), strict=True):
@@ -275,10 +282,8 @@ def _plot(result: dict[str, Any], path: str) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--plot: cannot write {path}: {error}") from error
+    with cannot_write("--plot", path):
+        plots.save(figure, path)
 
 
 def render(result: dict[str, Any]) -> None:
