@@ -158,6 +158,21 @@ def fsdp2_settings_of_a_training_loop():
 
 
 @scenario
+def fsdp2_after_a_forward_without_gradients():
+    """The root's own parameters stay whole until the next backward, and the sharded ones are out of sight."""
+    made, expected = model(), fl.gradient_report(model(), batch(all_rows=True))
+    fully_shard(made[0], mesh=mesh())
+    fully_shard(made, mesh=mesh())
+    for _ in range(2):
+        mse_loss(made(batch()), torch.zeros(ROWS, 3, dtype=torch.float64)).backward()
+    before = state(made)
+    with torch.no_grad():
+        made(batch())
+    same(fl.gradient_report(made, batch()), expected)
+    untouched(before, made)
+
+
+@scenario
 def fsdp2_mixed_precision():
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)
     made, expected = shard(model()[:2], mp_policy=policy), fl.gradient_report(model()[:2], batch(all_rows=True))

@@ -338,5 +338,5 @@ def test_no_parameter_is_called_weight():
 def test_many_processes_as_one(world, tmp_path):
     """FSDP2, DDP and tensor parallelism."""
     for results in run_workers("gradients_worker.py", tmp_path, world):
-        assert len(results) == 15
+        assert len(results) == 16
         assert {name: error for name, error in results.items() if error} == {}
