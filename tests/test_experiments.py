@@ -46,9 +46,9 @@ FIGURES = {
         ],
     },
 }
-# projection's figures have six decimals.
+# The example's output nearly cancels, and lends its rounding to every gradient; projection's figures have six decimals.
 TOLERANCE: dict[str, dict[str, float]] = {
-    "example": {"rel": 2e-6, "abs": 0},
+    "example": {"rel": 1e-5, "abs": 0},
     "published": {"rel": 2e-6, "abs": 0},
     "projection": {"rel": 0, "abs": 1.5e-6},
 }
