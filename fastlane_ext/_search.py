@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ FUSED_NETWORKS: dict[type[nn.Module], type[nn.Module]] = {
     reference.LinearGELUResidual: modules.LinearGELUResidual,
 }
 _WRITTEN_FUSED = tuple(FUSED_NETWORKS.values())
+_NEVER = "never called since fuse(): its owner may call its children"
 _OWN_FORWARD = "has a forward of its own, which decides what runs"
 
 
@@ -60,6 +62,7 @@ class Search:
         for name, module in plain_linears:
             if id(module) not in self.covered and (self.linears or PLAN in module.__dict__):
                 self._linear(name, module)
+        self._note_uncalled()
         order = {name: position for position, (name, _) in enumerate(model.named_modules())}
         self.sites.sort(key=lambda site: order[site.name])
 
@@ -129,6 +132,13 @@ class Search:
             note = f"ran its original forward {plan.calls.original} times, the last time because {plan.calls.reason}"
         for step in plan.fused:
             self._add(name, module, step.pattern, reason, note, calls=calls)
+
+    def _note_uncalled(self) -> None:
+        """Where others of the model were called since `fuse` and one was not, its owner may go past it."""
+        called = [site for site in self.sites if site.calls is not None and any(site.calls.values())]
+        for index, site in enumerate(self.sites):
+            if called and site.fused and not site.reason and site.calls is not None and not any(site.calls.values()):
+                self.sites[index] = replace(site, reason=_NEVER)
 
     def _explain_unmatched(self, name: str, module: nn.Module, plan: Plan) -> None:
         activation = other_activation(module, plan)
