@@ -8,6 +8,7 @@
 #include "kernels/cuda/hopper.h"
 #include "network_call.h"
 #include "ops/policy.h"
+#include "ops/stack_products.h"
 #include "plain_module.h"
 #include "plan_call.h"
 
@@ -41,7 +42,14 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("leave_fused_path", &fastlane::policy::leave_fused_path);
   m.def("is_disabled", [] { return fastlane::policy::why_disabled() != nullptr; });
-  m.def("disable", &fastlane::policy::disable);
+  // An attribute, since torch.compile can look at one and recompile where it has changed.
+  m.attr("any_disabled") = false;
+  m.def("disable", [module = m.ptr()](bool on) {
+    const bool any = fastlane::policy::disable(on) > 0;
+    py::handle(module).attr("any_disabled") = any;
+  });
+  m.def("set_strict", &fastlane::policy::set_strict);
+  m.def("stack_backward_products", &fastlane::stack_backward_products);
   fastlane::python::prepare();
   fastlane::policy::set_dtensor_test(&fastlane::python::is_dtensor);
   m.def("run_plain_network", &fastlane::run_plain_network);

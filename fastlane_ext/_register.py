@@ -155,10 +155,10 @@ def _vmap_stack(
 
 
 def _vmap_stack_backward(
-    info, in_dims, grad, x, weights, biases, projections, projection_biases, z, *, shortcut, activation, needed
+    info, in_dims, grad, x, weights, biases, projections, projection_biases, z=None, *, needed, **options
 ):
     """One example after the other, as torch does it by itself for operators that return no list."""
-    arguments = (grad, x, weights, biases, projections, projection_biases, z)
+    arguments = (grad, x, weights, biases, projections, projection_biases, z)[: len(in_dims)]
 
     def example(value, dim, index):
         if isinstance(value, (list, tuple)):
@@ -168,9 +168,8 @@ def _vmap_stack_backward(
     results = [
         torch.ops.fastlane.residual_stack_backward(
             *(example(value, dim, index) for value, dim in zip(arguments, in_dims, strict=True)),
-            shortcut=shortcut,
-            activation=activation,
             needed=needed,
+            **options,
         )
         for index in range(info.batch_size)
     ]

@@ -92,6 +92,12 @@ def residual_stack(
     keeps x and every layer's pre-activation, half of what eager keeps; of narrow layers beyond 32 MiB of
     pre-activations x alone, and computes them again in cache.
 
+    Backward reads some tensors again that eager's does not, since eager keeps every layer's input; between forward
+    and backward they must not change. These are x, if the gradient of a weight or projection is needed and
+    shortcuts lead from x to that layer's input; and a projection with its bias, if that of a later layer's weight
+    or projection is. Where the pre-activations are computed again, which on a GPU is always so, backward reads
+    x, every weight, bias and projection.
+
     Args:
         x: ``(..., in_features)``.
         weights: one ``(out, in)`` tensor a layer; ``in`` is the previous layer's output width, with
@@ -104,7 +110,7 @@ def residual_stack(
             ``in != out``.
         projection_biases: one ``(out,)`` tensor or None a layer.
         activation: as in `linear_gelu_residual`.
-        recompute: always keep x alone for backward and compute the pre-activations again there.
+        recompute: never keep pre-activations for backward; compute them there again from x and the parameters.
 
     Returns:
         ``(..., out_features of the last layer)``; with ``"concat"``, the sum of all widths.

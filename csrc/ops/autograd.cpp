@@ -7,6 +7,7 @@
 
 #include "composition.h"
 #include "differentiation.h"
+#include "edges.h"
 #include "operators.h"
 #include "policy.h"
 
@@ -41,6 +42,8 @@ Gradients composed_backward(const Tensor& grad_activated, const Tensor& grad_z, 
   return g;
 }
 
+enum LayerRole : size_t { kX, kWeight, kBias, kResidual };
+
 class LinearGelu : public torch::autograd::Function<LinearGelu> {
  public:
   // Compiled autograd may trace backward: all that it reads is in ctx.
@@ -48,10 +51,12 @@ class LinearGelu : public torch::autograd::Function<LinearGelu> {
 
   // z is an output of the node although nobody sees it: unpacked in a backward with create_graph it then carries
   // its own history, and second derivatives need nothing more to be saved.
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                               const OptionalTensor& bias, const OptionalTensor& residual, Activation activation,
+  static variable_list forward(AutogradContext* ctx, at::TensorList tensors, int64_t roles, Activation activation,
                                Shortcut shortcut, bool recompute) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const auto arguments = Edges::by_role(tensors, roles);
+    const Tensor &x = arguments[kX], &weight = arguments[kWeight];
+    const OptionalTensor bias = optional(arguments[kBias]), residual = optional(arguments[kResidual]);
     const bool need_x = x.requires_grad(), need_weight = weight.requires_grad();
     const bool need_bias = bias && bias->requires_grad();
     const bool need_z = (need_x || need_weight || need_bias) && activation != Activation::none;
@@ -74,7 +79,7 @@ class LinearGelu : public torch::autograd::Function<LinearGelu> {
                             recompute_z && bias ? *bias : Tensor()});
     ctx->saved_data["activation"] = static_cast<int64_t>(activation);
     ctx->saved_data["shortcut"] = static_cast<int64_t>(shortcut);
-    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["roles"] = roles;
     if (residual && residual->requires_grad()) ctx->saved_data["residual_sizes"] = residual->sym_sizes();
     if (concat) ctx->saved_data["in_features"] = x.sym_size(-1);
     if (need_weight) ctx->saved_data["weight_column_major"] = is_column_major(weight);
@@ -84,18 +89,19 @@ class LinearGelu : public torch::autograd::Function<LinearGelu> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Tensor& dy = grads[0];
     const Tensor grad_z = grads.size() > 1 ? grads[1] : Tensor();
-    if (!dy.defined() && !grad_z.defined()) return variable_list(kForwardArguments);
-
     auto& saved = ctx->saved_data;
+    std::array<bool, Edges::kMaxRoles> needed{};
+    size_t edges = 0;
+    Edges::for_each(saved["roles"].toInt(), [&](size_t place, size_t role) {
+      needed[role] = ctx->needs_input_grad(place);
+      edges = place + 1;
+    });
+    variable_list result(edges + kOtherArguments);
+    if (!dy.defined() && !grad_z.defined()) return result;
+
     const auto activation = static_cast<Activation>(saved["activation"].toInt());
     const auto shortcut = static_cast<Shortcut>(saved["shortcut"].toInt());
-    const bool has_bias = saved["has_bias"].toBool();
-    // Edges exist for tensor arguments only, so an absent bias moves the residual's.
-    const bool need_x = ctx->needs_input_grad(0), need_weight = ctx->needs_input_grad(1);
-    const bool need_bias = has_bias && ctx->needs_input_grad(2);
-    const auto residual_sizes = saved.find("residual_sizes");
-    const bool need_residual =
-        dy.defined() && residual_sizes != saved.end() && ctx->needs_input_grad(has_bias ? 3 : 2);
+    const bool need_x = needed[kX], need_weight = needed[kWeight], need_bias = needed[kBias];
 
     Gradients g;
     if (need_x || need_weight || need_bias) {
@@ -109,14 +115,16 @@ class LinearGelu : public torch::autograd::Function<LinearGelu> {
       g = gradients(ctx->get_saved_variables(), grad_activated, grad_z, grad_shortcut, activation, column_major,
                     {need_x, need_weight, need_bias});
     }
-    variable_list result(kForwardArguments);
-    result[0] = g.x, result[1] = g.weight, result[2] = g.bias;
-    if (need_residual) result[3] = differentiation::residual_grad(dy, residual_sizes->second.toSymIntVector());
+    Tensor grad_residual;
+    if (needed[kResidual] && dy.defined())
+      grad_residual = differentiation::residual_grad(dy, saved["residual_sizes"].toSymIntVector());
+    const Tensor* const by_role[] = {&g.x, &g.weight, &g.bias, &grad_residual};
+    Edges::for_each(saved["roles"].toInt(), [&](size_t place, size_t role) { result[place] = *by_role[role]; });
     return result;
   }
 
  private:
-  static constexpr size_t kForwardArguments = 7;
+  static constexpr size_t kOtherArguments = 4;
 
   static Gradients gradients(const variable_list& saved, const Tensor& grad_activated, const Tensor& grad_z,
                              const Tensor& grad_shortcut, Activation activation, bool weight_column_major,
@@ -137,6 +145,14 @@ class LinearGelu : public torch::autograd::Function<LinearGelu> {
   }
 };
 
+Tensor differentiable(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& residual,
+                      Activation activation, Shortcut shortcut, bool recompute) {
+  const bool x_first = reaches_x_before_weight(x, bias.defined());
+  const std::pair<size_t, const Tensor&> of_x{kX, x}, of_weight{kWeight, weight};
+  const Edges edges({{kResidual, residual}, {kBias, bias}, x_first ? of_x : of_weight, x_first ? of_weight : of_x});
+  return LinearGelu::apply(at::TensorList(edges.tensors), edges.roles, activation, shortcut, recompute)[0];
+}
+
 Tensor linear_gelu_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& residual, std::string_view activation_name, bool recompute) {
   const Activation activation = parse_activation(activation_name);
@@ -154,8 +170,8 @@ Tensor linear_gelu_residual(const Tensor& x, const Tensor& weight, const Optiona
     return call_linear_gelu_residual(x, weight, bias, residual, activation_name, recompute);
   }
   const bool identity = residual && residual->is_same(x);
-  return LinearGelu::apply(x, weight, bias, identity ? OptionalTensor() : residual, activation,
-                           identity ? Shortcut::identity : Shortcut::tensor_or_none, recompute)[0];
+  return differentiable(x, weight, b, identity ? no_tensor : r, activation,
+                        identity ? Shortcut::identity : Shortcut::tensor_or_none, recompute);
 }
 
 Tensor linear_gelu_concat(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
@@ -173,7 +189,7 @@ Tensor linear_gelu_concat(const Tensor& x, const Tensor& weight, const OptionalT
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_linear_gelu_concat(x, weight, bias, activation_name);
   }
-  return LinearGelu::apply(x, weight, bias, OptionalTensor(), activation, Shortcut::concat, false)[0];
+  return differentiable(x, weight, b, no_tensor, activation, Shortcut::concat, false);
 }
 
 }  // namespace

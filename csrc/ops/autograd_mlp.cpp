@@ -7,6 +7,7 @@
 
 #include "composition.h"
 #include "differentiation.h"
+#include "edges.h"
 #include "mlp.h"
 #include "operators.h"
 #include "policy.h"
@@ -48,12 +49,14 @@ Gradients composed_backward(const Tensor& dy, const Tensor& grad_z, const Tensor
   }
   if (!dy.defined()) return g;
   if (needed[3]) {
-    const Tensor hidden = activation == Activation::none ? z : at::gelu(z, composition::approximate(activation));
-    g[3] = at::matmul(flatten_leading(dy).t(), flatten_leading(hidden));
+    g[3] = at::matmul(flatten_leading(dy).t(), flatten_leading(composition::activated(z, activation)));
   }
   if (needed[4]) g[4] = flatten_leading(dy).sum(0);
   return g;
 }
+
+// x and the parameters as in Needed.
+enum MlpRole : size_t { kX, kFc1Weight, kFc1Bias, kFc2Weight, kFc2Bias, kResidual };
 
 class MlpResidual : public torch::autograd::Function<MlpResidual> {
  public:
@@ -62,11 +65,13 @@ class MlpResidual : public torch::autograd::Function<MlpResidual> {
 
   // z is an output of the node for the sake of second derivatives, as in autograd.cpp. Where the residual is x itself
   // it is no argument: `adds_x`.
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& fc1_weight,
-                               const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
-                               const OptionalTensor& fc2_bias, const OptionalTensor& residual, Activation activation,
+  static variable_list forward(AutogradContext* ctx, at::TensorList tensors, int64_t roles, Activation activation,
                                bool adds_x, bool recompute) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const auto arguments = Edges::by_role(tensors, roles);
+    const Tensor &x = arguments[kX], &fc1_weight = arguments[kFc1Weight], &fc2_weight = arguments[kFc2Weight];
+    const OptionalTensor fc1_bias = optional(arguments[kFc1Bias]), fc2_bias = optional(arguments[kFc2Bias]),
+                         residual = optional(arguments[kResidual]);
     const auto needs_grad = [](const OptionalTensor& t) { return t && t->requires_grad(); };
     const Needed needed{x.requires_grad(), fc1_weight.requires_grad(), needs_grad(fc1_bias),
                         fc2_weight.requires_grad(), needs_grad(fc2_bias)};
@@ -89,8 +94,7 @@ class MlpResidual : public torch::autograd::Function<MlpResidual> {
     ctx->save_for_backward(saved.list());
     ctx->saved_data["activation"] = static_cast<int64_t>(activation);
     ctx->saved_data["adds_x"] = adds_x;
-    ctx->saved_data["has_fc1_bias"] = fc1_bias.has_value();
-    ctx->saved_data["has_fc2_bias"] = fc2_bias.has_value();
+    ctx->saved_data["roles"] = roles;
     ctx->saved_data["fc1_column_major"] = needed[1] && is_column_major(fc1_weight);
     ctx->saved_data["fc2_column_major"] = needed[3] && is_column_major(fc2_weight);
     if (needs_grad(residual)) ctx->saved_data["residual_sizes"] = residual->sym_sizes();
@@ -100,30 +104,32 @@ class MlpResidual : public torch::autograd::Function<MlpResidual> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Tensor& dy = grads[0];
     const Tensor grad_z = grads.size() > 1 ? grads[1] : Tensor();
-    if (!dy.defined() && !grad_z.defined()) return variable_list(kForwardArguments);
-
     auto& data = ctx->saved_data;
-    const bool has_fc1_bias = data["has_fc1_bias"].toBool(), has_fc2_bias = data["has_fc2_bias"].toBool();
-    // Edges exist for tensor arguments only.
-    size_t edge = 0;
-    const auto next_needed = [&](bool present) { return present && ctx->needs_input_grad(edge++); };
+    const int64_t roles = data["roles"].toInt();
     Needed needed{};
-    needed[0] = next_needed(true), needed[1] = next_needed(true), needed[2] = next_needed(has_fc1_bias);
-    needed[3] = next_needed(true), needed[4] = next_needed(has_fc2_bias);
-    const auto residual_sizes = data.find("residual_sizes");
-    const bool need_residual = dy.defined() && next_needed(residual_sizes != data.end());
-
-    variable_list result(kForwardArguments);
-    if (std::any_of(needed.begin(), needed.end(), [](bool need) { return need; })) {
-      const Gradients g = gradients(data, Saved::of(ctx->get_saved_variables()), dy, grad_z, needed);
-      std::copy(g.begin(), g.end(), result.begin());
-    }
-    if (need_residual) result[5] = differentiation::residual_grad(dy, residual_sizes->second.toSymIntVector());
+    bool need_residual = false;
+    size_t edges = 0;
+    Edges::for_each(roles, [&](size_t place, size_t role) {
+      (role == kResidual ? need_residual : needed[role]) = ctx->needs_input_grad(place);
+      edges = place + 1;
+    });
+    variable_list result(edges + kOtherArguments);
+    if (!dy.defined() && !grad_z.defined()) return result;
+    Gradients g;
+    if (std::any_of(needed.begin(), needed.end(), [](bool need) { return need; }))
+      g = gradients(data, Saved::of(ctx->get_saved_variables()), dy, grad_z, needed);
+    Edges::for_each(roles, [&](size_t place, size_t role) {
+      if (role != kResidual) {
+        result[place] = g[role];
+      } else if (need_residual && dy.defined()) {
+        result[place] = differentiation::residual_grad(dy, data["residual_sizes"].toSymIntVector());
+      }
+    });
     return result;
   }
 
  private:
-  static constexpr size_t kForwardArguments = 9;
+  static constexpr size_t kOtherArguments = 4;
 
   template <class Data>
   static Gradients gradients(Data& data, const Saved& saved, const Tensor& dy, const Tensor& grad_z,
@@ -166,8 +172,15 @@ Tensor mlp_residual(const Tensor& x, const Tensor& fc1_weight, const OptionalTen
     return call_mlp_residual(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation_name, recompute);
   }
   const bool adds_x = residual && residual->is_same(x);
-  return MlpResidual::apply(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, adds_x ? OptionalTensor() : residual,
-                            activation, adds_x, recompute)[0];
+  const bool x_first = reaches_x_before_weight(x, b1.defined());
+  const std::pair<size_t, const Tensor&> of_x{kX, x}, of_weight{kFc1Weight, fc1_weight};
+  const Edges edges({{kResidual, adds_x ? no_tensor : r},
+                     {kFc2Bias, b2},
+                     {kFc2Weight, fc2_weight},
+                     {kFc1Bias, b1},
+                     x_first ? of_x : of_weight,
+                     x_first ? of_weight : of_x});
+  return MlpResidual::apply(at::TensorList(edges.tensors), edges.roles, activation, adds_x, recompute)[0];
 }
 
 }  // namespace

@@ -17,10 +17,13 @@ inline std::string_view approximate(Activation activation) {
   return activation == Activation::gelu_tanh ? "tanh" : "none";
 }
 
+inline at::Tensor activated(const at::Tensor& z, Activation activation) {
+  return activation == Activation::none ? z : at::gelu(z, approximate(activation));
+}
+
 inline at::Tensor activated(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                             Activation activation) {
-  const at::Tensor z = at::linear(x, weight, bias);
-  return activation == Activation::none ? z : at::gelu(z, approximate(activation));
+  return activated(at::linear(x, weight, bias), activation);
 }
 
 inline at::Tensor linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,

@@ -111,19 +111,29 @@ std::tuple<at::Tensor, at::Tensor> residual_stack_forward(const at::Tensor& x, a
   return {std::move(y), empty({stack_z_size(x, p)}, x)};
 }
 
-std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList weights,
-                                                const OptionalTensors& biases, const OptionalTensors& projections,
+std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const OptionalTensor& x,
+                                                const OptionalTensors& weights, const OptionalTensors& biases,
+                                                const OptionalTensors& projections,
                                                 const OptionalTensors& projection_biases, const OptionalTensor& z,
-                                                std::string_view shortcut, std::string_view activation,
-                                                at::IntArrayRef needed) {
-  parse_activation(activation);
-  const StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
-  check_stack_backward(grad, x, p, z, parse_shortcut(shortcut), needed);
+                                                c10::SymIntArrayRef features, std::string_view shortcut_name,
+                                                std::string_view activation, at::IntArrayRef needed,
+                                                at::IntArrayRef column_major) {
+  const StackShortcut shortcut = parse_shortcut(shortcut_name);
+  const StackParameters p = saved_stack_parameters(weights, biases, projections, projection_biases);
+  check_stack_backward(grad, x, p, z, features, shortcut, parse_activation(activation), needed);
+  const auto inputs = stack_inputs(features, shortcut);
+  const auto lies_by_columns = stack_flags(column_major, p.layers());
   std::vector<at::Tensor> result;
   for (const int64_t position : needed) {
-    const at::Tensor& t = stack_tensor(x, p, position);
-    const bool column_major = position > 0 && t.dim() == 2 && is_column_major(t);
-    result.push_back(column_major ? empty({t.sym_size(1), t.sym_size(0)}, x).t() : empty(t.sym_sizes(), x));
+    if (position == 0) {
+      result.push_back(empty(output_sizes(grad, features[0]), grad));
+      continue;
+    }
+    const auto index = static_cast<size_t>(position - 1);
+    const size_t list = index / p.layers(), i = index % p.layers();
+    result.push_back(list == kWeights || list == kProjections
+                         ? empty_weight(features[i + 1], inputs[i], lies_by_columns[index + 1], grad)
+                         : empty({features[i + 1]}, grad));
   }
   return result;
 }

@@ -122,19 +122,20 @@ inline std::tuple<at::Tensor, at::Tensor> call_residual_stack_forward(
   return op.call(x, weights, biases, projections, projection_biases, shortcut, activation);
 }
 
-inline std::vector<at::Tensor> call_residual_stack_backward(const at::Tensor& grad, const at::Tensor& x,
-                                                            at::TensorList weights, const OptionalTensors& biases,
-                                                            const OptionalTensors& projections,
-                                                            const OptionalTensors& projection_biases,
-                                                            const OptionalTensor& z, std::string_view shortcut,
-                                                            std::string_view activation, at::IntArrayRef needed) {
+inline std::vector<at::Tensor> call_residual_stack_backward(
+    const at::Tensor& grad, const OptionalTensor& x, const OptionalTensors& weights, const OptionalTensors& biases,
+    const OptionalTensors& projections, const OptionalTensors& projection_biases, const OptionalTensor& z,
+    c10::SymIntArrayRef features, std::string_view shortcut, std::string_view activation, at::IntArrayRef needed,
+    at::IntArrayRef column_major) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("fastlane::residual_stack_backward", "")
-          .typed<std::vector<at::Tensor>(const at::Tensor&, const at::Tensor&, at::TensorList, const OptionalTensors&,
-                                         const OptionalTensors&, const OptionalTensors&, const OptionalTensor&,
-                                         std::string_view, std::string_view, at::IntArrayRef)>();
-  return op.call(grad, x, weights, biases, projections, projection_biases, z, shortcut, activation, needed);
+          .typed<std::vector<at::Tensor>(const at::Tensor&, const OptionalTensor&, const OptionalTensors&,
+                                         const OptionalTensors&, const OptionalTensors&, const OptionalTensors&,
+                                         const OptionalTensor&, c10::SymIntArrayRef, std::string_view,
+                                         std::string_view, at::IntArrayRef, at::IntArrayRef)>();
+  return op.call(grad, x, weights, biases, projections, projection_biases, z, features, shortcut, activation, needed,
+                 column_major);
 }
 
 }  // namespace fastlane

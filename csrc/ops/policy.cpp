@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
+#include <utility>
 
 namespace fastlane::policy {
 namespace {
@@ -21,6 +22,8 @@ bool is_set(const char* variable) {
 using Counts = std::array<std::atomic<int64_t>, kPaths>;
 Counts forward_counts{}, backward_counts{};
 thread_local int disabled_blocks = 0;
+std::atomic<int64_t> all_disabled_blocks{0};
+std::atomic<bool> forced_strict{false};
 thread_local bool counts = true;
 bool (*dtensor_test)(const at::Tensor&) = nullptr;
 std::mutex fallback_mutex;
@@ -37,19 +40,26 @@ const char* why_disabled() {
   if (by_variable) return "FASTLANE_DISABLE is set";
   return disabled_blocks > 0 ? "fastlane_ext.disabled() is active" : nullptr;
 }
-void disable(bool on) { disabled_blocks = std::max(0, disabled_blocks + (on ? 1 : -1)); }
+int64_t disable(bool on) {
+  const int change = on ? 1 : disabled_blocks > 0 ? -1 : 0;
+  disabled_blocks += change;
+  return all_disabled_blocks += change;
+}
 
 void set_dtensor_test(bool (*test)(const at::Tensor&)) { dtensor_test = test; }
 bool is_dtensor(const at::Tensor& t) {
   return t.key_set().has(c10::DispatchKey::Python) && dtensor_test && dtensor_test(t);
 }
 
-void count(bool on) { counts = on; }
+bool count(bool on) { return std::exchange(counts, on); }
 void count_forward(Path path) { add_to(forward_counts, path); }
 void count_backward(Path path) { add_to(backward_counts, path); }
 
+void set_strict(bool on) { forced_strict = on; }
+
 void leave_fused_path(const std::string& reason) {
-  TORCH_CHECK(!is_set("FASTLANE_STRICT"), "FASTLANE_STRICT: this call would leave the fused path: ", reason,
+  static const bool by_variable = is_set("FASTLANE_STRICT");
+  TORCH_CHECK(!by_variable && !forced_strict, "FASTLANE_STRICT: this call would leave the fused path: ", reason,
               "; unset FASTLANE_STRICT to let it run in eager PyTorch");
   const std::lock_guard<std::mutex> lock(fallback_mutex);
   ++fallback[reason];

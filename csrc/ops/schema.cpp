@@ -10,12 +10,13 @@ TORCH_LIBRARY(fastlane, m) {
       tags);
   m.def("linear_gelu_concat(Tensor x, Tensor weight, Tensor? bias=None, *, str activation='gelu') -> Tensor", tags);
   m.def(
-      "linear_gelu_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, *, str activation, "
+      "linear_gelu_forward(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, *, str activation, "
       "bool concat) -> (Tensor y, Tensor z)",
       tags);
   m.def(
-      "linear_gelu_backward(Tensor grad_activated, Tensor? z, Tensor? x, Tensor? weight, Tensor? bias, "
-      "Tensor? grad_shortcut, *, str activation, bool weight_column_major, bool[3] output_mask) "
+      "linear_gelu_backward(Tensor grad_activated, Tensor? z=None, Tensor? x=None, Tensor? weight=None, "
+      "Tensor? bias=None, Tensor? grad_shortcut=None, *, str activation, bool weight_column_major, bool[3] "
+      "output_mask) "
       "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
       tags);
   m.def(
@@ -23,12 +24,13 @@ TORCH_LIBRARY(fastlane, m) {
       "Tensor? residual=None, *, str activation='gelu', bool recompute=False) -> Tensor",
       tags);
   m.def(
-      "mlp_forward(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, "
-      "Tensor? residual, *, str activation) -> (Tensor y, Tensor z)",
+      "mlp_forward(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias=None, "
+      "Tensor? residual=None, *, str activation) -> (Tensor y, Tensor z)",
       tags);
   m.def(
-      "mlp_backward(Tensor grad, Tensor? z, Tensor? x, Tensor? fc1_weight, Tensor? fc1_bias, Tensor? fc2_weight, "
-      "Tensor? grad_shortcut, *, str activation, bool fc1_column_major, bool fc2_column_major, bool[5] output_mask) "
+      "mlp_backward(Tensor grad, Tensor? z=None, Tensor? x=None, Tensor? fc1_weight=None, Tensor? fc1_bias=None, "
+      "Tensor? fc2_weight=None, Tensor? grad_shortcut=None, *, str activation, bool fc1_column_major, bool "
+      "fc2_column_major, bool[5] output_mask) "
       "-> (Tensor grad_x, Tensor grad_fc1_weight, Tensor grad_fc1_bias, Tensor grad_fc2_weight, Tensor "
       "grad_fc2_bias)",
       tags);
@@ -37,15 +39,18 @@ TORCH_LIBRARY(fastlane, m) {
       "Tensor?[] projection_biases, *, str shortcut='identity', str activation='gelu', "
       "bool recompute=False) -> Tensor",
       tags);
-  // z holds every layer's, one after the other; a backward without it computes it again. `needed` lists positions
-  // (stack.h), and the result the gradients there. What z holds is between forward and backward of one device: a
+  // z holds every layer's, one after the other; a backward without it computes it again. `needed` and `column_major`
+  // list positions (stack.h), and the result the gradients in `needed`. `features` are x's, then each layer's own,
+  // since a tensor that is not read may be absent. What z holds is between forward and backward of one device: a
   // narrow stack on CUDA keeps its layers' outputs there (kernels/cuda/narrow_stack.h).
   m.def(
       "residual_stack_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] projections, "
       "Tensor?[] projection_biases, *, str shortcut, str activation) -> (Tensor y, Tensor z)",
       tags);
   m.def(
-      "residual_stack_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] projections, "
-      "Tensor?[] projection_biases, Tensor? z, *, str shortcut, str activation, int[] needed) -> Tensor[]",
+      "residual_stack_backward(Tensor grad, Tensor? x, Tensor?[] weights, Tensor?[] biases, Tensor?[] projections, "
+      "Tensor?[] projection_biases, Tensor? z=None, *, SymInt[] features, str shortcut, str activation, int[] "
+      "needed, "
+      "int[] column_major) -> Tensor[]",
       tags);
 }

@@ -15,21 +15,22 @@
 namespace fastlane {
 namespace {
 
-// The sizes of a stack, which decide how it runs.
+// The sizes of a stack, which decide how it runs. `rows` is a tensor with x's leading sizes, dtype and device,
+// `features` x's, then each layer's own.
 struct StackSizes {
   std::vector<StackLayer> layers;
   StackProblem problem;
   const Backend& backend;
 
-  StackSizes(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut)
-      : layers(p.layers()), backend(backend_of(x)) {
+  StackSizes(const at::Tensor& rows, at::IntArrayRef features, StackShortcut shortcut)
+      : layers(features.size() - 1), backend(backend_of(rows)) {
     problem.rows = 1;
-    for (int64_t i = 0; i + 1 < x.dim(); ++i) problem.rows *= x.size(i);
-    problem.dtype = dtype_of(x), problem.concat = shortcut == StackShortcut::concat;
-    int64_t features = x.size(-1);
+    for (int64_t i = 0; i + 1 < rows.dim(); ++i) problem.rows *= rows.size(i);
+    problem.dtype = dtype_of(rows), problem.concat = shortcut == StackShortcut::concat;
+    int64_t width = features[0];
     for (size_t i = 0; i < layers.size(); ++i) {
-      layers[i].in_features = features, layers[i].out_features = p.weights[i].size(0);
-      features = problem.concat ? features + layers[i].out_features : layers[i].out_features;
+      layers[i].in_features = width, layers[i].out_features = features[i + 1];
+      width = problem.concat ? width + layers[i].out_features : layers[i].out_features;
     }
     problem.layers = layers.data(), problem.count = static_cast<int64_t>(layers.size());
   }
@@ -39,30 +40,42 @@ struct StackSizes {
   bool is_one_kernel() const { return backend.is_one_kernel(problem); }
 };
 
-// A stack on 2-D tensors, and what keeps its operands alive.
+std::vector<int64_t> features_of(const at::Tensor& x, const StackParameters& p) {
+  std::vector<int64_t> features{x.size(-1)};
+  for (const at::Tensor& weight : p.weights) features.push_back(weight.size(0));
+  return features;
+}
+
+// A stack on 2-D tensors, and what keeps its operands alive. What a backward does not read may be absent.
 struct Stack : StackSizes {
   StackParameters parameters;
   Activation activation;
   at::Tensor x;  // unit column stride
   int64_t rows;
+  at::TensorOptions options;
 
   Stack(const at::Tensor& input, StackParameters p, StackShortcut shortcut, Activation stack_activation)
-      : StackSizes(input, p, shortcut),
+      : Stack(input, input, std::move(p), {}, shortcut, stack_activation) {}
+  Stack(const at::Tensor& rows_like, const at::Tensor& input, StackParameters p, at::IntArrayRef features,
+        StackShortcut shortcut, Activation stack_activation)
+      : StackSizes(rows_like, features.empty() ? at::IntArrayRef(features_of(input, p)) : features, shortcut),
         parameters(std::move(p)),
         activation(stack_activation),
-        x(with_unit_column_stride(flatten_leading(input))),
-        rows(problem.rows) {
+        x(input.defined() ? with_unit_column_stride(flatten_leading(input)) : input),
+        rows(problem.rows),
+        options(rows_like.options()) {
     for (size_t i = 0; i < layers.size(); ++i) {
       StackLayer& layer = layers[i];
-      const at::Tensor& projection = parameters.projections[i];
-      layer.weight = matrix(parameters.weights[i]);
+      const at::Tensor &weight = parameters.weights[i], &projection = parameters.projections[i];
+      if (weight.defined()) layer.weight = matrix(weight);
       layer.bias = contiguous_data(parameters.biases[i]);
-      layer.adds_input = adds_input(parameters, i, shortcut);
+      layer.adds_input = !projection.defined() && layer.in_features == layer.out_features &&
+                         (shortcut == StackShortcut::identity || shortcut == StackShortcut::projection);
       if (projection.defined()) layer.projection = present_matrix(projection);
       layer.projection_bias = contiguous_data(parameters.projection_biases[i]);
     }
     problem.activation = activation;
-    problem.x = row_major(x);
+    if (x.defined()) problem.x = row_major(x);
   }
 
   bool concat() const { return problem.concat; }
@@ -75,7 +88,10 @@ struct Stack : StackSizes {
     return z.narrow(0, rows * before, rows * layers[i].out_features).view({rows, layers[i].out_features});
   }
   void set_z(const at::Tensor& z) {
+    // A kept z without elements has no memory, but is there.
+    static char nothing = 0;
     char* data = static_cast<char*>(const_cast<void*>(z.const_data_ptr()));
+    if (!data) data = &nothing;
     for (StackLayer& layer : layers) {
       layer.z = {data, layer.out_features};
       data += rows * layer.out_features * z.element_size();
@@ -109,7 +125,7 @@ Operands operands_of(const Stack& s, size_t i, const at::Tensor& h, bool project
 
 at::Tensor projected(const Stack& s, size_t i, const at::Tensor& h, CommonPath& path) {
   const Operands o = operands_of(s, i, h, /*projection=*/true);
-  at::Tensor result = at::empty({s.rows, o.shape.out_features}, h.options());
+  at::Tensor result = at::empty({s.rows, o.shape.out_features}, s.options);
   path.add(run_forward(o, Activation::none, {}, result));
   return result;
 }
@@ -121,7 +137,7 @@ at::Tensor shortcut_of(const Stack& s, size_t i, const at::Tensor& h, CommonPath
 }
 
 // y is 2-D; z holds every layer's, or is undefined.
-Path run_by_layer(const Stack& s, const at::Tensor& y, const at::Tensor& z) {
+Path run_forward_by_layer(const Stack& s, const at::Tensor& y, const at::Tensor& z) {
   CommonPath path;
   at::Tensor h = s.x;
   if (s.concat()) {
@@ -146,21 +162,14 @@ Path run_by_layer(const Stack& s, const at::Tensor& y, const at::Tensor& z) {
 at::Tensor empty_z(const Stack& s) {
   int64_t features = 0;
   for (const StackLayer& layer : s.layers) features += layer.out_features;
-  return at::empty({s.rows * features}, s.x.options());
-}
-
-// Of a stack that goes layer by layer.
-at::Tensor computed_z(const Stack& s) {
-  at::Tensor z = empty_z(s);
-  run_by_layer(s, at::empty({s.rows, s.out_features()}, s.x.options()), z);
-  return z;
+  return at::empty({s.rows * features}, s.options);
 }
 
 at::Tensor run_stack(Stack& s, const at::Tensor& x, const at::Tensor& z) {
   at::Tensor y = empty_output(x, s.out_features());
   const at::Tensor rows = y.view({s.rows, s.out_features()});
   if (!s.is_one_kernel()) {
-    policy::count_forward(run_by_layer(s, rows, z));
+    policy::count_forward(run_forward_by_layer(s, rows, z));
     return y;
   }
   policy::count_forward(Path::fused);
@@ -208,7 +217,7 @@ bool keeps_z(const at::Tensor& x, const StackParameters& p, StackShortcut shortc
   // What glibc's malloc at most takes from memory it has, and not as fresh pages (its largest M_MMAP_THRESHOLD).
   constexpr int64_t kReusedBytes = int64_t{32} << 20;
   if (elements.expect_int() * static_cast<int64_t>(x.element_size()) <= kReusedBytes) return true;
-  return !StackSizes(x, p, shortcut).is_one_kernel();
+  return !StackSizes(x, features_of(x, p), shortcut).is_one_kernel();
 }
 
 namespace {
@@ -229,47 +238,62 @@ void run_as_one(Stack& s, const at::Tensor& grad, const OptionalTensor& z, Stack
   s.backend.stack_backward(s.problem);
 }
 
-// Every layer's input, from the zs.
-std::vector<at::Tensor> restored_inputs(const Stack& s, const at::Tensor& z, CommonPath& path) {
-  std::vector<at::Tensor> inputs{s.x};
+// The layers' inputs that the way back reads, from the zs. Those that were not kept are computed and written into
+// `z`.
+std::vector<at::Tensor> restored_inputs(const Stack& s, const StackReads& plan, const at::Tensor& z,
+                                        CommonPath& path) {
+  std::vector<at::Tensor> inputs(s.layers.size());
+  inputs[0] = s.x;
   at::Tensor all;
-  if (s.concat()) {
+  if (s.concat() && plan.reads_x()) {
     const OwnCalls own_calls;
-    all = at::empty({s.rows, s.layers.back().in_features}, s.x.options());
+    all = at::empty({s.rows, s.layers.back().in_features}, s.options);
     all.narrow(1, 0, s.x.size(1)).copy_(s.x);
   }
-  for (size_t i = 0; i + 1 < s.layers.size(); ++i) {
+  for (size_t i = 0; i < s.layers.size(); ++i) {
     const StackLayer& l = s.layers[i];
-    const at::Tensor addend = shortcut_of(s, i, inputs.back(), path);
-    const at::Tensor out = s.concat() ? all.narrow(1, l.in_features, l.out_features)
-                                      : at::empty({s.rows, l.out_features}, s.x.options());
-    GemmProblem p;
-    p.m = s.rows, p.n = l.out_features, p.dtype = s.problem.dtype, p.activation = s.activation;
-    if (addend.defined()) p.addend = row_major(addend);
-    p.out = mutable_row_major(out);
-    s.backend.epilogue(p, row_major(s.z_of(z, i)));
-    inputs.push_back(s.concat() ? all.narrow(1, 0, l.in_features + l.out_features) : out);
+    const StackLayerReads& reads = plan.reads[i];
+    const at::Tensor& h = inputs[i];
+    at::Tensor addend, out;
+    if (reads.output) {
+      addend = shortcut_of(s, i, h, path);
+      out = s.concat() && all.defined() ? all.narrow(1, l.in_features, l.out_features)
+                                        : at::empty({s.rows, l.out_features}, s.options);
+      inputs[i + 1] = s.concat() && all.defined() ? all.narrow(1, 0, l.in_features + l.out_features) : out;
+    }
+    if (reads.forms_z) {
+      Operands o = operands_of(s, i, h, /*projection=*/false);
+      o.residual = addend;
+      const at::Tensor own_z = s.z_of(z, i);
+      path.add(out.defined() ? run_forward(o, s.activation, own_z, out)
+                             : run_forward(o, Activation::none, {}, own_z));
+    } else if (reads.output) {
+      GemmProblem p;
+      p.m = s.rows, p.n = l.out_features, p.dtype = s.problem.dtype, p.activation = s.activation;
+      if (addend.defined()) p.addend = row_major(addend);
+      p.out = mutable_row_major(out);
+      s.backend.epilogue(p, row_major(s.z_of(z, i)));
+    }
   }
   return inputs;
 }
 
-Path run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, StackGradients& g) {
+Path run_backward_by_layer(const Stack& s, const StackReads& plan, at::Tensor grad, const at::Tensor& z,
+                           StackGradients& g) {
   CommonPath path;
-  std::vector<at::Tensor> inputs = restored_inputs(s, z, path);
+  std::vector<at::Tensor> inputs = restored_inputs(s, plan, z, path);
   const auto empty_dx = [&](size_t i) { return at::empty({s.rows, s.layers[i].in_features}, grad.options()); };
-  const size_t first = g.first_needed();
-  const auto needs_input = [&](size_t i) { return i > first || (i == 0 && g.needs_x()); };
   const auto network_layer = [&](size_t i) {
-    const bool needs_dh = s.parameters.projections[i].defined() || (s.layers[i].adds_input && needs_input(i));
-    return NetworkLayer{s.activation, s.z_of(z, i), g.biases[i], needs_dh};
+    const bool needs_dh = plan.uses[i].projects || (s.layers[i].adds_input && plan.reads[i].dh);
+    return NetworkLayer{s.activation, plan.reads[i].slope ? s.z_of(z, i) : at::Tensor(), g.biases[i], needs_dh};
   };
   NetworkLayer layer = network_layer(s.layers.size() - 1);
-  for (size_t i = s.layers.size(); i-- > first;) {
+  for (size_t i = s.layers.size(); i-- > plan.first;) {
     const StackLayer& l = s.layers[i];
     g.allocate(i);
-    const at::Tensor dx = i > first ? empty_dx(i) : i == 0 ? g.x : at::Tensor();
+    const at::Tensor dx = i > plan.first ? empty_dx(i) : i == 0 ? g.x : at::Tensor();
     BackwardTensors t;
-    if (s.parameters.projections[i].defined()) {
+    if (plan.uses[i].projects) {
       t.dy = grad, t.x = inputs[i], t.weight = s.parameters.projections[i];
       if (dx.defined()) t.dx = empty_dx(i);
       t.dweight = g.projections[i].storage, t.dweight_transposed = g.projections[i].transposed;
@@ -287,8 +311,8 @@ Path run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, StackGra
     t.dx = dx, t.dweight = g.weights[i].storage, t.dweight_transposed = g.weights[i].transposed;
     const at::Tensor dh = s.concat() ? grad.narrow(1, l.in_features, l.out_features) : grad;
     // In a concatenation dx is not dh, but holds it.
-    const bool goes_on = i > first && !s.concat();
-    NetworkLayer before = i > first ? network_layer(i - 1) : NetworkLayer{};
+    const bool goes_on = i > plan.first && !s.concat();
+    NetworkLayer before = i > plan.first ? network_layer(i - 1) : NetworkLayer{};
     path.add(run_backward(std::move(t), layer, dh, goes_on ? &before : nullptr));
     layer = std::move(before);
     grad = dx;
@@ -297,23 +321,29 @@ Path run_by_layer(const Stack& s, at::Tensor grad, const at::Tensor& z, StackGra
   return path.path();
 }
 
-std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const at::Tensor& x, at::TensorList weights,
-                                                const OptionalTensors& biases, const OptionalTensors& projections,
+std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const OptionalTensor& x,
+                                                const OptionalTensors& weights, const OptionalTensors& biases,
+                                                const OptionalTensors& projections,
                                                 const OptionalTensors& projection_biases, const OptionalTensor& z,
-                                                std::string_view shortcut_name, std::string_view activation_name,
-                                                at::IntArrayRef needed) {
+                                                at::IntArrayRef features, std::string_view shortcut_name,
+                                                std::string_view activation_name, at::IntArrayRef needed,
+                                                at::IntArrayRef column_major) {
   const StackShortcut shortcut = parse_shortcut(shortcut_name);
-  StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
-  check_stack_backward(grad, x, p, z, shortcut, needed);
-  const c10::OptionalDeviceGuard guard(x.device());
-  Stack s(x, std::move(p), shortcut, parse_activation(activation_name));
-  StackGradients gradients(x, s.parameters, s.rows, needed);
+  const Activation activation = parse_activation(activation_name);
+  StackParameters p = saved_stack_parameters(weights, biases, projections, projection_biases);
+  const std::vector<c10::SymInt> symbolic(features.begin(), features.end());
+  check_stack_backward(grad, x, p, z, symbolic, shortcut, activation, needed);
+  const c10::OptionalDeviceGuard guard(grad.device());
+  const StackReads plan(p, symbolic, shortcut, activation, z.has_value(), stack_flags(needed, p.layers()));
+  Stack s(grad, x.value_or(at::Tensor()), std::move(p), features, shortcut, activation);
+  StackGradients gradients(grad, s.layers, s.rows, needed, column_major);
   const at::Tensor rows = with_unit_column_stride(flatten_leading(grad));
   if (s.is_one_kernel()) {
     run_as_one(s, rows, z, gradients);
     policy::count_backward(Path::fused);
   } else {
-    policy::count_backward(run_by_layer(s, rows, z ? *z : computed_z(s), gradients));
+    const at::Tensor all_z = z ? *z : plan.reads_z() ? empty_z(s) : at::Tensor();
+    policy::count_backward(run_backward_by_layer(s, plan, rows, all_z, gradients));
   }
   return gradients.in_order();
 }

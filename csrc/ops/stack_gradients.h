@@ -17,18 +17,20 @@ class StackGradients {
   std::vector<WeightGradient> weights, projections;
   std::vector<at::Tensor> biases, projection_biases;
 
-  StackGradients(const at::Tensor& input, const StackParameters& parameters, int64_t rows, at::IntArrayRef needed)
-      : weights(parameters.layers()),
-        projections(parameters.layers()),
-        biases(parameters.layers()),
-        projection_biases(parameters.layers()),
-        input_(input),
-        parameters_(parameters),
+  // `column_major` lists the positions of parameters that lie so, and whose gradients shall.
+  StackGradients(const at::Tensor& grad, const std::vector<StackLayer>& layers, int64_t rows, at::IntArrayRef needed,
+                 at::IntArrayRef column_major)
+      : weights(layers.size()),
+        projections(layers.size()),
+        biases(layers.size()),
+        projection_biases(layers.size()),
+        grad_(grad),
+        layers_(layers),
         rows_(rows),
         needed_(needed),
-        is_needed_(1 + 4 * parameters.layers()) {
-    for (const int64_t position : needed) is_needed_[static_cast<size_t>(position)] = true;
-    for (size_t layer = 0; layer < parameters.layers(); ++layer) {
+        is_needed_(stack_flags(needed, layers.size())),
+        is_column_major_(stack_flags(column_major, layers.size())) {
+    for (size_t layer = 0; layer < layers.size(); ++layer) {
       allocate(kBiases, layer, biases[layer]);
       allocate(kProjectionBiases, layer, projection_biases[layer]);
     }
@@ -36,19 +38,12 @@ class StackGradients {
 
   bool needs_x() const { return is_needed_[0]; }
 
-  // The layer at which the backward ends.
-  size_t first_needed() const {
-    size_t i = 0;
-    while (i < weights.size() && !(i == 0 && is_needed_[0]) && !any_needed(i)) ++i;
-    return i;
-  }
-
   // All but the biases'. To be called before a layer's backward: where layers run one after the other, those that
   // have run have given back memory by then.
   void allocate(size_t layer) {
     if (layer == 0 && is_needed_[0]) {
-      x_gradient_ = empty_output(input_, input_.size(-1));
-      x = x_gradient_.view({rows_, input_.size(-1)});
+      x_gradient_ = empty_output(grad_, layers_[0].in_features);
+      x = x_gradient_.view({rows_, layers_[0].in_features});
     }
     allocate(kWeights, layer, weights[layer]);
     allocate(kProjections, layer, projections[layer]);
@@ -70,33 +65,22 @@ class StackGradients {
   }
 
  private:
-  // As they follow each other in `needed`.
-  enum List { kWeights, kBiases, kProjections, kProjectionBiases, kLists };
+  void allocate(StackList list, size_t layer, WeightGradient& gradient) const {
+    const size_t position = position_of(list, layer);
+    if (!is_needed_[position]) return;
+    const StackLayer& l = layers_[layer];
+    gradient = WeightGradient(l.out_features, l.in_features, is_column_major_[position], grad_.options());
+  }
+  void allocate(StackList list, size_t layer, at::Tensor& gradient) const {
+    if (is_needed_[position_of(list, layer)]) gradient = at::empty({layers_[layer].out_features}, grad_.options());
+  }
+  size_t position_of(StackList list, size_t layer) const { return 1 + list * weights.size() + layer; }
 
-  void allocate(List list, size_t layer, WeightGradient& gradient) const {
-    if (!is_needed_[position_of(list, layer)]) return;
-    const at::Tensor& t = tensor_at(list, layer);
-    gradient = WeightGradient(t.size(0), t.size(1), is_column_major(t), input_.options());
-  }
-  void allocate(List list, size_t layer, at::Tensor& gradient) const {
-    if (is_needed_[position_of(list, layer)])
-      gradient = at::empty({tensor_at(list, layer).size(0)}, input_.options());
-  }
-  const at::Tensor& tensor_at(List list, size_t layer) const {
-    return stack_tensor(input_, parameters_, static_cast<int64_t>(position_of(list, layer)));
-  }
-  size_t position_of(int list, size_t layer) const { return 1 + static_cast<size_t>(list) * weights.size() + layer; }
-  bool any_needed(size_t layer) const {
-    for (int list = 0; list < kLists; ++list)
-      if (is_needed_[position_of(list, layer)]) return true;
-    return false;
-  }
-
-  const at::Tensor& input_;
-  const StackParameters& parameters_;
+  const at::Tensor& grad_;
+  const std::vector<StackLayer>& layers_;
   int64_t rows_;
   at::IntArrayRef needed_;
-  std::vector<bool> is_needed_;
+  std::vector<bool> is_needed_, is_column_major_;
   at::Tensor x_gradient_;
 };
 

@@ -9,6 +9,7 @@
 
 #include "../gelu.h"
 #include "../mlp.h"
+#include "../stack_reads.h"
 #include "dispatch.h"
 #include "half.h"
 #include "scratch.h"

@@ -1,0 +1,83 @@
+// The order in which a node hands gradients on, which hooks on parameters and inputs see.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <initializer_list>
+#include <queue>
+#include <utility>
+#include <vector>
+
+namespace fastlane {
+
+// Of nodes that are ready torch's engine runs the one made last, and before them those that add to a leaf's .grad, in
+// the order that its heap makes of the order of our edges. `tensors` come as eager's nodes would reach them; the
+// result lists their indices as edges that the heap gives out so. Exact where nothing else is ready and each leaf
+// comes once.
+inline std::vector<size_t> edge_order(at::TensorList tensors) {
+  std::vector<size_t> order, others;
+  size_t inner = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const bool has_edge = tensors[i].requires_grad(), is_leaf = has_edge && tensors[i].is_leaf();
+    (is_leaf ? order : others).push_back(i);
+    inner += has_edge && !is_leaf;
+  }
+  const size_t leaves = order.size();
+  if (leaves > 2) {
+    using Entry = std::pair<bool, size_t>;  // whether it is a leaf's, and its place among the edges
+    const auto runs_later = [](const Entry& a, const Entry& b) { return a.first < b.first; };
+    std::priority_queue<Entry, std::vector<Entry>, decltype(runs_later)> heap(runs_later);
+    for (size_t place = 0; place < leaves + inner; ++place) heap.push({place < leaves, place});
+    std::vector<size_t> placed(leaves);
+    for (size_t i = 0; i < leaves; ++i, heap.pop()) placed[heap.top().second] = order[i];
+    order = std::move(placed);
+  }
+  order.insert(order.end(), others.begin(), others.end());
+  return order;
+}
+
+// Eager's linear layer reaches its bias first. Only for a matrix is the product with x made after the transpose of
+// the weight, and so before it on the way back; without a bias it always is.
+inline bool reaches_x_before_weight(const at::Tensor& x, bool has_bias) { return x.dim() == 2 || !has_bias; }
+
+// The tensor arguments of a node that has few, each with its role, in the order of its edges.
+class Edges {
+ public:
+  static constexpr size_t kMaxRoles = 8;
+
+  // Undefined tensors are left out.
+  explicit Edges(std::initializer_list<std::pair<size_t, const at::Tensor&>> as_in_eager) {
+    std::vector<at::Tensor> present;
+    std::array<size_t, kMaxRoles> present_roles{};
+    for (const auto& [role, t] : as_in_eager)
+      if (t.defined()) present_roles[present.size()] = role, present.push_back(t);
+    const std::vector<size_t> order = edge_order(present);
+    tensors.reserve(order.size());
+    for (size_t place = 0; place < order.size(); ++place) {
+      tensors.push_back(present[order[place]]);
+      roles |= static_cast<int64_t>(present_roles[order[place]] + 1) << (kRoleBits * place);
+    }
+  }
+
+  std::vector<at::Tensor> tensors;
+  int64_t roles = 0;  // packed, so that a node can keep them as one number
+
+  // Calls f(place, role) for each edge.
+  template <class F>
+  static void for_each(int64_t roles, F f) {
+    for (size_t place = 0; roles != 0; ++place, roles >>= kRoleBits)
+      f(place, static_cast<size_t>(roles & ((1 << kRoleBits) - 1)) - 1);
+  }
+  static std::array<at::Tensor, kMaxRoles> by_role(at::TensorList tensors, int64_t roles) {
+    std::array<at::Tensor, kMaxRoles> result;
+    for_each(roles, [&](size_t place, size_t role) { result[role] = tensors[place]; });
+    return result;
+  }
+
+ private:
+  static constexpr int kRoleBits = 4;
+};
+
+}  // namespace fastlane
