@@ -137,14 +137,12 @@ def residual_stack(
             x = linear_gelu_concat(x, weight, bias, activation=activation)
             continue
         square = weight.shape[0] == weight.shape[1]
-        residual = x if square and shortcut != "none" else None
-        if shortcut == "projection":
-            projection = projections[index]
-            if projection is not None:
-                residual = F.linear(x, projection, projection_biases[index])
-            elif not square:
-                raise missing_projection(index, weight.shape)
-        x = linear_gelu_residual(x, weight, bias, residual, activation=activation)
+        projection = projections[index] if shortcut == "projection" else None
+        if shortcut == "projection" and projection is None and not square:
+            raise missing_projection(index, weight.shape)
+        residual = x if square and shortcut != "none" and projection is None else None
+        y = linear_gelu_residual(x, weight, bias, residual, activation=activation)
+        x = y if projection is None else y + F.linear(x, projection, projection_biases[index])
     return x
 
 
