@@ -62,7 +62,7 @@ def measured(weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, float
                 "fused_ms": lambda: functional.linear_gelu_residual(x, weight, bias, activation="none"),
             }
             times: dict[str, list[float]] = {name: [] for name in calls}
-            library.count(False)
+            counted = library.count(False)
             try:
                 for turn in range(_MEASUREMENTS + 1):
                     for name, call in calls.items():
@@ -71,6 +71,6 @@ def measured(weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, float
                         if turn:
                             times[name].append(1e3 * (time.perf_counter() - start))
             finally:
-                library.count(True)
+                library.count(counted)
             _measurements[key] = {"rows": _MEASURED_ROWS, **{name: min(values) for name, values in times.items()}}
         return dict(_measurements[key])

@@ -111,3 +111,10 @@ def fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def set_strict():
+    """Switches on what FASTLANE_STRICT=1 does: the variable itself is read once a process."""
+    yield fl._load.library.set_strict
+    fl._load.library.set_strict(False)

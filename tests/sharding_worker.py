@@ -1,7 +1,6 @@
 """One of the processes of test_sharding.py: tensor parallelism against one process, forward and backward."""
 
 import copy
-import os
 from itertools import product
 
 import pytest
@@ -114,7 +113,7 @@ def columns_and_rows_are_not_gathered():
 def strict_raises_the_reason():
     on = mesh()
     x, w, *_ = (distribute_tensor(t, on, [Replicate()]) for t in operands())
-    os.environ["FASTLANE_STRICT"] = "1"
+    fl._load.library.set_strict(True)
     try:
         for call in (
             lambda: fl.linear_gelu_residual(x, w),
@@ -125,7 +124,7 @@ def strict_raises_the_reason():
             with pytest.raises(RuntimeError, match="^FASTLANE_STRICT: .* leave the fused path: a DTensor; unset"):
                 call()
     finally:
-        del os.environ["FASTLANE_STRICT"]
+        fl._load.library.set_strict(False)
 
 
 @scenario

@@ -535,6 +535,18 @@ def test_linears_are_measured():
     assert type(fused[0]) is nn.Linear
 
 
+def test_measuring_leaves_the_counting_as_it_was():
+    count = fl._load.library.count
+    assert count(False) is True
+    try:
+        fl.fuse(nn.Linear(33, 35), linears=True)
+        assert count(False) is False
+    finally:
+        count(True)
+    fl.fuse(nn.Linear(35, 33), linears=True)
+    assert count(True) is True
+
+
 @pytest.fixture
 def linears_always_win(monkeypatch):
     from fastlane_ext import fusion

@@ -291,16 +291,16 @@ def test_disable_off(value):
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_strict(reason, leave, monkeypatch):
+def test_strict(reason, leave, set_strict):
     """Raises, with the reason, where the same call without FASTLANE_STRICT runs in eager and is counted."""
     x = torch.randn(3, 3, requires_grad=True)
-    monkeypatch.setenv("FASTLANE_STRICT", "1")
+    set_strict(True)
     with pytest.raises(RuntimeError, match="FASTLANE_STRICT") as error:
         leave(x)
     assert reason in str(error.value)
     assert fl.stats()["fallback"] == {}
     fused_layer(x, x, None, x).sum().backward()
-    monkeypatch.delenv("FASTLANE_STRICT")
+    set_strict(False)
     leave(x)
     assert list(fl.stats()["fallback"]) == [reason]
     fl.reset_stats()
@@ -311,6 +311,29 @@ def forward_mode(x):
 
     with fwAD.dual_level():
         return fused_layer(fwAD.make_dual(x, torch.ones_like(x)), x)
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize("variable", ["FASTLANE_STRICT", "FASTLANE_DISABLE"])
+def test_variables_are_read_once(variable):
+    """When they are first needed; what they are set to afterwards changes nothing."""
+    code = """
+import json, os, torch, fastlane_ext as fl
+def leave():
+    try:
+        torch.vmap(fl.linear_gelu_residual, (None, 0))(torch.ones(2, 2), torch.ones(3, 2, 2))
+        return str(sorted(fl.stats()["fallback"]))
+    except RuntimeError as error:
+        return str(error)
+said = [leave()]
+fl.reset_stats()
+os.environ[VARIABLE] = "1" if os.environ.get(VARIABLE) != "1" else "0"
+print(json.dumps([*said, leave()]))
+""".replace("VARIABLE", repr(variable))
+    for value in ("", "1"):
+        before, after = run_python(code, **{variable: value})
+        assert before == after
+        assert before.startswith("FASTLANE_STRICT: ") == (value == "1" and variable == "FASTLANE_STRICT")
 
 
 @pytest.mark.any_isa

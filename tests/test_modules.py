@@ -297,7 +297,7 @@ def hook(module):
     ("name", "reason"),
     [("fc1", "fc1 has hooks"), ("fc2", "fc2 has hooks"), ("projection", "projection has hooks")],
 )
-def test_a_hooked_child_is_called(name, reason, monkeypatch):
+def test_a_hooked_child_is_called(name, reason, set_strict):
     case = LAYER if name == "projection" else MLP
     fused, eager = (module.double() for module in make_pair(case))
     x = make_input(case, torch.float64)
@@ -309,7 +309,7 @@ def test_a_hooked_child_is_called(name, reason, monkeypatch):
     stats = fl.stats()
     assert stats["fallback"] == {reason: 1}
     assert stats["fused"]["forward"] > 0 and stats["fused"]["backward"] > 0
-    monkeypatch.setenv("FASTLANE_STRICT", "1")
+    set_strict(True)
     with pytest.raises(RuntimeError, match=reason):
         fused(x)
 
