@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _register  # noqa: F401  (registers the batching rules)
+from . import _flops, _register  # noqa: F401  (what torch asks of an operator)
 from ._arguments import ACTIVATIONS, check_choice, check_list, check_stack, check_tensor
 from ._load import library
 
