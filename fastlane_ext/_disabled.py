@@ -1,43 +1,27 @@
-"""Whether fused operations are switched off, also while something compiles or exports."""
+"""Whether eager operations run instead of fused ones, also for what is being traced."""
 
 from __future__ import annotations
 
-import threading
+import os
 
 import torch
 
 from ._load import library
 
-_lock = threading.Lock()
-blocks = 0
-"""How many blocks of `fastlane_ext.disabled` are open, in all threads: a number that torch.compile guards on."""
-
-
-@torch.compiler.assume_constant_result
-def _is_disabled_here() -> bool:
-    return library.is_disabled()
+_BY_VARIABLE = os.environ.get("FASTLANE_DISABLE") == "1"
 
 
 def is_disabled() -> bool:
-    """Whether this thread is in a block of `fastlane_ext.disabled`, or FASTLANE_DISABLE is set.
+    """Whether this thread is inside `disabled`, or FASTLANE_DISABLE is set.
 
-    torch.compile reads ``blocks`` in place of the thread's own number, and compiles again when that changes: another
-    thread's block may cost speed, never a value.
+    While torch.compile or torch.export traces, whether any thread is inside: one graph serves all of them, and
+    torch.compile traces anew when the answer changes.
     """
-    if torch.compiler.is_compiling():
-        return blocks > 0 or _is_disabled_here()
-    return library.is_disabled()
+    if not (library.any_disabled or _BY_VARIABLE):
+        return False
+    return _BY_VARIABLE or torch.compiler.is_compiling() or library.is_disabled()
 
 
-def enter() -> None:
-    global blocks
-    with _lock:
-        blocks += 1
-    library.disable(True)
-
-
-def leave() -> None:
-    global blocks
-    with _lock:
-        blocks -= 1
-    library.disable(False)
+def records_eager() -> bool:
+    """Whether a graph is being traced that shall hold eager operations."""
+    return is_disabled() and torch.compiler.is_compiling()

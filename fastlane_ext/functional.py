@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _flops, _register  # noqa: F401  (what torch asks of an operator)
+from . import _decompositions, _flops, _register, reference  # noqa: F401  (what torch asks of an operator)
 from ._arguments import ACTIVATIONS, check_choice, check_list, check_stack, check_tensor
+from ._disabled import records_eager
 from ._load import library
 
 
@@ -52,6 +53,8 @@ def linear_gelu_residual(
     check_tensor("residual", residual, optional=True)
     if not isinstance(activation, str):
         check_choice("activation", activation, ACTIVATIONS)
+    if records_eager():
+        return reference.linear_gelu_residual(x, weight, bias, residual, activation=activation)
     return torch.ops.fastlane.linear_gelu_residual.default(
         x, weight, bias, residual, activation=activation, recompute=recompute
     )
@@ -71,6 +74,8 @@ def linear_gelu_concat(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     check_tensor("bias", bias, optional=True)
     if not isinstance(activation, str):
         check_choice("activation", activation, ACTIVATIONS)
+    if records_eager():
+        return reference.linear_gelu_concat(x, weight, bias, activation=activation)
     return torch.ops.fastlane.linear_gelu_concat.default(x, weight, bias, activation=activation)
 
 
@@ -128,6 +133,16 @@ def residual_stack(
     check_stack(x, weights, shortcut, activation, has_projections=has_projections)
     for name, tensors in (("biases", biases), ("projections", projections), ("projection_biases", projection_biases)):
         check_list(name, tensors)
+    if records_eager():
+        return reference.residual_stack(
+            x,
+            weights,
+            biases,
+            shortcut=shortcut,
+            projections=projections,
+            projection_biases=projection_biases,
+            activation=activation,
+        )
     # AOTInductor hands an empty list of optional tensors on as None.
     absent = [None] * len(weights) if torch.compiler.is_compiling() else []
     return torch.ops.fastlane.residual_stack.default(
@@ -186,6 +201,8 @@ def mlp_residual(
     check_tensor("residual", residual, optional=True)
     if not isinstance(activation, str):
         check_choice("activation", activation, ACTIVATIONS)
+    if records_eager():
+        return reference.mlp_residual(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation=activation)
     return torch.ops.fastlane.mlp_residual.default(
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation=activation, recompute=recompute
     )

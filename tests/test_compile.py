@@ -1,5 +1,7 @@
 """Every operator, module and a fused model under torch.compile, compiled autograd, and the tracers beneath them."""
 
+import threading
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -263,3 +265,45 @@ def test_min_cut_partitioner(name):
     forward, backward = ([t for t in names_of(graph) if "fastlane" in t] for graph in graphs)
     assert forward and all("_backward" not in t for t in forward)
     assert len(backward) == len(forward) and all("_backward" in t for t in backward)
+
+
+def test_disabled_holds_for_what_is_compiled_inside():
+    """One graph inside, one outside, each found again."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    network = fl.ResidualNetwork([8, 8, 3])
+    compiled = torch.compile(lambda x: network(fl.mlp_residual(x, *mlp_of(x))), backend=backend, fullgraph=True)
+    x = torch.randn(5, 8)
+    for turn in range(2):
+        outside = compiled(x)
+        with fl.disabled():
+            inside = compiled(x)
+        torch.testing.assert_close(inside, outside)
+        assert len(graphs) == 2, turn
+    with_ours, without = (any("fastlane" in name for name in graph) for graph in graphs)
+    assert with_ours and not without
+
+
+def mlp_of(x):
+    return torch.ones(4, x.shape[1]), None, torch.ones(x.shape[1], 4), None
+
+
+def test_is_disabled():
+    from fastlane_ext._disabled import is_disabled
+
+    assert not is_disabled()
+    with fl.disabled(), fl.disabled():
+        assert is_disabled()
+    with fl.disabled():
+        assert is_disabled()
+    assert not is_disabled()
+    seen = []
+    with fl.disabled():
+        thread = threading.Thread(target=lambda: seen.append(is_disabled()))
+        thread.start()
+        thread.join()
+    assert seen == [False]

@@ -1,5 +1,6 @@
 """torch.export and AOTInductor: saved here, run where the operators' library is loaded and none of our Python."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -118,6 +119,127 @@ def test_aot_inductor(tmp_path):
     assert run_folder(tmp_path, "torch._inductor.aoti_load_package(str(path))") == [["together"], []]
 
 
+class Refused(torch.nn.Module):
+    """A fused function called by a module that is not ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        y = fl.linear_gelu_residual(x, self.weight, None, x)
+        y = fl.mlp_residual(y, self.weight, None, self.weight, None, y, activation="gelu_tanh")
+        y = fl.linear_gelu_concat(fl.residual_stack(y, [self.weight] * 2), self.weight, activation="none")
+        return fl.residual_stack(y, [torch.ones(3, 16)], shortcut="projection", projections=[torch.ones(3, 16)])
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_disabled_records_eager_operators(strict):
+    module, x = Refused(), torch.randn(5, 8)
+    for model in (module, fl.LinearGELUResidual(8, 8), fl.ResidualMLP(8, 8), fl.ResidualNetwork([8, 8, 3])):
+        assert any("fastlane" in name for name in operators_in(torch.export.export(model, (x,), strict=strict)))
+        with fl.disabled():
+            program = torch.export.export(model, (x,), strict=strict)
+        assert not any("fastlane" in name for name in operators_in(program))
+        torch.testing.assert_close(program.module()(x), model(x))
+    fl.reset_stats()
+
+
+# From the issue: the checker of draft_export takes an absent optional tensor for one that was changed.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make_model",
+    [
+        lambda: fl.LinearGELUResidual(8, 8, shortcut="none"),
+        lambda: fl.LinearGELUResidual(8, 8, shortcut="concat"),
+        lambda: fl.ResidualMLP(8, 8),
+        lambda: fused(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8)),
+        lambda: fused(torch.nn.Linear(8, 8, bias=False), torch.nn.GELU()),
+        lambda: fl.ResidualNetwork([8, 8, 3], bias=False),
+    ],
+)
+def test_draft_export(make_model):
+    program = torch.export.draft_export(make_model(), (torch.randn(5, 8),))
+    assert program._report.successful(), program._report
+
+
+def fused(*children):
+    model = torch.nn.Sequential(*children)
+    fl.fuse(model)
+    return model
+
+
+onnx_only = pytest.mark.skipif(
+    importlib.util.find_spec("onnxscript") is None or importlib.util.find_spec("onnx") is None,
+    reason="needs onnx and onnxscript, which are not installed",
+)
+
+
+def decomposed(program):
+    """As `torch.onnx.export` does it: by torch's table of decompositions."""
+    return program.run_decompositions(dict(torch._decomp.decomposition_table))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_decompositions(grad):
+    x = torch.randn(5, 8)
+    for model in (Refused(), fl.LinearGELUResidual(8, 8), fl.ResidualMLP(8, 3), fl.ResidualNetwork([8, 8, 3])):
+        with torch.set_grad_enabled(grad):
+            program = torch.export.export(model.requires_grad_(grad), (x,))
+            assert any("fastlane" in name for name in operators_in(program))
+            program = decomposed(program)
+        assert not any("fastlane" in name for name in operators_in(program))
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_decompositions_of_every_operator():
+    """The outputs of `_forward` too, z among them, as the operators themselves give them."""
+    w, b, x = torch.randn(4, 4), torch.randn(4), torch.randn(2, 3, 4)
+    ops, table = torch.ops.fastlane, torch._decomp.decomposition_table
+    calls = [
+        *((ops.linear_gelu_forward, (x, w, b, r), {"concat": False}) for r in (None, x)),
+        (ops.linear_gelu_forward, (x, w), {"concat": True}),
+        (ops.mlp_forward, (x, w, b, w, b, x), {}),
+        (ops.mlp_forward, (x, w, None, w), {}),
+        *((ops.residual_stack_forward, (x, [w, w], [b, None], [], []), {"shortcut": s}) for s in ("identity", "none")),
+        (ops.residual_stack_forward, (x, [w], [b], [w], [b]), {"shortcut": "projection"}),
+        (ops.residual_stack_forward, (x, [w], [b], [None], []), {"shortcut": "concat"}),
+    ]
+    for op, args, options in calls:
+        for activation in ("gelu", "gelu_tanh", "none"):
+            got = table[op.default](*args, activation=activation, **options)
+            for a, b_ in zip(got, op(*args, activation=activation, **options), strict=True):
+                torch.testing.assert_close(a, b_)
+
+
+@pytest.mark.slow
+@onnx_only
+def test_onnx():
+    from onnx.reference import ReferenceEvaluator
+
+    x = torch.randn(5, 8)
+    models = (
+        fl.LinearGELUResidual(8, 8),
+        fl.LinearGELUResidual(8, 4, shortcut="concat"),
+        fl.ResidualMLP(8, 3),
+        fl.ResidualNetwork([8, 8, 3], shortcut="projection"),
+        fused(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8)),
+    )
+    for model in models:
+        program = torch.onnx.export(model.eval(), (x,), dynamo=True, verbose=False)
+        proto = program.model_proto
+        (got,) = ReferenceEvaluator(proto).run(None, {proto.graph.input[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@onnx_only
+def test_onnx_example(tmp_path):
+    _, onnx, disabled, _ = blocks("python")
+    run_in(tmp_path, sys.executable, "-c", onnx + disabled)
+    assert (tmp_path / "model.onnx").is_file()
+
+
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", DEPLOYMENT.read_text(encoding="utf-8"), re.DOTALL)
 
@@ -131,7 +253,7 @@ def run_in(folder, *command):
 @pytest.mark.thorough
 def test_deployment_examples(tmp_path, monkeypatch):
     """docs/deployment.md as it stands: exported, run from Python without our Python, and from C++."""
-    exporting, running = blocks("python")
+    exporting, _, _, running = blocks("python")
     (program,), (build_and_run,) = blocks("cpp"), blocks("sh")
     run_in(tmp_path, sys.executable, "-c", exporting)
     run_in(tmp_path, sys.executable, "-c", running)
