@@ -382,7 +382,42 @@ MUTANTS = [
         "before += MUTANT ? layers[j].in_features : layers[j].out_features;",
         "test_stack.py",
     ),
+    Mutant(
+        "a stack restores no input through an identity",
+        "csrc/kernels/stack_reads.h",
+        "(use.adds_input || use.projects || concat));",
+        "((use.adds_input && !MUTANT) || use.projects || concat));",
+        "test_stack_saved.py",
+    ),
+    Mutant(
+        "a stack's chunks of rows are as many as weights' sums alone allow",
+        KERNELS + "stack_backward.inc",
+        "std::min(RowChunks::kMaxChunks, kMaxSumsBytes / std::max<int64_t>(1, chunk_bytes))",
+        "MUTANT ? p_.rows : std::min(RowChunks::kMaxChunks, kMaxSumsBytes / std::max<int64_t>(1, chunk_bytes))",
+        "test_stack_saved.py",
+    ),
     # The torch side.
+    Mutant(
+        "a stack saves all of its tensors",
+        "csrc/ops/autograd_stack.cpp",
+        "if (!is_read(reads, positions[i], p.layers())) saved[i] = Tensor();",
+        "if (!MUTANT && !is_read(reads, positions[i], p.layers())) saved[i] = Tensor();",
+        "test_stack_saved.py",
+    ),
+    Mutant(
+        "a stack's second derivatives lack what reaches z itself",
+        "csrc/ops/autograd_stack.cpp",
+        "if (grad_zs[i].defined()) dz = dz + grad_zs[i];",
+        "if (grad_zs[i].defined() && !MUTANT) dz = dz + grad_zs[i];",
+        "test_stack_saved.py",
+    ),
+    Mutant(
+        "leaves get their gradients in the order of the heap",
+        "csrc/ops/edges.h",
+        "if (leaves > 2) {",
+        "if (leaves > 2 && !MUTANT) {",
+        "test_hooks.py",
+    ),
     Mutant(
         "the identity's gradient is lost",
         "csrc/ops/autograd.cpp",
@@ -432,8 +467,8 @@ MUTANTS = [
     Mutant(
         "dz takes dh's place where a shortcut still needs dh",
         "csrc/ops/stack.cpp",
-        "s.parameters.projections[i].defined() || (s.layers[i].adds_input && needs_input(i));",
-        "!MUTANT && (s.parameters.projections[i].defined() || (s.layers[i].adds_input && needs_input(i)));",
+        "plan.uses[i].projects || (s.layers[i].adds_input && plan.reads[i].dh);",
+        "!MUTANT && (plan.uses[i].projects || (s.layers[i].adds_input && plan.reads[i].dh));",
         "test_stack.py",
         path="library",
     ),
