@@ -138,6 +138,7 @@ class LinearGelu : public torch::autograd::Function<LinearGelu> {
       return composed_backward(grad_activated, grad_z, grad_shortcut, z, x, weight, activation, needed[0], needed[1],
                                needed[2]);
     }
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
     std::tie(g.x, g.weight, g.bias) =
         call_linear_gelu_backward(grad_activated, optional(saved_z), optional(x), optional(weight), optional(bias),
                                   optional(grad_shortcut), name_of(activation), weight_column_major, needed);

@@ -140,6 +140,7 @@ class MlpResidual : public torch::autograd::Function<MlpResidual> {
       policy::leave_fused_path("backward with create_graph=True");
       return composed_backward(dy, grad_z, grad_shortcut, saved, activation, needed);
     }
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
     Gradients g;
     std::tie(g[0], g[1], g[2], g[3], g[4]) = call_mlp_backward(
         dy, optional(saved.z), optional(saved.x), optional(saved.fc1_weight), optional(saved.fc1_bias),

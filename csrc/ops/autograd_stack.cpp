@@ -244,9 +244,13 @@ class ResidualStack : public torch::autograd::Function<ResidualStack> {
     for (const auto& [position, place] : needed_places) needed.push_back(position);
 
     // torch's older vmap, behind is_grads_batched, has no fallback for operators that return a list.
-    const bool batched = grads[0].defined() && grads[0].key_set().has(c10::DispatchKey::Batched);
+    const bool batched = std::any_of(grads.begin(), grads.end(), [](const Tensor& grad) {
+      return grad.defined() && grad.key_set().has(c10::DispatchKey::Batched);
+    });
     const bool with_history = at::GradMode::is_enabled() || grad_z.defined();
     if (!with_history && !batched) {
+      // Nothing to differentiate: the Autograd key would box every list.
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
       const std::vector<int64_t> column_major = data["column_major"].toIntVector();
       const variable_list gradients = call_residual_stack_backward(
           grads[0], optional(x), optional_list(p.weights), optional_list(p.biases), optional_list(p.projections),
@@ -255,7 +259,8 @@ class ResidualStack : public torch::autograd::Function<ResidualStack> {
       for (size_t i = 0; i < needed.size(); ++i) result[needed_places[i].second] = gradients[i];
       return result;
     }
-    policy::leave_fused_path(with_history ? "backward with create_graph=True" : "a batch of gradients");
+    policy::leave_fused_path(batched && !at::GradMode::is_enabled() ? "a batch of gradients"
+                                                                    : "backward with create_graph=True");
     node.needed = stack_flags(needed, layers);
     const Tensor dy =
         grads[0].defined() ? grads[0] : at::zeros_symint(data["sizes"].toSymIntVector(), grad_z.options());

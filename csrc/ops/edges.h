@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <algorithm>
 #include <array>
@@ -16,8 +17,8 @@ namespace fastlane {
 // the order that its heap makes of the order of our edges. `tensors` come as eager's nodes would reach them; the
 // result lists their indices as edges that the heap gives out so. Exact where nothing else is ready and each leaf
 // comes once.
-inline std::vector<size_t> edge_order(at::TensorList tensors) {
-  std::vector<size_t> order, others;
+inline c10::SmallVector<size_t, 8> edge_order(at::TensorList tensors) {
+  c10::SmallVector<size_t, 8> order, others;
   size_t inner = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const bool has_edge = tensors[i].requires_grad(), is_leaf = has_edge && tensors[i].is_leaf();
@@ -30,7 +31,7 @@ inline std::vector<size_t> edge_order(at::TensorList tensors) {
     const auto runs_later = [](const Entry& a, const Entry& b) { return a.first < b.first; };
     std::priority_queue<Entry, std::vector<Entry>, decltype(runs_later)> heap(runs_later);
     for (size_t place = 0; place < leaves + inner; ++place) heap.push({place < leaves, place});
-    std::vector<size_t> placed(leaves);
+    c10::SmallVector<size_t, 8> placed(leaves);
     for (size_t i = 0; i < leaves; ++i, heap.pop()) placed[heap.top().second] = order[i];
     order = std::move(placed);
   }
@@ -49,19 +50,18 @@ class Edges {
 
   // Undefined tensors are left out.
   explicit Edges(std::initializer_list<std::pair<size_t, const at::Tensor&>> as_in_eager) {
-    std::vector<at::Tensor> present;
+    c10::SmallVector<at::Tensor, kMaxRoles> present;
     std::array<size_t, kMaxRoles> present_roles{};
     for (const auto& [role, t] : as_in_eager)
       if (t.defined()) present_roles[present.size()] = role, present.push_back(t);
-    const std::vector<size_t> order = edge_order(present);
-    tensors.reserve(order.size());
+    const auto order = edge_order(present);
     for (size_t place = 0; place < order.size(); ++place) {
-      tensors.push_back(present[order[place]]);
+      tensors.push_back(std::move(present[order[place]]));
       roles |= static_cast<int64_t>(present_roles[order[place]] + 1) << (kRoleBits * place);
     }
   }
 
-  std::vector<at::Tensor> tensors;
+  c10::SmallVector<at::Tensor, kMaxRoles> tensors;
   int64_t roles = 0;  // packed, so that a node can keep them as one number
 
   // Calls f(place, role) for each edge.

@@ -332,9 +332,8 @@ std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const Op
   const Activation activation = parse_activation(activation_name);
   StackParameters p = saved_stack_parameters(weights, biases, projections, projection_biases);
   const std::vector<c10::SymInt> symbolic(features.begin(), features.end());
-  check_stack_backward(grad, x, p, z, symbolic, shortcut, activation, needed);
+  const StackReads plan = check_stack_backward(grad, x, p, z, symbolic, shortcut, activation, needed);
   const c10::OptionalDeviceGuard guard(grad.device());
-  const StackReads plan(p, symbolic, shortcut, activation, z.has_value(), stack_flags(needed, p.layers()));
   Stack s(grad, x.value_or(at::Tensor()), std::move(p), features, shortcut, activation);
   StackGradients gradients(grad, s.layers, s.rows, needed, column_major);
   const at::Tensor rows = with_unit_column_stride(flatten_leading(grad));

@@ -239,9 +239,10 @@ struct StackReads {
 inline bool reads_everything_again(const at::Tensor& t) { return t.is_cuda(); }
 
 // Saved tensors may have passed through somebody's hooks, so a backward trusts them no more than a forward does.
-inline void check_stack_backward(const at::Tensor& grad, const OptionalTensor& x, const StackParameters& p,
-                                 const OptionalTensor& z, c10::SymIntArrayRef features, StackShortcut shortcut,
-                                 Activation activation, at::IntArrayRef needed) {
+// Returns what it reads.
+inline StackReads check_stack_backward(const at::Tensor& grad, const OptionalTensor& x, const StackParameters& p,
+                                       const OptionalTensor& z, c10::SymIntArrayRef features, StackShortcut shortcut,
+                                       Activation activation, at::IntArrayRef needed) {
   constexpr char op[] = "residual_stack_backward";
   const size_t layers = p.layers();
   TORCH_CHECK(features.size() == layers + 1, op, ": features has ", features.size(), " entries, expected ",
@@ -258,7 +259,7 @@ inline void check_stack_backward(const at::Tensor& grad, const OptionalTensor& x
   }
   const auto inputs = stack_inputs(features, shortcut);
   check_rows(op, "grad", grad, grad, inputs.back());
-  const StackReads plan(p, features, shortcut, activation, z.has_value(), stack_flags(needed, layers));
+  StackReads plan(p, features, shortcut, activation, z.has_value(), stack_flags(needed, layers));
   const auto check = [&](const StackItem& name, const at::Tensor& t, bool is_read, c10::SymIntArrayRef sizes) {
     TORCH_CHECK(t.defined() || !is_read, op, ": ", name, " is missing, expected the forward's");
     if (!t.defined()) return;
@@ -278,7 +279,7 @@ inline void check_stack_backward(const at::Tensor& grad, const OptionalTensor& x
     check({"projections", i}, p.projections[i], plan.uses[i].projects && (all || r.projection()), matrix);
     check({"projection_biases", i}, p.projection_biases[i], false, vector);
   }
-  if (!z) return;
+  if (!z) return plan;
   check_like(op, "z", *z, "grad", grad);
   c10::SymInt size = 0;
   for (size_t i = 1; i < features.size(); ++i) size = size + features[i];
@@ -287,6 +288,7 @@ inline void check_stack_backward(const at::Tensor& grad, const OptionalTensor& x
               ", expected what the forward returned");
   TORCH_SYM_CHECK(z->sym_size(0).sym_eq(size), op, ": z has shape ", z->sym_sizes(),
                   ", expected what the forward returned");
+  return plan;
 }
 
 }  // namespace fastlane

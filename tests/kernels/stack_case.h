@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "../../csrc/kernels/stack_reads.h"
 #include "case.h"
 
 namespace sweep {
@@ -161,6 +162,27 @@ inline void stack_forward_case(int64_t number) {
   }
 }
 
+// What autograd does not save.
+inline void leave_out_unread(StackProblem& p, std::vector<StackLayer>& layers) {
+  const auto use_of = [&](int64_t i) {
+    const StackLayer& l = layers[static_cast<size_t>(i)];
+    StackLayerUse use;
+    use.adds_input = l.adds_input, use.projects = l.projection.data != nullptr, use.keeps_z = l.z.data != nullptr;
+    use.dweight = l.dweight.data != nullptr, use.db = l.db != nullptr;
+    use.dprojection = l.dprojection.data != nullptr, use.dprojection_bias = l.dprojection_bias != nullptr;
+    return use;
+  };
+  stack_reads(p.count, p.dx.data != nullptr, p.activation != Activation::none, p.concat, use_of,
+              [&](int64_t i, const StackLayerReads& reads) {
+                StackLayer& l = layers[static_cast<size_t>(i)];
+                if (!reads.weight()) l.weight = {};
+                if (!reads.forms_z) l.bias = nullptr;
+                if (!reads.output) l.projection_bias = nullptr;
+                if (!reads.projection()) l.projection = {};
+                if (i == 0 && !reads.input) p.x = {};
+              });
+}
+
 inline void stack_backward_case(int64_t number) {
   Case c("stack_backward", number);
   const DrawnStack s(c);
@@ -168,7 +190,7 @@ inline void stack_backward_case(int64_t number) {
   const Operand x = draw_rows(c, "x", s.rows, s.in);
   const int64_t y_features = s.out_features(count - 1);
   const Operand dy = draw_rows(c, "dy", s.rows, y_features);
-  const bool with_z = c.rng.one_in(2);
+  const bool with_z = c.rng.one_in(2), without_unread = c.rng.one_in(2);
   // Any z will do: backward takes it for what forward had.
   std::vector<Operand> zs;
   for (const DrawnLayer& l : s.layers)
@@ -207,6 +229,7 @@ inline void stack_backward_case(int64_t number) {
     }
     StackProblem p = s.problem(c, x);
     p.layers = layers.data(), p.dy = dy.row_major(), p.dx = dx.of_run(run).mutable_row_major();
+    if (without_unread) leave_out_unread(p, layers);
     kernels().stack_backward(p, parallel);
   });
 
