@@ -176,10 +176,11 @@ def test_without_an_activation_z_is_kept_for_weights_alone(sizes, shortcut):
 @pytest.mark.expects_fallback("backward with create_graph=True")
 @each_shortcut
 @with_and_without_recompute
-def test_second_derivatives_of_every_subset(recompute, shortcut):
+@pytest.mark.parametrize("rows", [(5,), (2, 3), ()], ids=str)
+def test_second_derivatives_of_every_subset(rows, recompute, shortcut):
     """What was not kept is reached through z: the same numbers as eager's."""
     network = Network(SIZES["narrow"], shortcut)
-    x, dy = draw(network, (5,), SIZES["narrow"])
+    x, dy = draw(network, rows, SIZES["narrow"])
     for needs in NEEDED.values():
         results = []
         for kind in (fl, reference):

@@ -213,7 +213,9 @@ class ResidualStack : public torch::autograd::Function<ResidualStack> {
     ctx->saved_data["positions"] = positions;
     ctx->saved_data["column_major"] = column_major;
     ctx->saved_data["features"] = c10::SymIntArrayRef(features);
-    ctx->saved_data["sizes"] = y.sym_sizes();
+    // Compiled autograd makes a graph for each of them, so they are kept only where nothing else tells them.
+    if (z.defined() && !reads.reads_x() && (x.dim() != 2 || c10::SymInt(z.sym_size(0)) == 0))
+      ctx->saved_data["sizes"] = y.sym_sizes();
     ctx->saved_data["shortcut"] = static_cast<int64_t>(shortcut);
     ctx->saved_data["activation"] = static_cast<int64_t>(activation);
     return z.defined() ? variable_list{y, z} : variable_list{y};
@@ -263,7 +265,7 @@ class ResidualStack : public torch::autograd::Function<ResidualStack> {
                                                                     : "backward with create_graph=True");
     node.needed = stack_flags(needed, layers);
     const Tensor dy =
-        grads[0].defined() ? grads[0] : at::zeros_symint(data["sizes"].toSymIntVector(), grad_z.options());
+        grads[0].defined() ? grads[0] : at::zeros_symint(output_sizes_of(data, x, z, node), grad_z.options());
     const variable_list gradients =
         composed_backward(dy, grad_z, x, p, reads_everything_again(dy) ? Tensor() : z, node);
     for (const auto& [position, place] : needed_places) result[place] = gradients[static_cast<size_t>(position)];
@@ -272,6 +274,22 @@ class ResidualStack : public torch::autograd::Function<ResidualStack> {
 
  private:
   static constexpr size_t kOtherArguments = 5;
+
+  // Of a backward that has the zs' gradients alone.
+  template <class Data>
+  static std::vector<c10::SymInt> output_sizes_of(Data& data, const Tensor& x, const Tensor& z,
+                                                  const StackNode& node) {
+    const auto kept = data.find("sizes");
+    if (kept != data.end()) return kept->second.toSymIntVector();
+    const c10::SymInt out_features = stack_inputs(node.features, node.shortcut).back();
+    if (x.defined()) {
+      const auto sizes = output_sizes(x, out_features);
+      return {sizes.begin(), sizes.end()};
+    }
+    c10::SymInt features = 0;
+    for (size_t i = 1; i < node.features.size(); ++i) features = features + node.features[i];
+    return {z.sym_size(0) / features, out_features};
+  }
 
   static bool is_read(const StackReads& reads, int64_t position, size_t layers) {
     if (position == 0) return reads.reads_x();
