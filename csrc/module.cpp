@@ -15,7 +15,12 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-  m.def("cpu_isa", [] { return std::string(fastlane::kernels().isa); });
+  m.def("cpu_isa", [] { return fastlane::chosen_isa().isa; });
+  m.def("cpu_isa_reason", [] { return fastlane::chosen_isa().reason; });
+  m.def("choose_isa", [](const std::string& asked, const std::vector<std::string>& supported) {
+    const fastlane::IsaChoice choice = fastlane::choose_isa(asked, supported);
+    return std::pair(choice.isa, choice.reason);
+  });
   m.def("compiled_isas", &fastlane::compiled_isas);
   m.def("supported_isas", &fastlane::supported_isas);
   m.def("stats", [] {

@@ -12,12 +12,17 @@ def build_info() -> dict[str, Any]:
 
     Returns a dict with ``version``, ``torch_version`` and ``torch_cuda`` (what it was built against),
     ``compiler``, ``compiled_isas`` and ``supported_isas`` (best first; the second is what this CPU can run),
+    ``cpu_isa_reason`` (why `cpu_isa` is what it is, or what is wrong with FASTLANE_CPU_ISA),
     ``cuda_archs`` (empty in a CPU-only build) and ``cuda_reason`` (why CUDA was or was not compiled), ``hopper``
     (whether the fused CUDA products for capability 9.0 were) and ``hopper_reason``.
 
     >>> "scalar" in build_info()["compiled_isas"]
     True
     """
+    try:
+        reason = library.cpu_isa_reason()
+    except RuntimeError as error:
+        reason = str(error)
     return {
         "version": build_record["version"],
         "torch_version": build_record["torch"],
@@ -25,6 +30,7 @@ def build_info() -> dict[str, Any]:
         "compiler": build_record["compiler"],
         "compiled_isas": library.compiled_isas(),
         "supported_isas": library.supported_isas(),
+        "cpu_isa_reason": reason,
         "cuda_archs": build_record["cuda_archs"],
         "cuda_reason": build_record["cuda_reason"],
         "hopper": build_record["hopper"],
@@ -33,11 +39,15 @@ def build_info() -> dict[str, Any]:
 
 
 def cpu_isa() -> str:
-    """The kernel set this process runs: ``"avx512_bf16"``, ``"avx512"``, ``"avx2"`` or ``"scalar"``.
+    """The kernel set this process runs: ``"avx512_bf16"``, ``"avx512"``, ``"avx2"`` or ``"scalar"``, or ``"none"``.
+
+    ``"none"``: torch's own operators run instead, at eager's speed, with eager's rounding and memory. It is chosen
+    where there are no vector kernels for the CPU, as on Arm; FASTLANE_CPU_ISA=none chooses it anywhere, and
+    FASTLANE_CPU_ISA=scalar forces the slow scalar kernels. `build_info` says why.
 
     Raises RuntimeError if FASTLANE_CPU_ISA names one that is unknown or that this machine does not support.
 
-    >>> cpu_isa() in build_info()["supported_isas"]
+    >>> cpu_isa() in [*build_info()["supported_isas"], "none"]
     True
     """
     return library.cpu_isa()
@@ -49,8 +59,10 @@ def stats() -> dict[str, dict[str, int]]:
     ``{path: {"forward": n, "backward": n}, ..., "fallback": {reason: n}}``: a call of a layer, an MLP or a network
     counts once, under the path it took or under the reason for which eager operations ran instead. The paths are
     ``"fused"``, this library's own kernels; ``"library"``, the machine's own GEMM, where it is expected to win, and
-    one fused pass after it (also a network any of whose products took it); and ``"hopper"``, the fused CUDA product
-    for capability 9.0. On CUDA dW is always the library's: backward counts by its dgrad.
+    one fused pass after it (also a network any of whose products took it); ``"hopper"``, the fused CUDA product
+    for capability 9.0; and ``"torch"``, torch's own operators on a CPU where `cpu_isa` is ``"none"``. There autograd
+    is torch's too, so that a backward is counted only with ``recompute=True`` or in a graph exported elsewhere. On
+    CUDA dW is always the library's: backward counts by its dgrad.
 
     >>> reset_stats()
     >>> stats()["fused"], stats()["fallback"]

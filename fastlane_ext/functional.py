@@ -95,7 +95,7 @@ def residual_stack(
     Forward and backward are one autograd node. Where the layers are narrow enough for their weights to stay in
     cache, a block of rows goes through all of them there; wider layers run one after the other. For backward it
     keeps x and every layer's pre-activation, half of what eager keeps; of narrow layers beyond 32 MiB of
-    pre-activations x alone, and computes them again in cache.
+    pre-activations x alone, and computes them again in cache. (Where `cpu_isa` is ``"none"``, what eager keeps.)
 
     Backward reads some tensors again that eager's does not, since eager keeps every layer's input; between forward
     and backward they must not change. These are x, if the gradient of a weight or projection is needed and
@@ -171,7 +171,7 @@ def mlp_residual(
     """``residual + fc2(act(fc1(x)))``, the transformer block's MLP, as one operation.
 
     For backward it keeps x and fc1's output; the activated one is computed again where fc2's weight gradient
-    needs it.
+    needs it. (Where `cpu_isa` is ``"none"``, what eager keeps.)
 
     Args:
         x: ``(..., in_features)``, any leading sizes, any strides; float32, float64, bfloat16 or float16.

@@ -4,13 +4,14 @@ import os
 
 import hypothesis
 import pytest
+
+# Before torch brings OpenMP: on a busy machine, threads that spin while they wait cost a hundred times the work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
+from paths import COUNTED, PATH
 
 import fastlane_ext as fl
-
-# The fused kernels are what is tested, wherever the policy would rather call the library; test_layer_path.py
-# repeats the numeric tests on the other path.
-PATH = os.environ.setdefault("FASTLANE_PATH", "fused")
 
 # The same examples on every run, so that a failure in CI is a failure at home too.
 # HYPOTHESIS_PROFILE=explore looks further.
@@ -46,6 +47,7 @@ def pytest_configure(config):
     for marker in (
         "expects_fallback(*reasons): the test leaves the fused path, for these reasons and no other",
         "own_product: says something of our own products that the library's need not keep",
+        "own_kernels: says something of our own kernels that torch's operators need not keep",
         "any_isa: says nothing about the kernels, so test_isa.py does not repeat it",
     ):
         config.addinivalue_line("markers", marker)
@@ -74,7 +76,10 @@ def no_silent_fallback(request):
     reasons = set(fl.stats()["fallback"])
     fl.reset_stats()
     marker = request.node.get_closest_marker("expects_fallback")
-    assert reasons == (set(marker.args) if marker else set()), "unexpected path, see fastlane_ext.stats()"
+    expected = set(marker.args) if marker else set()
+    # Where torch differentiates its own operators, a second derivative leaves nothing.
+    fits = reasons <= expected if PATH == "torch" else reasons == expected
+    assert fits, "unexpected path, see fastlane_ext.stats()"
 
 
 @pytest.fixture
@@ -84,6 +89,8 @@ def assert_fused():
     def check(forward=None, backward=0):
         counts = fl.stats()[PATH]
         for direction, expected in (("forward", forward), ("backward", backward)):
+            if direction not in COUNTED:
+                continue
             count = counts[direction]
             assert count > 0 if expected is None else count == expected, f"{direction}: {count}, not {expected}"
 

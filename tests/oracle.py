@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from paths import COUNTED, PATH
 from torch import Tensor
 
 import fastlane_ext as fl
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PATH = os.environ.get("FASTLANE_PATH", "fused")
 # Which counters of `stats` a call on CUDA may raise under it.
 CUDA_PATHS = {"": ("fused", "library", "hopper"), "fused": ("fused", "hopper"), "library": ("library",)}
 ACTIVATIONS = ("gelu", "gelu_tanh", "none")
@@ -200,7 +199,7 @@ def run_fused(case: Case) -> dict[str, Tensor]:
     result = _run(case, fused_layer, **({} if case.concat else {"recompute": case.recompute}))
     after = fl.stats()
     paths = CUDA_PATHS[PATH] if case.x.is_cuda else (PATH,)
-    for direction in ("forward", "backward"):
+    for direction in COUNTED:
         calls = sum(after[path][direction] - before[path][direction] for path in paths)
         assert calls == 1, f"{direction} was not fused"
     assert after["fallback"] == before["fallback"]

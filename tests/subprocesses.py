@@ -9,6 +9,9 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
+# No measure: this only ends what hangs, also on a machine that is busy with something else.
+HANG_S = 1800
+
 
 def run_python(code, **environment):
     """Runs code in a fresh interpreter; returns its output's last line, read as JSON if it is JSON."""
@@ -17,7 +20,7 @@ def run_python(code, **environment):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
@@ -39,7 +42,7 @@ def run_workers(script, folder, world=2):
         for rank in range(world)
     ]
     try:
-        outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+        outputs = [worker.communicate(timeout=HANG_S)[0] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
@@ -55,7 +58,7 @@ def run_scenarios(scenarios):
 
     torch.set_warn_always(True)
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    timeout = timedelta(seconds=60)
+    timeout = timedelta(seconds=HANG_S)
     dist.init_process_group("gloo", f"file://{folder}/group", timeout, world, rank)
     results = {}
     for name, scenario in scenarios.items():

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from subprocesses import HANG_S
 
 import fastlane_ext
 from fastlane_ext import cli, commands, experiments
@@ -74,7 +75,7 @@ def test_as_a_process() -> None:
             [sys.executable, "-m", "fastlane_ext", *argv],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANG_S,
             env={**os.environ, "PYTHONPATH": str(Path(fastlane_ext.__file__).parent.parent), **environment},
         )
 

@@ -9,7 +9,6 @@ from oracle import (
     ALL_LAYOUTS,
     DTYPES,
     LAYOUTS,
-    PATH,
     RESIDUALS,
     as_function,
     assert_as_exact_as_eager,
@@ -20,6 +19,7 @@ from oracle import (
     run_fused,
     small_case,
 )
+from paths import PATH
 from test_layer_accuracy import repeated
 from test_stack import SIZES as STACK_SIZES
 from test_stack import Network, draw, each_shortcut, pooled_error

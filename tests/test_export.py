@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from compile_cases import EVERY_OP, SUBJECTS, fused_model, make, rows_of
-from subprocesses import run_python
+from subprocesses import HANG_S, run_python
 
 import fastlane_ext as fl
 
@@ -245,7 +245,7 @@ def blocks(language):
 
 
 def run_in(folder, *command):
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANG_S)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 

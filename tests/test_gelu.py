@@ -8,7 +8,8 @@ import math
 import mpmath
 import pytest
 import torch
-from oracle import DTYPES, PATH, dtype_name, gelu_parts
+from oracle import DTYPES, dtype_name, gelu_parts
+from paths import COUNTED, PATH
 
 import fastlane_ext as fl
 
@@ -41,10 +42,11 @@ SPECIAL += [sign * v for v in (1e10, 1e20, 3e38) for sign in (1, -1)]
 def fused_gelu(values, activation, width=1):
     """(GELU, GELU′) of each value. A width of 1 keeps inf and NaN to themselves; others fill the vectors."""
     x = values.reshape(-1, width).clone().requires_grad_()
-    fused_before = fl.stats()[PATH]["backward"]
+    before = fl.stats()[PATH]
     y = fl.linear_gelu_residual(x, torch.eye(width, dtype=x.dtype), activation=activation)
     (slope,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert fl.stats()[PATH]["backward"] == fused_before + 1
+    after = fl.stats()[PATH]
+    assert all(after[direction] == before[direction] + 1 for direction in COUNTED)
     return y.detach().flatten(), slope.flatten()
 
 
@@ -83,12 +85,14 @@ def assert_float32_promise(values, got, activation):
         )
 
 
+@pytest.mark.own_kernels
 @both_gelus
 def test_float32_everywhere_in_ten(activation):
     values = torch.linspace(-10, 10, 3_000_000 // 64 * 64)
     assert_float32_promise(values, fused_gelu(values, activation, width=64), activation)
 
 
+@pytest.mark.own_kernels
 @both_gelus
 def test_float32_in_every_binade(activation):
     """All powers of two up to 8, denormals included, with several mantissas and both signs."""
@@ -99,6 +103,7 @@ def test_float32_in_every_binade(activation):
     assert_float32_promise(values, fused_gelu(values, activation), activation)
 
 
+@pytest.mark.own_kernels
 @both_gelus
 def test_float32_beyond_ten(activation):
     values = torch.logspace(1, 38.5, 40_000, dtype=torch.float64).float()
@@ -109,6 +114,7 @@ def test_float32_beyond_ten(activation):
     assert (slope <= 0).all() and (slope > -1e-20).all()
 
 
+@pytest.mark.own_kernels
 @both_gelus
 def test_float64(activation):
     """Relative to GELU itself, with what the rounding of z costs: GELU's condition number grows like z²."""
@@ -157,6 +163,7 @@ def test_all_values_of_16_bits(dtype, activation):
         assert distance[worst] <= 1, (finite[worst].item(), exact[worst].item())
 
 
+@pytest.mark.own_kernels
 @every_dtype
 @both_gelus
 def test_special_values(dtype, activation):
@@ -196,6 +203,7 @@ def test_zeros(dtype, activation):
     assert torch.equal(value.signbit(), smallest.signbit())
 
 
+@pytest.mark.own_kernels
 @every_dtype
 @both_gelus
 def test_vector_and_tail_agree(dtype, activation):

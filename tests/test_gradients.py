@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from subprocesses import HANG_S
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -481,7 +482,7 @@ def test_reports_need_torch_alone():
         "r = gradient_report(d.without, d.x); str(r), r.to_json(), str(r.compare(r)); "
         "print_gradients(d.without, d.x); assert not {'matplotlib', 'rich'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=HANG_S)
 
 
 def test_examples_in_docstrings():

@@ -82,6 +82,7 @@ GRADS = {
 }
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("grad", GRADS)
 @each_activation
 @pytest.mark.parametrize("options", [{"residual": "x"}, {"concat": True}, {"residual": "row"}], ids=str)
@@ -210,6 +211,7 @@ def test_gradients_of_residual_and_output_are_separate(residual):
     assert torch.equal(grad, case.grad)
 
 
+@pytest.mark.own_kernels
 @each_activation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_name)
 @pytest.mark.parametrize("residual", ["x", "row", "none"])

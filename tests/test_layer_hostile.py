@@ -89,6 +89,7 @@ def test_no_rows_as_the_first_call_of_a_process():
 # Addresses and strides
 
 
+@pytest.mark.own_kernels
 @poisoned
 @every_dtype
 @pytest.mark.parametrize("operand", ["x", "weight", "bias", "residual_data", "grad"])
@@ -152,6 +153,7 @@ FAR_SIZES = {
 }
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("far", ["rows", "columns"])
 @pytest.mark.parametrize("operand", ["x", "weight", "residual_data", "grad"])
 @pytest.mark.parametrize("size", FAR_SIZES)
@@ -243,6 +245,7 @@ def case_with_a_place(place, **options):
     return make_case((rows,), in_features, out_features, **options), *bad_place
 
 
+@pytest.mark.own_kernels
 @poisoned
 @bad_values
 @each_activation
@@ -270,6 +273,7 @@ def test_a_bad_row_of_x_taints_its_row(dtype, place, activation, bad):
         assert got["dx"][row].isnan().all() and got["dbias"].isnan().all() and got["dweight"].isnan().all()
 
 
+@pytest.mark.own_kernels
 @poisoned
 @bad_values
 @each_activation
@@ -320,6 +324,7 @@ def test_a_bad_element_of_dy_taints_its_row_and_column(dtype, place, activation,
             torch.testing.assert_close(tainted, bad * factor, equal_nan=True, rtol=0, atol=0)
 
 
+@pytest.mark.own_kernels
 @poisoned
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 @every_dtype
@@ -359,6 +364,7 @@ DENORMAL_SIZES = {place: size for place, (size, _) in BAD_PLACES.items()} | {"be
 DENORMAL_LAYOUTS = [("contiguous", "contiguous"), ("transposed", "contiguous"), ("padded", "transposed")]
 
 
+@pytest.mark.own_kernels
 @poisoned
 @pytest.mark.parametrize("layouts", DENORMAL_LAYOUTS, ids="-".join)
 @pytest.mark.parametrize("size", DENORMAL_SIZES)
@@ -374,6 +380,7 @@ def test_products_of_denormals(dtype, tiny, size, layouts):
     assert_exact(case.with_layout(x=layouts[0], weight=layouts[1]))
 
 
+@pytest.mark.own_kernels
 @poisoned
 @pytest.mark.parametrize("layouts", DENORMAL_LAYOUTS, ids="-".join)
 @pytest.mark.parametrize("size", DENORMAL_SIZES)
@@ -398,6 +405,7 @@ def test_a_single_denormal(tiny, size, layouts):
         operand[i, j] = 0
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("rows", [1, 5, 40, 130])
 def test_a_single_denormal_beyond_a_block(rows, layout):
@@ -412,6 +420,7 @@ def test_a_single_denormal_beyond_a_block(rows, layout):
         operand[:] = before
 
 
+@pytest.mark.own_kernels
 @poisoned
 @pytest.mark.parametrize("rows", [5, 29, 389])
 @pytest.mark.parametrize(
@@ -432,6 +441,7 @@ def test_a_slope_makes_a_denormal(activation, dy, rows):
         assert error.abs().max() <= 1.001 * 2.0**-134, name
 
 
+@pytest.mark.own_kernels
 @poisoned
 @pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
 @each_place

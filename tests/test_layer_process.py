@@ -15,7 +15,7 @@ from oracle import (
     make_case,
     run_fused,
 )
-from subprocesses import run_python
+from subprocesses import HANG_S, run_python
 
 import fastlane_ext as fl
 
@@ -52,6 +52,7 @@ def assert_same_bits(case, threads):
             assert torch.equal(got[name], value), f"{name}, {count} threads"
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("case", PARALLEL_CASES, ids=lambda c: f"{c}".replace(" ", ""))
 def test_same_bits_for_any_number_of_threads(case, dtype, restore_threads):
@@ -60,6 +61,7 @@ def test_same_bits_for_any_number_of_threads(case, dtype, restore_threads):
     assert_same_bits(case, (2, 3, 4, 3, 1, 2, 2, 2))  # the last ones: from run to run, too
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("rows", [*range(1, 18), 24, 25, 48, 128])
 def test_same_bits_of_few_rows(rows, layout, restore_threads):
@@ -92,6 +94,7 @@ def first_rows(case, rows):
     return replace(case, **{name: getattr(case, name)[:rows] for name in ("x", "residual_data", "grad")})
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("rows", [33, 385])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("activation", ["gelu", "none"])
@@ -103,6 +106,7 @@ def test_same_bits_for_a_column_major_weight(activation, layout, rows, restore_t
             assert_same_bits(case.with_layout(x=layout, weight="transposed"), (2, 3, 4, 2))
 
 
+@pytest.mark.own_kernels
 @pytest.mark.parametrize("size", [(9, 257, 300), (33, 257, 1100), (33, 1025, 600), (385, 35, 129)], ids=str)
 @pytest.mark.parametrize("operand", ["x", "weight", "grad"])
 def test_same_bits_with_a_denormal(operand, size, restore_threads):
@@ -132,6 +136,7 @@ def forward_backward(case):
     return [y.detach(), *torch.autograd.grad(y, leaves, case.grad)]
 
 
+@pytest.mark.own_kernels
 def test_many_python_threads(assert_fused):
     """Work memory belongs to the thread: calls of all sizes at once give what they give alone."""
     cases = [
@@ -158,6 +163,7 @@ def test_many_python_threads(assert_fused):
     assert_fused(forward=9 * len(cases), backward=9 * len(cases))
 
 
+@pytest.mark.own_kernels
 def test_threads_changed_by_another_thread(restore_threads):
     case = make_case((300,), 120, 70, residual="none")
     expected = forward_backward(case)
@@ -231,7 +237,7 @@ class Layered(torch.utils.data.Dataset):
 def test_data_loader_workers():
     data = Layered()
     expected = [data[i] for i in range(4)]
-    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2, timeout=60)
+    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2, timeout=HANG_S)
     for got, wanted in zip(loader, expected, strict=True):
         assert torch.equal(got, wanted)
 
@@ -265,6 +271,7 @@ def test_disable():
         "fused": {"forward": 0, "backward": 0},
         "library": {"forward": 0, "backward": 0},
         "hopper": {"forward": 0, "backward": 0},
+        "torch": {"forward": 0, "backward": 0},
         "fallback": {"FASTLANE_DISABLE is set": 5},
     }
 

@@ -13,12 +13,12 @@ from oracle import (
     ALL_LAYOUTS,
     CUDA_PATHS,
     DTYPES,
-    PATH,
     activation_and_slope,
     assert_no_less_exact,
     dtype_name,
     random,
 )
+from paths import COUNTED, PATH
 from torch import Tensor
 
 import fastlane_ext as fl
@@ -89,7 +89,7 @@ def run_fused(mlp):
     result = run(mlp, fl.mlp_residual)
     after = fl.stats()
     paths = CUDA_PATHS[PATH] if mlp.x.is_cuda else (PATH,)
-    for direction in ("forward", "backward"):
+    for direction in COUNTED:
         assert sum(after[path][direction] - before[path][direction] for path in paths) == 1, (
             f"{direction}: not one call"
         )
@@ -266,6 +266,7 @@ def bytes_held(call, *arguments):
     return sum(held.values())
 
 
+@pytest.mark.own_kernels
 def test_bytes_held_for_backward():
     """x and z; eager keeps act(z) too. With recompute=True x alone."""
     rows, width, hidden = 128, 64, 256

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import ACTIVATIONS, DTYPES, PATH, assert_no_less_exact, dtype_name
+from oracle import ACTIVATIONS, DTYPES, assert_no_less_exact, dtype_name
+from paths import COUNTED, PATH
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
@@ -139,7 +140,7 @@ def assert_as_the_composition(calls):
         as_numpy = lambda call: {name: t.numpy() for name, t in call.run_exact().items()}  # noqa: E731
         assert_no_less_exact(calls, run_fused, lambda call: call.run(reference), as_numpy)
     after = fl.stats()[PATH]
-    assert all(after[direction] - before[direction] == len(calls) for direction in ("forward", "backward"))
+    assert all(after[direction] - before[direction] == len(calls) for direction in COUNTED)
 
 
 # Values, gradients, strides

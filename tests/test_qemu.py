@@ -50,7 +50,8 @@ def test_the_package_is_imported_and_used(cpu):
     """With the installed torch: nothing in an import needs more than the CPU has."""
     if shutil.which("qemu-x86_64") is None:
         pytest.skip("needs qemu-x86_64; install qemu-user")
-    environment = {name: value for name, value in os.environ.items() if name != "FASTLANE_CPU_ISA"}
+    ours = ("FASTLANE_CPU_ISA", "FASTLANE_PATH")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     # qemu starts the interpreter itself, not the link to it by which a virtual environment is recognised.
     paths = os.pathsep.join([str(Path(fastlane_ext.__file__).parent.parent), *filter(None, sys.path)])
     result = subprocess.run(
@@ -60,7 +61,8 @@ def test_the_package_is_imported_and_used(cpu):
         text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split() == [CPUS[cpu][0], *CPUS[cpu]]
+    best = CPUS[cpu][0]
+    assert result.stdout.split() == ["none" if best == "scalar" else best, *CPUS[cpu]]
 
 
 def run(sweep, cpu, *arguments, **environment):

@@ -255,6 +255,7 @@ def test_gradgradcheck(bias, activation, shortcut):
     assert torch.autograd.gradgradcheck(lambda x, *_: network.run(x), [x, *network.parameters])
 
 
+@pytest.mark.own_kernels
 @each_shortcut
 def test_recompute_gives_equal_bits_and_keeps_less(shortcut):
     sizes = SIZES["mixed"]
@@ -308,6 +309,7 @@ def test_layers_without_outputs(rows, shortcut):
         assert got.shape == want.shape and torch.allclose(got, want)
 
 
+@pytest.mark.own_kernels
 @pytest.mark.expects_fallback(BATCH)
 @each_shortcut
 def test_batches_of_gradients(shortcut):
@@ -326,6 +328,7 @@ def test_batches_of_gradients(shortcut):
             torch.testing.assert_close(got[index], want)
 
 
+@pytest.mark.own_kernels
 def test_half_of_eagers_bytes():
     network = Network((64,) * 17, "identity", dtype=torch.float32)
     x, _ = draw(network, (4096,), (64,))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from subprocesses import run_workers
+from subprocesses import HANG_S, run_workers
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -284,7 +284,7 @@ def run_example(*arguments, processes=1, code=0):
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher, str(EXAMPLE), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S)
     assert result.returncode == code, result.stderr[-3000:]
     return result.stdout if code == 0 else result.stderr
 

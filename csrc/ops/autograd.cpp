@@ -10,6 +10,7 @@
 #include "edges.h"
 #include "operators.h"
 #include "policy.h"
+#include "torch_path.h"
 
 namespace fastlane {
 namespace {
@@ -166,6 +167,8 @@ Tensor linear_gelu_residual(const Tensor& x, const Tensor& weight, const Optiona
     return composition::linear_gelu_residual(x, weight, bias, residual, activation);
   }
   check_backend("linear_gelu_residual", {{"x", x}, {"weight", weight}, {"bias", b}, {"residual", r}});
+  if (!recompute && policy::runs_torch(x))
+    return torch_path::linear_gelu_residual(x, weight, bias, residual, activation);
   if (!torch::autograd::compute_requires_grad(x, weight, b, r)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_linear_gelu_residual(x, weight, bias, residual, activation_name, recompute);
@@ -186,6 +189,7 @@ Tensor linear_gelu_concat(const Tensor& x, const Tensor& weight, const OptionalT
     return composition::linear_gelu_concat(x, weight, bias, activation);
   }
   check_backend("linear_gelu_concat", {{"x", x}, {"weight", weight}, {"bias", b}});
+  if (policy::runs_torch(x)) return torch_path::linear_gelu_concat(x, weight, bias, activation);
   if (!torch::autograd::compute_requires_grad(x, weight, b)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_linear_gelu_concat(x, weight, bias, activation_name);

@@ -11,6 +11,7 @@
 #include "mlp.h"
 #include "operators.h"
 #include "policy.h"
+#include "torch_path.h"
 
 namespace fastlane {
 namespace {
@@ -168,6 +169,8 @@ Tensor mlp_residual(const Tensor& x, const Tensor& fc1_weight, const OptionalTen
                                  {"fc2_weight", fc2_weight},
                                  {"fc2_bias", b2},
                                  {"residual", r}});
+  if (!recompute && policy::runs_torch(x))
+    return torch_path::mlp_residual(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation);
   if (!torch::autograd::compute_requires_grad(x, fc1_weight, b1, fc2_weight, b2, r)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_mlp_residual(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation_name, recompute);

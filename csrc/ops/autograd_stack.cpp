@@ -14,6 +14,7 @@
 #include "edges.h"
 #include "operators.h"
 #include "stack.h"
+#include "torch_path.h"
 
 namespace fastlane {
 namespace {
@@ -319,6 +320,7 @@ Tensor residual_stack(const Tensor& x, at::TensorList weights, const OptionalTen
   for (size_t i = 0; i < present.tensors.size(); ++i)
     check_dense(kOp, stack_item(present.positions[i], p.layers()), present.tensors[i]);
   check_device(kOp, x);
+  if (!recompute && policy::runs_torch(x)) return torch_path::residual_stack(x, p, shortcut, activation);
   bool needs_grad = false;
   for (const Tensor& t : present.tensors) needs_grad = needs_grad || t.requires_grad();
   if (!needs_grad || !at::GradMode::is_enabled()) {

@@ -25,11 +25,20 @@ struct Backend {
   bool (*is_one_kernel)(const StackProblem&);
   void (*stack_forward)(const StackProblem&);
   void (*stack_backward)(const StackProblem&);
+  // What the library's product and the passes around it count as.
+  Path in_passes = Path::library;
+
+  Path counted(Path path) const { return path == Path::library ? in_passes : path; }
 };
 
 const Backend& cpu_backend();
 const Backend& cuda_backend();
+// Of a CPU without vector kernels: the passes are torch's.
+const Backend& torch_backend();
 
-inline const Backend& backend_of(const at::Tensor& t) { return t.is_cpu() ? cpu_backend() : cuda_backend(); }
+inline const Backend& backend_of(const at::Tensor& t) {
+  if (!t.is_cpu()) return cuda_backend();
+  return torch_runs_on_cpu() ? torch_backend() : cpu_backend();
+}
 
 }  // namespace fastlane

@@ -39,12 +39,17 @@ void check_dense(const char* op, const Name& name, const at::Tensor& t) {
               ", expected a dense tensor; convert it with ", name, ".to_dense()");
 }
 
+// Whether a tensor stands for another, as while something is traced, and has no memory of its own.
+inline bool is_stand_in(const at::Tensor& t) {
+  constexpr c10::DispatchKeySet stand_ins({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
+  return t.key_set().has_any(stand_ins);
+}
+
 // A storage may have been freed or cut, as sharding and offloading do, while the tensor keeps its sizes: a kernel
-// would read beyond it. Tensors that stand for others while something is traced have no memory of their own.
+// would read beyond it.
 template <class Name>
 void check_memory(const char* op, const Name& name, const at::Tensor& t) {
-  constexpr c10::DispatchKeySet stand_ins({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
-  if (t.is_meta() || !t.has_storage() || t.key_set().has_any(stand_ins)) return;
+  if (t.is_meta() || !t.has_storage() || is_stand_in(t)) return;
   const size_t bytes =
       at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.itemsize(), static_cast<size_t>(t.storage_offset()));
   TORCH_CHECK(bytes <= t.storage().nbytes(), op, ": ", name, " has a storage of ", t.storage().nbytes(),

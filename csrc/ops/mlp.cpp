@@ -10,6 +10,7 @@
 #include "layer_calls.h"
 #include "policy.h"
 #include "register.h"
+#include "torch_path.h"
 
 namespace fastlane {
 namespace {
@@ -53,8 +54,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor
   fc2.weight = fc2_weight, fc2.shape = {rows, hidden, out_features, fc1.shape.dtype};
   if (fc2_bias) fc2.bias = fc2_bias->contiguous();
   if (residual) fc2.residual = flatten_residual(*residual, x, out_features);
-  policy::count_forward(
-      run_mlp(fc1, fc2, activation, with_z ? z.view({rows, hidden}) : z, y.view({rows, out_features})));
+  policy::count_forward(backend_of(x).counted(
+      run_mlp(fc1, fc2, activation, with_z ? z.view({rows, hidden}) : z, y.view({rows, out_features}))));
   return {std::move(y), std::move(z)};
 }
 
@@ -67,6 +68,8 @@ at::Tensor mlp_residual(const at::Tensor& x, const at::Tensor& fc1_weight, const
     policy::leave_fused_path(reason);
     return composition::mlp_residual(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation);
   }
+  if (policy::runs_torch(x))
+    return torch_path::mlp_residual(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation);
   return std::get<0>(forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation, /*with_z=*/false));
 }
 
@@ -159,7 +162,7 @@ MlpGradients mlp_backward(const at::Tensor& grad, const OptionalTensor& saved_z,
   const MlpBackwardProblem p = problem_of(t, activation);
   Path path = backend_of(grad).mlp_backward(p);
   if (path == Path::library) path = run_backward_by_layer(t, p, activation);
-  policy::count_backward(path);
+  policy::count_backward(backend_of(grad).counted(path));
   return {std::move(grad_x), std::move(t.dfc1_weight.gradient), std::move(t.dfc1_bias),
           std::move(t.dfc2_weight.gradient), std::move(t.dfc2_bias)};
 }

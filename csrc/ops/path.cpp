@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <string>
 
+#include "../kernels/cpu/dispatch.h"
+
 namespace fastlane {
 namespace {
 
@@ -57,6 +59,17 @@ Path unless_forced(bool library) { return forced_path().value_or(library ? Path:
 std::optional<Path> forced_path() {
   static const std::optional<Path> forced = read_forced_path();
   return forced;
+}
+
+bool torch_runs_on_cpu() {
+  static const bool runs = [] {
+    if (chosen_isa().isa != kNoIsa) return false;
+    TORCH_CHECK_VALUE(forced_path() != Path::fused, "FASTLANE_PATH: got 'fused', expected library or nothing where ",
+                      "fastlane_ext.cpu_isa() is '", kNoIsa, "' (", chosen_isa().reason,
+                      "); set FASTLANE_CPU_ISA=scalar for the scalar kernels");
+    return true;
+  }();
+  return runs;
 }
 
 Path cpu_forward_path(const LayerShape& shape) {

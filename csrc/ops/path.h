@@ -1,4 +1,5 @@
-// Which path a call takes: one fused product, or the library's product and one fused pass over it.
+// Which path a call takes: one fused product, or the library's product and one fused pass over it, or torch's own
+// operators alone.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +9,11 @@
 
 namespace fastlane {
 
-// `hopper` is the fused product of a CUDA GPU of capability 9.0; `fused` are this library's own kernels.
-enum class Path : uint8_t { fused, library, hopper };
-constexpr int kPaths = 3;
-constexpr const char* kPathNames[kPaths] = {"fused", "library", "hopper"};
+// `hopper` is the fused product of a CUDA GPU of capability 9.0; `fused` are this library's own kernels; `torch` are
+// torch's operators, on a CPU without vector kernels of ours.
+enum class Path : uint8_t { fused, library, hopper, torch };
+constexpr int kPaths = 4;
+constexpr const char* kPathNames[kPaths] = {"fused", "library", "hopper", "torch"};
 
 // The path of several products: the library's, if any of them is.
 class CommonPath {
@@ -27,6 +29,10 @@ class CommonPath {
 
 // What FASTLANE_PATH says; read once. Throws c10::ValueError if that is neither fused nor library.
 std::optional<Path> forced_path();
+
+// Whether CPU tensors take the path `torch`. Decided once. Throws c10::ValueError if FASTLANE_PATH asks for kernels
+// all the same.
+bool torch_runs_on_cpu();
 
 Path cpu_forward_path(const LayerShape& shape);
 Path cpu_backward_path(const LayerShape& shape);

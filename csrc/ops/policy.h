@@ -23,6 +23,9 @@ int64_t disable(bool on);
 void set_dtensor_test(bool (*test)(const at::Tensor&));
 bool is_dtensor(const at::Tensor& t);
 
+// Whether torch's own operators, differentiated by torch, are the path of a call on this tensor.
+inline bool runs_torch(const at::Tensor& x) { return x.device().is_cpu() && torch_runs_on_cpu(); }
+
 // Whether calls of this thread are counted from now on; returns whether they were.
 bool count(bool on);
 void count_forward(Path path);

@@ -11,6 +11,7 @@
 #include "register.h"
 #include "stack.h"
 #include "stack_gradients.h"
+#include "torch_path.h"
 
 namespace fastlane {
 namespace {
@@ -169,7 +170,7 @@ at::Tensor run_stack(Stack& s, const at::Tensor& x, const at::Tensor& z) {
   at::Tensor y = empty_output(x, s.out_features());
   const at::Tensor rows = y.view({s.rows, s.out_features()});
   if (!s.is_one_kernel()) {
-    policy::count_forward(run_forward_by_layer(s, rows, z));
+    policy::count_forward(s.backend.counted(run_forward_by_layer(s, rows, z)));
     return y;
   }
   policy::count_forward(Path::fused);
@@ -192,6 +193,7 @@ at::Tensor residual_stack(const at::Tensor& x, at::TensorList weights, const Opt
     policy::leave_fused_path(reason);
     return composition::residual_stack(x, p, shortcut, activation);
   }
+  if (policy::runs_torch(x)) return torch_path::residual_stack(x, p, shortcut, activation);
   Stack s(x, std::move(p), shortcut, activation);
   return run_stack(s, x, {});
 }
@@ -342,7 +344,7 @@ std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const Op
     policy::count_backward(Path::fused);
   } else {
     const at::Tensor all_z = z ? *z : plan.reads_z() ? empty_z(s) : at::Tensor();
-    policy::count_backward(run_backward_by_layer(s, plan, rows, all_z, gradients));
+    policy::count_backward(s.backend.counted(run_backward_by_layer(s, plan, rows, all_z, gradients)));
   }
   return gradients.in_order();
 }

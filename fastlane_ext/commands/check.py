@@ -19,15 +19,19 @@ _WORKER = "from fastlane_ext.commands.promises import worker; worker()"
 
 
 def available() -> list[str]:
-    """The instruction sets compiled in that this machine runs, weakest first; a forced one stands alone."""
+    """The instruction sets compiled in that this machine runs, weakest first, then what runs by default if that is
+    none of them; a forced one stands alone.
+    """
+    chosen = fastlane_ext.cpu_isa()
     if os.environ.get("FASTLANE_CPU_ISA"):
-        return [fastlane_ext.cpu_isa()]
-    return list(reversed(fastlane_ext.build_info()["supported_isas"]))
+        return [chosen]
+    supported = list(reversed(fastlane_ext.build_info()["supported_isas"]))
+    return supported if chosen in supported else [*supported, chosen]
 
 
 def steps(isas: Sequence[str]) -> int:
     """How many progress steps a check of ``isas`` takes."""
-    return len(isas) * (len(promises.groups(promises.Counter())) + 1)
+    return sum(len(promises.groups(promises.Counter(), isa)) + 1 for isa in isas)
 
 
 def _lines(isa: str) -> Iterator[dict[str, Any]]:
@@ -70,7 +74,7 @@ def compute(isas: Sequence[str] | None = None, note: Note = lambda done=0, text=
     here = available()
     isas = list(isas) if isas else here
     for isa in isas:
-        if isa not in here:
+        if isa not in [*here, "none"]:
             raise CommandError(f"--isa: got {isa}, expected one that runs here: {', '.join(here)}")
     rows: list[dict[str, Any]] = []
     for isa in isas:

@@ -44,7 +44,7 @@ def render(result: dict[str, Any]) -> None:
         "python": f"{result['python']} on {result['system']}",
         "compiler": result["compiler"],
         "CPU": f"{result['cpu']}, {result['cores']} cores",
-        "kernels in use": result["cpu_isa"],
+        "kernels in use": f"{result['cpu_isa']}; {result['cpu_isa_reason']}",
         "kernels that run here": ", ".join(result["supported_isas"]),
         "kernels compiled": ", ".join(result["compiled_isas"]),
         "threads": str(result["threads"]),

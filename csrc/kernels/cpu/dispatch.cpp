@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -48,20 +49,36 @@ std::string joined(const std::vector<std::string>& names) {
   return text;
 }
 
-const KernelTable& choose() {
-  const char* forced = std::getenv("FASTLANE_CPU_ISA");
-  const bool automatic = forced == nullptr || *forced == '\0';
-  for (const Candidate& c : kCandidates) {
-    if (usable(c) && (automatic || std::string(forced) == c.name)) return *c.table();
-  }
-  throw std::runtime_error("FASTLANE_CPU_ISA: got '" + std::string(forced) + "', expected one of " +
-                           joined(supported_isas()) + " on this machine; unset it to let fastlane_ext choose");
+const KernelTable& table_of(const std::string& isa) {
+  for (const Candidate& c : kCandidates)
+    if (isa == c.name) return *c.table();
+  return *scalar_kernels();
 }
 
 }  // namespace
 
+IsaChoice choose_isa(const std::string& asked, const std::vector<std::string>& supported) {
+  if (asked.empty()) {
+    for (const std::string& isa : supported)
+      if (isa != "scalar") return {isa, "the best set that this CPU runs"};
+    return {kNoIsa, "no vector kernels for this CPU; torch's own operators are faster than the scalar set"};
+  }
+  if (asked == kNoIsa || std::find(supported.begin(), supported.end(), asked) != supported.end())
+    return {asked, "FASTLANE_CPU_ISA asks for it"};
+  throw std::runtime_error("FASTLANE_CPU_ISA: got '" + asked + "', expected one of " + joined(supported) + ", " +
+                           kNoIsa + " on this machine; unset it to let fastlane_ext choose");
+}
+
+const IsaChoice& chosen_isa() {
+  static const IsaChoice chosen = [] {
+    const char* asked = std::getenv("FASTLANE_CPU_ISA");
+    return choose_isa(asked ? asked : "", supported_isas());
+  }();
+  return chosen;
+}
+
 const KernelTable& kernels() {
-  static const KernelTable& chosen = choose();
+  static const KernelTable& chosen = table_of(chosen_isa().isa);
   return chosen;
 }
 

@@ -1,5 +1,5 @@
 // Which kernel set this process runs: the best the CPU and the operating system support, or the one that
-// FASTLANE_CPU_ISA names.
+// FASTLANE_CPU_ISA names; or none, where that is faster.
 #pragma once
 
 #include <string>
@@ -31,8 +31,23 @@ const KernelTable* avx2_kernels();
 const KernelTable* avx512_kernels();
 const KernelTable* avx512_bf16_kernels();
 
-// Decided once, on first use. Throws std::runtime_error if FASTLANE_CPU_ISA names a set that is unknown, not
-// compiled, or not supported by this machine.
+// No kernels of ours: torch's own operators run.
+constexpr const char* kNoIsa = "none";
+
+struct IsaChoice {
+  std::string isa;  // a set's name, or kNoIsa
+  std::string reason;
+};
+
+// `asked` is what FASTLANE_CPU_ISA says, `supported` lists what runs here, best first. The scalar set takes many
+// times as long as torch's vectorised operators, so it runs only if asked for. Throws std::runtime_error if `asked`
+// is neither empty, nor supported, nor kNoIsa.
+IsaChoice choose_isa(const std::string& asked, const std::vector<std::string>& supported);
+
+// Decided once, on first use.
+const IsaChoice& chosen_isa();
+
+// Of the chosen set. Where that is none: the scalar ones, which the operators do not call then.
 const KernelTable& kernels();
 
 std::vector<std::string> compiled_isas();
