@@ -58,6 +58,7 @@ PYBIND11_MODULE(_C, m) {
   fastlane::python::prepare();
   fastlane::policy::set_dtensor_test(&fastlane::python::is_dtensor);
   m.def("run_plain_network", &fastlane::run_plain_network);
+  m.def("run_plain_layer", &fastlane::run_plain_layer);
   m.def("is_as_planned", &fastlane::is_as_planned);
   m.def("set_absent", &fastlane::python::set_absent);
   m.def("hold", [](const py::handle& facts) { return fastlane::python::hold(facts.ptr()); });

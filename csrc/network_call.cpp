@@ -1,5 +1,6 @@
 #include "network_call.h"
 
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -113,12 +114,35 @@ bool read_network(PyObject* network, PlainNetwork& plain) {
   return true;
 }
 
+// Whether somebody wants to see every function that Python calls.
+bool are_calls_watched() { return at::impl::torch_function_mode_enabled() || torch::jit::tracer::isTracing(); }
+
 }  // namespace
 
 void know_networks(const py::tuple& facts, const py::type& kind, const py::tuple& names) {
   network_facts = py::object(facts).release().ptr();
   network_class = py::object(kind).release().ptr();
   network_names = py::object(names).release().ptr();
+}
+
+py::object run_plain_layer(const py::handle& x, const py::handle& weight, const py::handle& bias,
+                           const py::handle& residual, const py::handle& activation, const py::handle& recompute) {
+  HANDLE_TH_ERRORS
+  at::Tensor input, w, b, r;
+  if (are_calls_watched() || !read_tensor(x.ptr(), input) || !input.defined() || !read_tensor(weight.ptr(), w) ||
+      !w.defined() || !read_tensor(bias.ptr(), b) || !read_tensor(residual.ptr(), r) ||
+      !PyUnicode_CheckExact(activation.ptr()) || !PyUnicode_IS_ASCII(activation.ptr()) ||
+      !PyBool_Check(recompute.ptr()))
+    return py::none();
+  const std::string name(reinterpret_cast<const char*>(PyUnicode_1BYTE_DATA(activation.ptr())),
+                         static_cast<size_t>(PyUnicode_GET_LENGTH(activation.ptr())));
+  at::Tensor y;
+  {
+    const py::gil_scoped_release other_threads_may_run;
+    y = call_linear_gelu_residual(input, w, optional(b), optional(r), name, recompute.ptr() == Py_True);
+  }
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(y)));
+  END_HANDLE_TH_ERRORS_PYBIND
 }
 
 py::object run_plain_network(const py::handle& network, const py::handle& x) {
