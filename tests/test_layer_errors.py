@@ -254,3 +254,31 @@ def test_wrong_arguments_leave_no_trace(assert_fused):
 def test_an_unknown_tile_is_refused():
     with pytest.raises(ValueError, match="^cols: got 100, expected 128, 192, 256, or 0 for no force$"):
         fl._C.force_hopper_tile(100)
+
+
+def test_the_short_way_raises_the_operators_own_errors_and_leaves_the_rest_to_torch_ops():
+    """It takes plain tensors only, and a mode that watches Python's calls still sees the operator."""
+    from torch.overrides import TorchFunctionMode
+
+    short, op = fl._load.library.run_plain_layer, torch.ops.fastlane.linear_gelu_residual.default
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 3)
+    for weight in (torch.randn(4, 2), torch.randn(4, 3, dtype=torch.float64)):
+        with pytest.raises(RuntimeError, match="^linear_gelu_residual: ") as of_short:
+            short(x, weight, None, None, "gelu", False)
+        with pytest.raises(RuntimeError) as of_op:
+            op(x, weight)
+        assert str(of_short.value) == str(of_op.value)
+    weight = torch.randn(4, 3)
+    assert torch.equal(short(x, weight, None, None, "gelu", False), op(x, weight))
+    assert short(x, [1.0], None, None, "gelu", False) is None and short(x, weight, None, None, 3, False) is None
+    with Watch():
+        assert short(x, weight, None, None, "gelu", False) is None
+        fl.linear_gelu_residual(x, weight)
+    assert op in seen
