@@ -87,6 +87,9 @@ struct PlainNetwork {
   bool read_projection(PyObject* projection) {
     at::Tensor weight, bias;
     if (projection != Py_None && !read_plain_linear(projection, weight, bias)) return false;
+    // Eager adds what broadcasts.
+    const at::Tensor& layer = weights[projections.size()];
+    if ((weight.defined() ? weight.sym_size(0) : layer.sym_size(1)) != layer.sym_size(0)) return false;
     projections.push_back(optional(weight));
     projection_biases.push_back(optional(bias));
     return true;
@@ -101,7 +104,7 @@ bool read_network(PyObject* network, PlainNetwork& plain) {
   plain.shortcut.assign(reinterpret_cast<const char*>(PyUnicode_1BYTE_DATA(shortcut)),
                         static_cast<size_t>(PyUnicode_GET_LENGTH(shortcut)));
   const auto layers = children(keys.layers.in(modules));
-  if (!layers || layers->empty() || keys.layers.in(dict)) return false;
+  if (!layers || layers->empty() || keys.layers.in(dict) || keys.run_layer.in(dict)) return false;
   plain.weights.reserve(layers->size());
   plain.biases.reserve(layers->size());
   for (PyObject* layer : *layers)
@@ -149,9 +152,9 @@ py::object run_plain_network(const py::handle& network, const py::handle& x) {
   HANDLE_TH_ERRORS
   at::Tensor input;
   PlainNetwork plain;
-  if (!network_facts || !read_tensor(x.ptr(), input) || !input.defined() || is_watched() ||
-      torch::jit::tracer::isTracing() || !hold(network_facts) || !is_as_its_class(network.ptr()) ||
-      !read_network(network.ptr(), plain))
+  if (!network_facts || !read_tensor(x.ptr(), input) || !input.defined() || input.layout() != at::kStrided ||
+      input.is_nested() || is_watched() || torch::jit::tracer::isTracing() || !hold(network_facts) ||
+      !is_as_its_class(network.ptr()) || !read_network(network.ptr(), plain))
     return py::none();
   at::Tensor y;
   {

@@ -14,7 +14,7 @@ enum class Role { linear, transposed_linear, activation, dropout };
 // The fields of fastlane_ext._plan.Child.
 enum ChildField : Py_ssize_t { kName, kRole, kKind, kState, kOfClass, kFields };
 // The fields of fastlane_ext._plan.Plan.checks, tuples all of them but for an order of None.
-enum CheckField : Py_ssize_t { kFacts, kNames, kOrder, kConstants, kChildren, kCheckFields };
+enum CheckField : Py_ssize_t { kFacts, kClass, kLookups, kNames, kOrder, kConstants, kChildren, kCheckFields };
 
 // Borrowed; null where absent.
 PyObject* item(PyObject* dict, PyObject* name) {
@@ -24,10 +24,30 @@ PyObject* item(PyObject* dict, PyObject* name) {
 }
 
 bool is_equal(PyObject* a, PyObject* b) {
-  if (!a || !b) return false;
   const int equal = PyObject_RichCompareBool(a, b, Py_EQ);
   if (equal < 0) throw py::error_already_set();
   return equal == 1;
+}
+
+// `value` is a fastlane_ext._activations.Partial.
+bool is_same_partial(PyObject* now, PyObject* value) {
+  static PyObject* const kind = py::object(py::module_::import("functools").attr("partial")).release().ptr();
+  if (reinterpret_cast<PyObject*>(Py_TYPE(now)) != kind || PyTuple_GET_SIZE(value) != 3) return false;
+  const py::handle partial(now);
+  return partial.attr("func").ptr() == PyTuple_GET_ITEM(value, 0) &&
+         is_equal(partial.attr("args").ptr(), PyTuple_GET_ITEM(value, 1)) &&
+         is_equal(partial.attr("keywords").ptr(), PyTuple_GET_ITEM(value, 2));
+}
+
+bool is_constant(PyObject* value) {
+  return PyUnicode_CheckExact(value) || PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value);
+}
+
+// fastlane_ext._activations.is_same;
+bool is_same(PyObject* now, PyObject* value) {
+  if (!now) return false;
+  if (PyTuple_Check(value)) return is_same_partial(now, value);
+  return now == value || (Py_TYPE(now) == Py_TYPE(value) && is_constant(value) && is_equal(now, value));
 }
 
 bool is_active(PyObject* dropout) {
@@ -41,7 +61,7 @@ bool is_active(PyObject* dropout) {
 bool has_attributes(PyObject* dict, PyObject* pairs) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(pairs); ++i) {
     PyObject* const pair = PyTuple_GET_ITEM(pairs, i);
-    if (!is_equal(item(dict, PyTuple_GET_ITEM(pair, 0)), PyTuple_GET_ITEM(pair, 1))) return false;
+    if (!is_same(item(dict, PyTuple_GET_ITEM(pair, 0)), PyTuple_GET_ITEM(pair, 1))) return false;
   }
   return true;
 }
@@ -87,6 +107,16 @@ bool are_children_unchanged(PyObject* children, PyObject* found) {
   return true;
 }
 
+// Whether a class finds all these names where `kind` does.
+bool looks_up_as(PyTypeObject* own, PyObject* kind, PyObject* names) {
+  if (reinterpret_cast<PyObject*>(own) == kind) return true;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i) {
+    PyObject* const name = PyTuple_GET_ITEM(names, i);
+    if (_PyType_Lookup(own, name) != _PyType_Lookup(reinterpret_cast<PyTypeObject*>(kind), name)) return false;
+  }
+  return true;
+}
+
 bool has_all_of(PyObject* dict, PyObject* names) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i)
     if (!item(dict, PyTuple_GET_ITEM(names, i))) return false;
@@ -105,7 +135,8 @@ bool is_as_planned(const py::handle& module, const py::handle& checks) {
   const auto check = [&](CheckField field) { return PyTuple_GET_ITEM(checks.ptr(), field); };
   PyObject* const order = check(kOrder);
   if (!is_plain_dict && !(modules && PyODict_CheckExact(modules) && order == Py_None)) return false;
-  return !policy::why_disabled() && !is_watched() && hold(check(kFacts)) && has_order(modules, order) &&
+  return !policy::why_disabled() && !is_watched() && hold(check(kFacts)) &&
+         looks_up_as(Py_TYPE(module.ptr()), check(kClass), check(kLookups)) && has_order(modules, order) &&
          has_none_of(dict, check(kNames)) && has_all_of(modules, check(kNames)) &&
          has_attributes(dict, check(kConstants)) && are_children_unchanged(modules, check(kChildren));
 }

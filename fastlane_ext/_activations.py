@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ._arguments import bad, check_choice
 from ._facts import Facts, collected
+from ._formula import why_no_formula
 from ._outside import CONSTANTS, Evidence, why_not_closed
 from ._plain import GELU, call_facts, known, why_own_call
 
@@ -48,8 +50,14 @@ def register_activation(cls: type[nn.Module], form: str) -> None:
 
 @contextmanager
 def outside_modes() -> Iterator[None]:
-    """Real tensors on the CPU, whatever device or tracer the caller has switched on."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes():
+    """Real tensors on the CPU, whatever device, tracer or torch.func transform the caller has switched on."""
+    with (
+        temporarily_clear_interpreter_stack(),
+        torch._C.DisableTorchFunction(),
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         yield
 
 
@@ -83,7 +91,7 @@ def form_of_values(call: Callable[[Tensor], Any]) -> str | None:
     |x| is at most 1e4; and at infinities and NaN, which must not become ordinary numbers. Leaves torch's random
     numbers alone.
     """
-    with outside_modes(), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with outside_modes(), torch.random.fork_rng(devices=[]):
         x, forms = _grid()
         close = x.abs() <= 1e4
         near = {form: tuple(v[close] for v in values) for form, values in forms.items()}
@@ -93,7 +101,26 @@ def form_of_values(call: Callable[[Tensor], Any]) -> str | None:
         found.add(_form_in(call, x[close].float(), near, (1, -1)))
         if len(found) != 1 or not _keeps_special_values(call):
             return None
-    return found.pop()
+        form = found.pop()
+        return form if form is not None and all(_keeps_dtype(call, dtype, form) for dtype in _NARROW) else None
+
+
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+def _keeps_dtype(call: Callable[[Tensor], Any], dtype: torch.dtype, form: str) -> bool:
+    """Whether the result of 16 bits is of 16 bits, and about GELU as far as the type goes: nothing overflows."""
+    largest = min(torch.finfo(dtype).max, 3e38)
+    x = torch.linspace(-largest / 2, largest / 2, 64, dtype=torch.float64)
+    x = torch.cat([x, torch.linspace(-300, 300, 121, dtype=torch.float64)]).to(dtype)
+    try:
+        y = call(x.clone())
+    except Exception:
+        return False
+    if type(y) is not Tensor or y.dtype != dtype or y.shape != x.shape:
+        return False
+    expected = F.gelu(x.double(), approximate="tanh" if form == "gelu_tanh" else "none")
+    return bool(((y.double() - expected).abs() <= 0.05 * x.double().abs().clamp(min=1)).all())
 
 
 def _values_and_slopes(call: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -115,12 +142,13 @@ def _form_in(
     got = _values_and_slopes(call, shaped)
     if got is None:
         return None
-    # The forms differ by 5e-4; constants written with eight digits cost 1e-8, float32 1e-6.
+    # The forms differ by 5e-4; constants written with ten digits cost 1e-10, float32 1e-6.
     scale = shaped.flatten().abs().clamp(min=1)
     for form, (values, slopes) in forms.items():
         size = shaped.numel()
-        is_value = (got[0].flatten().double() - values[:size]).abs() <= 2e-6 * scale
-        is_slope = (got[1].flatten().double() - slopes[:size]).abs() <= 4e-6
+        close = 1e-7 if x.dtype is torch.float64 else 2e-6
+        is_value = (got[0].flatten().double() - values[:size]).abs() <= close * scale
+        is_slope = (got[1].flatten().double() - slopes[:size]).abs() <= 2 * close
         if bool(is_value.all()) and bool(is_slope.all()):
             return form
     return None
@@ -146,9 +174,34 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, f
 _EMPTY_MODULE = frozenset(vars(nn.Module()))
 
 
+class Partial(NamedTuple):
+    """What a ``functools.partial`` holds: the object can be changed in place. csrc/plan_call.cpp reads it."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    @classmethod
+    def of(cls, value: functools.partial[Any]) -> Partial:
+        return cls(value.func, value.args, dict(value.keywords))
+
+
 def state_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
     """The activation's own attributes, on which its values may depend."""
-    return tuple((name, value) for name, value in vars(module).items() if name not in _EMPTY_MODULE)
+    own = ((name, value) for name, value in vars(module).items() if name not in _EMPTY_MODULE)
+    return tuple((name, Partial.of(v) if type(v) is functools.partial else v) for name, v in own)
+
+
+def is_same(now: Any, value: Any) -> bool:
+    """Whether an attribute still is what `state_of` found: the same object, or an equal constant. No ``__eq__`` of
+    somebody else's is asked.
+    """
+    if type(value) is Partial:
+        return type(now) is functools.partial and Partial.of(now) == value
+    return now is value or (type(now) is type(value) and type(value) in CONSTANTS and now == value)
+
+
+NO_GELU = "which computes no GELU"
 
 
 class Activation(NamedTuple):
@@ -162,52 +215,58 @@ class Activation(NamedTuple):
     facts: Facts
 
 
-_NONE = "which computes no GELU"
-
-
 def read_activation(module: nn.Module) -> Activation | str:
-    """What ``module`` computes; a reason where it is no GELU, or may become another function."""
-    kind, state = type(module), state_of(module)
+    """What ``module`` computes; a reason where it is no GELU, or may become another function. Its code is called only
+    where it was read to be arithmetic.
+    """
+    kind = type(module)
     if kind in _registered:
-        return Activation(_registered[kind], state, (), call_facts(kind))
+        return Activation(_registered[kind], state_of(module), (), call_facts(kind))
     if kind is nn.GELU:
         form, gelu = _OF_APPROXIMATE.get(vars(module).get("approximate")), known(kind)
         if form is None or gelu.reason is not None:
-            return f"which {gelu.reason}" if gelu.reason else _NONE
-        return Activation(form, state, (), gelu.facts)
+            return f"which {gelu.reason}" if gelu.reason else NO_GELU
+        return Activation(form, (("approximate", module.approximate),), (), gelu.facts)
     if module._modules or module._parameters or module._buffers or known(kind) is not None:
-        return _NONE
-    reason = why_own_call(kind)
+        return NO_GELU
+    if kind.__module__.startswith("torch."):
+        return NO_GELU
     evidence = Evidence()
-    computed_by = [kind.forward]
-    for name, value in state:
-        if isinstance(value, _FUNCTIONS):
-            computed_by.append(value)
-        elif type(value) not in CONSTANTS:
-            reason = reason or f"keeps a {type(value).__name__}, {name}"
-    for value in computed_by:
-        reason = reason or why_not_closed(value, module, evidence)
+    reason = why_own_call(kind) or _why_not_closed(module, evidence)
+    if reason is not None:
+        return _not_known(reason)
     # In both modes, since some ask `self.training`; on a copy, so that nothing of the model changes.
     forms = set()
     for training in (False, True):
         stand_in = copy.copy(module)
         stand_in.__dict__ = {**vars(module), "training": training}
+        reason = reason or why_no_formula(stand_in.forward)
         forms.add(form_of_values(stand_in.forward))
     if len(forms) != 1 or None in forms:
-        return _NONE if reason is None or forms == {None} else _may_change(reason)
+        return NO_GELU
     if reason is not None:
-        return _may_change(reason)
+        return _not_known(reason)
+    state = state_of(module)
     names = (name for name, _ in state)
-    return Activation(
-        forms.pop(),
-        state,
-        tuple(sorted(evidence.of_class)),
-        collected([*call_facts(kind, names), *evidence.facts]),
-    )
+    facts = collected([*call_facts(kind, names), *evidence.facts])
+    return Activation(forms.pop(), state, tuple(sorted(evidence.of_class)), facts)
 
 
-def _may_change(reason: str) -> str:
-    return f"whose values may change ({reason}); register_activation() can vouch for it"
+def _why_not_closed(module: nn.Module, evidence: Evidence) -> str | None:
+    computed_by = [type(module).forward]
+    for name, value in vars(module).items():
+        if name in _EMPTY_MODULE:
+            continue
+        if isinstance(value, _FUNCTIONS):
+            computed_by.append(value)
+        elif type(value) not in CONSTANTS:
+            return f"keeps a {type(value).__name__}, {name}"
+    reasons = (why_not_closed(value, module, evidence) for value in computed_by)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _not_known(reason: str) -> str:
+    return f"which is not known to compute a GELU ({reason}); register_activation() can vouch for it"
 
 
 def form_of_module(module: nn.Module) -> str | None:

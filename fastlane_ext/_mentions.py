@@ -6,6 +6,7 @@ reason why there is none.
 
 from __future__ import annotations
 
+import dis
 import functools
 import types
 from collections.abc import Iterator
@@ -18,9 +19,9 @@ from ._activations import form_of_module
 from ._facts import ABSENT, lookup
 from ._plain import is_linear, known, original_class
 
-_OF_GELU = frozenset({"erf", "erfc", "ndtr"})
+_OF_GELU = frozenset({"erf", "erfc", "ndtr", "cdf"})
 _CONSTANTS = (0.044715, 0.7978845608)  # of the tanh form, and √(2/π) as many write it
-_PRODUCTS = frozenset({"linear", "addmm", "baddbmm", "matmul", "bmm", "einsum"})
+_PRODUCTS = frozenset({"linear", "addmm", "baddbmm", "matmul", "mm", "bmm", "einsum", "tensordot"})
 _DEPTH = 3
 
 
@@ -52,6 +53,8 @@ def _function_mentions_gelu(function: types.FunctionType, depth: int) -> bool:
         if names & _OF_GELU or any(map(_says_gelu, names)):
             return True
         for constant in code.co_consts:
+            if _says_gelu(constant) and " " not in constant:
+                return True
             if isinstance(constant, float) and any(abs(constant - c) < 1e-7 for c in _CONSTANTS):
                 return True
         if any(_value_mentions_gelu(function.__globals__.get(name), depth) for name in code.co_names):
@@ -96,9 +99,9 @@ def _value_mentions_gelu(value: Any, depth: int) -> bool:
 
 
 def _descendants(module: nn.Module) -> Iterator[nn.Module]:
-    """The children, and those in lists and dicts of modules."""
+    """The children, and those in lists, dicts and sequences of modules."""
     for child in module._modules.values():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or type(child) is nn.Sequential:
             yield from _descendants(child)
         elif child is not None:
             yield child
@@ -116,7 +119,13 @@ def has_linear(module: nn.Module) -> bool:
     if any(map(looks_linear, _descendants(module))):
         return True
     functions = _own_functions(original_class(type(module)))
-    return any(not _PRODUCTS.isdisjoint(code.co_names) for f in functions for code in _codes(inner(f).__code__))
+    return any(_has_product(code) for function in functions for code in _codes(inner(function).__code__))
+
+
+def _has_product(code: types.CodeType) -> bool:
+    if not _PRODUCTS.isdisjoint(code.co_names):
+        return True
+    return any(i.opname == "BINARY_MATRIX_MULTIPLY" or i.argrepr == "@" for i in dis.get_instructions(code))
 
 
 def says_gelu(value: Any) -> bool:
@@ -126,15 +135,26 @@ def says_gelu(value: Any) -> bool:
     return isinstance(value, nn.Module) and form_of_module(value) is not None
 
 
+def _attributes(module: nn.Module) -> Iterator[Any]:
+    """What the module keeps beside its children, also in plain lists and dicts, that could be called."""
+    for name, value in vars(module).items():
+        if name.startswith("_") and hasattr(nn.Module(), name):
+            continue
+        values = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
+        yield from (v for v in values if callable(v))
+
+
 def mentions_gelu(module: nn.Module) -> bool:
     """Whether the module's own forward could compute a GELU: by a child, an attribute, or its code."""
     kind = original_class(type(module))
     if known(kind) is not None:
-        return any(form_of_module(child) is not None for child in module._modules.values() if child is not None)
-    values = [*_descendants(module), *(v for name, v in vars(module).items() if callable(v) and name != "_modules")]
-    for value in values:
+        return any(says_gelu(child) for child in module._modules.values() if child is not None)
+    for value in (*_descendants(module), *_attributes(module)):
         if isinstance(value, nn.Module) and (value._modules or looks_linear(value)):
-            continue  # a block of its own
-        if says_gelu(value):
+            if has_linear(value):
+                continue  # a block of its own
+            if mentions_gelu(value):
+                return True
+        elif says_gelu(value):
             return True
     return any(_function_mentions_gelu(function, _DEPTH) for function in _own_functions(kind))

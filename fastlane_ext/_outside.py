@@ -16,17 +16,18 @@ from ._straight_line import why_not_straight
 
 _READS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF")
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")
-_CHOICES = ("COMPARE_OP", "CONTAINS_OP", "IS_OP", "UNARY_NOT", "SUBSCR", "SLICE")
+_CHOICES = ("SUBSCR", "SLICE")
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.ModuleType, type)
 CONSTANTS = (bool, int, float, str, type(None))
 _TRUSTED = ("math", "torch")
 """Whose constants nobody assigns."""
 _ARITHMETIC = frozenset(
-    "abs add cosh div double erf erfc exp expm1 float gelu log1p mul multiply ndtr neg negative pow reciprocal rsqrt "  # noqa: SIM905
-    "rsub sigmoid sinh sqrt square sub subtract tanh to true_divide type_as".split()
+    "add div erf erfc gelu mul multiply ndtr neg negative pow rsub sqrt square sub subtract tanh true_divide".split()  # noqa: SIM905
 )
 """What an activation may call: functions and methods whose values and slopes follow from their arguments alone."""
-_OF_CONSTANTS = frozenset({"cos", "sin", "tensor"})
+_OPERATORS = tuple(
+    f"__{side}{name}__" for name in ("add", "sub", "mul", "truediv", "div", "pow") for side in ("", "r")
+) + ("__neg__",)
 _TRUSTED_BUILTINS = (abs, float, int, pow)
 
 
@@ -116,7 +117,7 @@ def _is_arithmetic(value: Any) -> bool:
     if not isinstance(value, types.BuiltinFunctionType):
         return False
     name = value.__name__
-    if name.removeprefix("special_") not in _ARITHMETIC and name not in _OF_CONSTANTS:
+    if name.removeprefix("special_") not in _ARITHMETIC:
         return False
     return any(comes_from(value, module, name) for module in ("torch", "torch._C._nn", "torch._C._special", "math"))
 
@@ -141,7 +142,6 @@ def why_not_closed(value: Any, owner: nn.Module, evidence: Evidence, seen: tuple
             type(v) in CONSTANTS for v in (*value.args, *value.keywords.values())
         ):
             return "keeps more than constants for a call"
-        evidence.facts += [of_item(value.keywords, keyword) for keyword in value.keywords]
         return why_not_closed(value.func, owner, evidence, seen)
     if isinstance(value, types.MethodType):
         if value.__self__ is not owner:
@@ -158,6 +158,7 @@ def _why_code_not_closed(
     function: types.FunctionType, owner: nn.Module, evidence: Evidence, seen: tuple[Any, ...]
 ) -> str | None:
     reason = why_not_straight(function) or why_not_fixed(function, evidence.facts)
+    evidence.facts += of_class(Tensor, *_OPERATORS)
     if reason is None and (function.__defaults__ or function.__kwdefaults__):
         reason = "has default arguments"
     if reason is not None:
@@ -182,7 +183,7 @@ def _method(name: str, owner: nn.Module, evidence: Evidence) -> Any:
     """The method of the owner's class that the code means; None where that is an attribute of the owner's own or a
     tensor's arithmetic; ABSENT where it may be anything.
     """
-    if name in _ARITHMETIC or name == "dtype":
+    if name in _ARITHMETIC:
         evidence.facts += of_class(Tensor, name)
         return None if name not in vars(owner) and lookup(type(owner), name) is ABSENT else ABSENT
     if hasattr(Tensor, name):

@@ -120,7 +120,13 @@ _KNOWN = _known_of_torch()
 
 GELU = F.gelu
 """torch's own, if `known` says so of nn.GELU."""
-FORMULA = (Fact(vars(F), "linear", F.linear), Fact(vars(F), "gelu", F.gelu), *of_class(Tensor, "__add__", "__radd__"))
+SUMS = tuple(of_class(Tensor, "__add__", "__radd__"))
+FORMULA = (
+    Fact(vars(F), "linear", F.linear),
+    Fact(vars(F), "gelu", F.gelu),
+    Fact(vars(torch), "cat", torch.cat),
+    *SUMS,
+)
 """What eager's layers compute with. Whoever replaces any of it means every layer of the model."""
 NETWORK = collected(
     [
@@ -159,6 +165,9 @@ def why_touched(module: nn.Module) -> str | None:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
     own = module.__dict__
+    if torch.compiler.is_dynamo_compiling():
+        # torch.compile guards on attributes that it saw being read, not on a dict that it saw being asked.
+        _ = (module.forward, module._call_impl)
     for name in SHADOWS:
         if name in own:
             return f"has a {name} of its own"
@@ -219,11 +228,16 @@ def is_of_fx(value: Any) -> bool:
     )
 
 
+def is_plain_tensor(value: Any) -> bool:
+    return type(value) in PLAIN_TENSORS and value.layout is torch.strided and not value.is_nested
+
+
 def why_odd_tensor(*values: Any) -> str | None:
-    """None if these are plain tensors, or no tensors at all; a subclass may know ``F.linear`` and nothing of ours."""
+    """None if these are plain tensors, or no tensors at all; others may know ``F.linear`` and nothing of ours."""
     for value in values:
-        if isinstance(value, Tensor) and type(value) not in PLAIN_TENSORS:
-            return f"gets a {type(value).__name__}"
+        if isinstance(value, Tensor) and not is_plain_tensor(value):
+            kind = type(value).__name__
+            return f"gets a {kind}" if type(value) not in PLAIN_TENSORS else f"gets a tensor of layout {value.layout}"
     return None
 
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ._activations import Activation, read_activation
-from ._facts import Facts, collected, why_changed
-from ._plain import constant_while_traced, is_linear, is_of_fx, known, linear_class
+from ._facts import Facts, collected, lookup, why_changed
+from ._plain import constant_while_traced, is_linear, is_of_fx, known, linear_class, original_class
 from ._trace import Node, Refused, follow, is_sequential
 
 __all__ = ["Add", "Call", "Child", "Fused", "Plan", "Refused", "Role", "other_activation", "read_plan", "unread"]
@@ -59,10 +59,13 @@ class Linear:
 
 @dataclass(frozen=True)
 class Fused:
-    """``values[target] = [fc2](act(fc1(values[source]))) [+ values[residual]]``."""
+    """``values[target] = [fc2](act(fc1(values[source]))) [+ values[residual]]``; ``instead`` are the steps that eager
+    takes, for values that the fused operation does not.
+    """
 
     source: int
     target: int
+    instead: tuple[Call | Gelu | Add, ...]
     fc1: Linear
     activation: str = "none"
     fc2: Linear | None = None
@@ -78,6 +81,11 @@ class Fused:
         return "→".join(parts) + ("+residual" if self.residual is not None else "")
 
     @property
+    def children(self) -> int:
+        """How many children the step stands for."""
+        return sum(isinstance(part, Call) for part in self.instead)
+
+    @property
     def linears(self) -> tuple[str, ...]:
         return (self.fc1.name,) if self.fc2 is None else (self.fc1.name, self.fc2.name)
 
@@ -88,15 +96,27 @@ class Fused:
 
 @dataclass(frozen=True)
 class Call:
-    """``values[target] = child(*values[sources])``."""
+    """``values[target] = child(*values[sources])``; the forward looks the child up when ``looked_up`` children of it
+    have been called, which may be long before.
+    """
 
     name: str
     sources: tuple[int, ...]
     target: int
+    looked_up: int
 
     @property
     def reads(self) -> tuple[int, ...]:
         return self.sources
+
+
+@dataclass(frozen=True)
+class Gelu:
+    """``values[target] = F.gelu(values[source], approximate=approximate)``."""
+
+    source: int
+    target: int
+    approximate: str
 
 
 @dataclass(frozen=True)
@@ -127,6 +147,7 @@ class Plan:
     step reads. The rest is what must still hold at a call: csrc/plan_call.cpp reads it.
     """
 
+    kind: type  # the container's class
     inputs: tuple[str, ...]
     steps: tuple[Fused | Call | Add, ...]
     last_uses: tuple[tuple[int, ...], ...]
@@ -138,14 +159,21 @@ class Plan:
     order: tuple[str, ...] | None = None  # of a Sequential, whose children's names are its forward
     constants: tuple[tuple[str, Any], ...] = ()  # attributes of the container that its forward reads
     calls: Calls = field(default_factory=Calls, compare=False)
+    has_calls: bool = field(init=False, compare=False)  # of children outside the fused steps
     key: int = field(init=False, compare=False)  # by which code that torch.compile traces names the plan
     checks: tuple[Any, ...] = field(init=False, compare=False)  # csrc/plan_call.cpp's ``CheckField``
 
     def __post_init__(self) -> None:
-        checks = (self.facts, self.names, self.order, self.constants, self.children)
+        checks = (self.facts, self.kind, self.lookups, self.names, self.order, self.constants, self.children)
         object.__setattr__(self, "checks", checks)
+        object.__setattr__(self, "has_calls", any(isinstance(step, Call) for step in self.steps))
         object.__setattr__(self, "key", next(_keys))
         _plans[self.key] = self
+
+    @property
+    def lookups(self) -> tuple[str, ...]:
+        """Names that a class derived from ``kind`` must not define anew."""
+        return (*self.names, *(name for name, _ in self.constants), "__getattr__", "__getattribute__")
 
     @property
     def fused(self) -> tuple[Fused, ...]:
@@ -167,9 +195,18 @@ _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 
 
 @constant_while_traced
-def why_traced_facts_changed(key: int) -> str | None:
+def why_traced_class_changed(key: int, kind: type) -> str | None:
     """Asked once while torch.compile traces: facts are about code, and what changes later no graph notices."""
-    return why_changed(_plans[key].facts, is_of_fx)
+    return why_class_changed(_plans[key], kind)
+
+
+def why_class_changed(plan: Plan, kind: type) -> str | None:
+    """Why a module of class ``kind`` may do something else than the plan, whatever the instance is; or None."""
+    if kind is not plan.kind:
+        for name in plan.lookups:
+            if lookup(kind, name) is not lookup(plan.kind, name):
+                return f"its class has another {name} now"
+    return why_changed(plan.facts, is_of_fx)
 
 
 class Unread:
@@ -220,6 +257,7 @@ class _Reader:
         called = (node.name for node in self.record.nodes if node.kind == "call")
         output = self.values[self.record.output]
         return Plan(
+            original_class(type(self.module)),
             inputs,
             tuple(self.steps),
             _last_uses(self.steps, output),
@@ -244,13 +282,18 @@ class _Reader:
             if fused is not None:
                 self.steps.append(fused)
                 return
+        step = self._step(node)
+        if isinstance(step, Gelu):
+            raise Refused("its forward computes a GELU of what is no linear layer")
+        self.steps.append(step)
+
+    def _step(self, node: Node) -> Call | Gelu | Add:
         sources = tuple(self.values[argument] for argument in node.arguments)
         if node.kind == "call":
-            self.steps.append(Call(node.name, sources, self._new_value(node)))
-        elif node.kind == "add":
-            self.steps.append(Add(*sources, self._new_value(node)))
-        else:
-            raise Refused("its forward computes a GELU of what is no linear layer")
+            return Call(node.name, sources, self._new_value(node), node.looked_up)
+        if node.kind == "add":
+            return Add(*sources, self._new_value(node))
+        return Gelu(*sources, self._new_value(node), "tanh" if node.name == "gelu_tanh" else "none")
 
     def _child(self, node: Node) -> nn.Module | None:
         return self.module._modules.get(node.name) if node.kind == "call" else None
@@ -319,9 +362,11 @@ class _Reader:
             return None
         self.absorbed.update(nodes)
         self._remember(nodes)
+        instead = tuple(self._step(node) for node in nodes)
         return Fused(
             self.values[linear.arguments[0]],
             self._new_value(nodes[-1]),
+            instead,
             self._linear(linear),
             activation or "none",
             None if fc2 is None else self._linear(fc2),

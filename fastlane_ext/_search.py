@@ -17,7 +17,7 @@ from ._mentions import has_linear, looks_linear, mentions_gelu, says_gelu
 from ._plain import class_name, is_linear, known, linear_class, original_class, why_parameters_unfit, why_touched
 from ._plan import Plan, Refused, other_activation, read_plan
 from ._report import PassedOver, Site
-from .fused_classes import PLAN, fused_class, plan_of, why_changed, why_no_class
+from .fused_classes import PLAN, fused_class, plan_of, why_changed, why_forward_replaced, why_no_class
 
 FUSED_NETWORKS: dict[type[nn.Module], type[nn.Module]] = {
     reference.ExampleDeepNeuralNetwork: networks.ExampleDeepNeuralNetwork,
@@ -30,6 +30,10 @@ FUSED_NETWORKS: dict[type[nn.Module], type[nn.Module]] = {
 _WRITTEN_FUSED = tuple(FUSED_NETWORKS.values())
 _NEVER = "never called since fuse(): its owner may call its children"
 _OWN_FORWARD = "has a forward of its own, which decides what runs"
+
+
+class _OfFilter(Exception):
+    """Carries what the caller's filter_fn raised past the search's own net."""
 
 
 class Search:
@@ -57,7 +61,10 @@ class Search:
                     plain_linears.append((name, module))
                 else:
                     self._module(name, module)
+            except _OfFilter as error:
+                raise error.__cause__ from None
             except Exception as error:  # somebody's __getattr__, property or descriptor
+                self.refused += 1
                 self._pass_over(name, module, f"looking into it raised {type(error).__name__}")
         for name, module in plain_linears:
             if id(module) not in self.covered and (self.linears or PLAN in module.__dict__):
@@ -84,7 +91,10 @@ class Search:
         self.sites.append(Site(name, kind, pattern, reason is None, reason or note, **more))
 
     def _left_out(self, name: str, module: nn.Module) -> str | None:
-        return None if self.wanted(name, module) else "left out by filter_fn"
+        try:
+            return None if self.wanted(name, module) else "left out by filter_fn"
+        except Exception as error:
+            raise _OfFilter from error
 
     def _network(self, name: str, module: nn.Module) -> None:
         own = _OWN_FORWARD if "forward" in module.__dict__ else None
@@ -114,8 +124,7 @@ class Search:
             return
         changed = why_changed(module, plan)
         reason = why_changed(module, plan, ignore_dropout=True) if changed else None
-        if reason is None and "forward" in module.__dict__:
-            reason = _OWN_FORWARD
+        reason = reason or why_forward_replaced(module)
         if reason is None and is_new:
             reason = why_no_class(type(module))
         self.refused += reason is not None
@@ -176,7 +185,11 @@ class Search:
 def _why_apart(module: nn.Module) -> str | None:
     """Of a forward that was followed and has no pair to fuse: what stands in the way of a child that may be a GELU."""
     for name, child in module._modules.items():
-        if child is not None and says_gelu(child):
+        if child is None:
+            continue
+        if child._modules and not has_linear(child) and mentions_gelu(child):
+            return f"{name} is a {type(child).__name__}, not a plain GELU"
+        if says_gelu(child):
             found = read_activation(child)
             if isinstance(found, str):
                 return f"{name} is a {type(child).__name__}, {found}"

@@ -7,9 +7,10 @@ import types
 
 # Opcodes by parts of their names, which Python's versions share, and what they stand for in a message.
 _REFUSED = {
+    "WITH": "has a with block",
+    "INPLACE_": "changes something in place",
     "JUMP": "decides or repeats something",
     "FOR_ITER": "repeats something",
-    "WITH": "has a with block",
     "SETUP_FINALLY": "has a try block",
     "STORE_ATTR": "sets an attribute",
     "STORE_SUBSCR": "sets an item",
@@ -21,19 +22,13 @@ _REFUSED = {
     "RAISE": "raises something",
     "IMPORT": "imports something",
     "MAKE_FUNCTION": "makes a function",
-    "INPLACE_": "changes something in place",
+    "COMPARE_OP": "compares something",
+    "CONTAINS_OP": "compares something",
+    "IS_OP": "compares something",
+    "UNARY_NOT": "compares something",
     "UNPACK": "unpacks something",
 }
 _CALLS = ("CALL", "CALL_FUNCTION", "CALL_METHOD", "CALL_KW", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX")
-
-
-def _why_refused(instruction: dis.Instruction) -> str | None:
-    for part, reason in _REFUSED.items():
-        if part in instruction.opname:
-            return reason
-    if instruction.opname == "BINARY_OP" and instruction.argrepr.endswith("="):
-        return "changes something in place"
-    return None
 
 
 def why_not_straight(function: object) -> str | None:
@@ -44,11 +39,10 @@ def why_not_straight(function: object) -> str | None:
         return "is no plain function"
     if hasattr(function, "__wrapped__"):
         return "is decorated"
-    for instruction in dis.get_instructions(function):
-        reason = _why_refused(instruction)
-        if reason is not None:
-            return reason
-    return None
+    instructions = list(dis.get_instructions(function))
+    names = [i.opname if i.opname != "BINARY_OP" or not i.argrepr.endswith("=") else "INPLACE_" for i in instructions]
+    # A branch is a branch whatever it compares, in every Python's bytecode.
+    return next((reason for part, reason in _REFUSED.items() if any(part in name for name in names)), None)
 
 
 def count_calls(function: types.FunctionType) -> int:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as nn_module
 
 from ._activations import form_of_function
 from ._facts import ABSENT, Fact, comes_from, lookup, of_class
 from ._outside import CONSTANTS, Read, reads_of, why_not_fixed
-from ._plain import GELU, is_of_fx, known, original_class
+from ._plain import GELU, SUMS, is_of_fx, known, original_class
 from ._straight_line import count_calls, why_not_straight
 
 
@@ -36,6 +36,7 @@ class Node:
     kind: str  # "input", "call", "gelu", "add"
     name: str = ""  # the input's, the child's, or GELU's form
     arguments: tuple[Node, ...] = ()
+    looked_up: int = 0  # how many children had been called when this child was looked up
     users: list[Node] = field(default_factory=list)
 
 
@@ -46,6 +47,7 @@ class Record:
     nodes: list[Node] = field(default_factory=list)
     output: Node | None = None
     calls: int = 0
+    children_called: int = 0
     constants: dict[str, Any] = field(default_factory=dict)  # attributes of the container that it read
     facts: list[Fact] = field(default_factory=list)  # what all that rests on
 
@@ -121,11 +123,16 @@ class _Container:
         if name in own or module._modules.get(name) is None:
             raise Refused(f"its forward also uses self.{name}")
 
+        looked_up = record.children_called
+
         def call(*args: Any, **kwargs: Any) -> _Value:
             if kwargs or not args or not all(isinstance(value, _Value) for value in args):
                 raise Refused(f"its forward calls self.{name} with something else than tensors")
             record.calls += 1
-            return _Value(record, record.add("call", name, tuple(value._node for value in args)))
+            node = record.add("call", name, tuple(value._node for value in args))
+            node.looked_up = looked_up
+            record.children_called += 1
+            return _Value(record, node)
 
         return call
 
@@ -146,6 +153,8 @@ def _follow_sequential(module: nn.Module, record: Record) -> None:
         if child is None:
             raise Refused("a child of it is None")
         node = record.add("call", name, (node,))
+        node.looked_up = record.children_called
+        record.children_called += 1
     record.output = node
 
 
@@ -165,12 +174,12 @@ def follow(module: nn.Module) -> Record:
     if other is not None:
         raise Refused(other)
     record.facts += of_class(kind, "forward", "__getattr__", "__getattribute__")
-    record.facts += of_class(Tensor, "__add__", "__radd__")
+    record.facts += SUMS
     if is_sequential(module):
         sequential = known(nn.Sequential)
         if sequential.reason is not None:
             raise Refused(f"its class {sequential.reason}")
-        record.facts += of_class(kind, "__iter__")
+        record.facts += (*sequential.facts, *of_class(kind, "__iter__"))
         _follow_sequential(module, record)
         return record
     reason = why_not_straight(forward) or why_not_fixed(forward, record.facts)

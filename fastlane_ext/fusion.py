@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 from torch.utils._contextlib import _DecoratorContextManager
 
-from . import _disabled
 from ._arguments import bad, check_flag
+from ._load import library
 from ._measure import measured as _measured
 from ._plain import original_class
 from ._report import FusionReport, PassedOver, Site
 from ._search import FUSED_NETWORKS, Search
-from .fused_classes import PLAN
+from .fused_classes import PLAN, why_forward_replaced
 
 __all__ = ["FusionReport", "PassedOver", "Site", "disabled", "explain", "fuse", "unfuse"]
 
@@ -97,6 +97,8 @@ def unfuse(model: nn.Module) -> int:
                 f"unfuse: a {kind.__name__} has changed its class since fuse() (a parametrization or FSDP does "
                 "that); undo that first"
             )
+        if original is not kind and "forward" not in module.__dict__ and why_forward_replaced(module) is not None:
+            raise RuntimeError(f"unfuse: {why_forward_replaced(module)} ({kind.__name__}); undo that first")
         if original is not kind or has_plan:
             changes.append((module, original))
     for module, original in changes:
@@ -128,7 +130,7 @@ class disabled(_DecoratorContextManager):
     """
 
     def __enter__(self) -> None:
-        _disabled.enter()
+        library.disable(True)
 
     def __exit__(self, *error: Any) -> None:
-        _disabled.leave()
+        library.disable(False)

@@ -9,11 +9,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import functional, reference
 from ._disabled import is_disabled
-from ._plain import why_formula_changed, why_network_changed, why_not_plain_linear, why_odd_tensor
+from ._facts import of_class, why_changed
+from ._plain import (
+    constant_while_traced,
+    why_formula_changed,
+    why_network_changed,
+    why_not_plain_linear,
+    why_odd_tensor,
+)
 from .functional import linear_gelu_residual, mlp_residual, record_fallback
 from .reference import activate
 
@@ -43,6 +51,15 @@ def _layer(name: str) -> Any:
     return staticmethod(layer)
 
 
+_OF_REFERENCE = tuple(of_class(reference.ResidualMLP, "forward"))
+"""The eager MLP that the fused one stands for."""
+
+
+@constant_while_traced
+def _why_traced_reference_changed() -> str | None:
+    return why_changed(_OF_REFERENCE)
+
+
 class LinearGELUResidual(reference.LinearGELUResidual):
     __doc__ = reference.LinearGELUResidual.__doc__
 
@@ -59,11 +76,16 @@ class ResidualMLP(reference.ResidualMLP):
     __doc__ = reference.ResidualMLP.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_disabled():
+        changed = _why_traced_reference_changed() if torch.compiler.is_compiling() else why_changed(_OF_REFERENCE)
+        if changed is not None:
+            record_fallback(changed)
+        if changed is not None or is_disabled():
             return super().forward(x)
         fc1, fc2 = self.fc1, self.fc2
         changed, odd = why_network_changed(), why_odd_tensor(x)
         reason1, reason2 = (changed or why_not_plain_linear(linear) or odd for linear in (fc1, fc2))
+        if reason2 is None and fc2.weight.shape[0] != x.shape[-1]:
+            reason2 = "has another width than x"
         if reason1 is None and reason2 is None:
             return mlp_residual(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, activation=self.activation)
         if reason1 is None:

@@ -12,14 +12,24 @@ from torch import Tensor, nn
 
 from . import reference
 from ._disabled import is_disabled
+from ._facts import of_class, why_changed
 from ._load import library
-from ._plain import NETWORK, why_network_changed, why_not_plain, why_not_plain_linear, why_odd_tensor
+from ._plain import (
+    NETWORK,
+    constant_while_traced,
+    why_network_changed,
+    why_not_plain,
+    why_not_plain_linear,
+    why_odd_tensor,
+)
 from .functional import linear_gelu_concat, linear_gelu_residual, record_fallback, residual_stack
 from .modules import run_linear
 
 __all__ = ["DeepNeuralNet", "ExampleDeepNeuralNetwork", "ImprovedResidualNetwork", "ResidualNetwork"]
 
-_LOOKUP = ("__getattr__", "__getattribute__")
+_RUN_LAYER = reference.ResidualNetwork._run_layer
+_OF_REFERENCE = tuple(of_class(reference.ResidualNetwork, "forward", "_run_layer"))
+"""The eager network that the fused one stands for."""
 _GELU_NAMES = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
@@ -44,6 +54,11 @@ def _plain_layer(layer: nn.Module) -> tuple[Tensor, Tensor | None, str] | str:
     return linear.weight, linear.bias, name
 
 
+@constant_while_traced
+def _why_traced_reference_changed() -> str | None:
+    return why_changed(_OF_REFERENCE)
+
+
 class _FusedForward(reference.ResidualNetwork):
     """The fused ``forward`` of every network here."""
 
@@ -57,10 +72,19 @@ class _FusedForward(reference.ResidualNetwork):
                 return y
         return self._forward_checked(x)
 
+    def _why_eager(self) -> str | None:
+        """Why the whole network is not the one that `residual_stack` computes, or None."""
+        if "_run_layer" in self.__dict__ or type(self)._run_layer is not _RUN_LAYER:
+            return "has a _run_layer of its own"
+        if self.shortcut == "projection" and self.projections is None:
+            return "has no projections"
+        return _why_traced_reference_changed() if torch.compiler.is_compiling() else why_changed(_OF_REFERENCE)
+
     def _forward_checked(self, x: Tensor) -> Tensor:
         weights, biases, common = [], [], ""
-        if type(self)._run_layer is not reference.ResidualNetwork._run_layer:
-            record_fallback("its class has a _run_layer of its own")
+        reason = self._why_eager()
+        if reason is not None:
+            record_fallback(f"{type(self).__name__} {reason}")
             return super().forward(x)
         # torch.jit.trace knows no lists with None in them.
         if (why_network_changed() or why_odd_tensor(x)) is not None or torch.jit.is_tracing():
@@ -82,6 +106,8 @@ class _FusedForward(reference.ResidualNetwork):
                 projection = self.projections[index]
                 if projection is not None and why_not_plain_linear(projection) is not None:
                     return self._forward_by_layer(x)
+                if self._why_other_shapes(index, weights[index]) is not None:
+                    return self._forward_by_layer(x)
                 projections.append(None if projection is None else projection.weight)
                 projection_biases.append(None if projection is None else projection.bias)
         return residual_stack(
@@ -94,12 +120,20 @@ class _FusedForward(reference.ResidualNetwork):
             activation=common,
         )
 
+    def _why_other_shapes(self, index: int, weight: Tensor) -> str | None:
+        """Eager adds what broadcasts, where a layer's identity or projection has another width than its output."""
+        if self.shortcut != "projection" or not isinstance(weight, Tensor):  # torch.fx's stand-ins have no sizes
+            return None
+        projection = self.projections[index]
+        width = weight.shape[1] if projection is None else projection.out_features
+        return None if width == weight.shape[0] else "adds a shortcut of another width"
+
     def _forward_by_layer(self, x: Tensor) -> Tensor:
         changed = why_network_changed()
         for index, layer in enumerate(self.layers):
             plain = changed or _plain_layer(layer)
             if not isinstance(plain, str):
-                plain = why_odd_tensor(x) or plain
+                plain = why_odd_tensor(x) or self._why_other_shapes(index, plain[0]) or plain
             if isinstance(plain, str):
                 record_fallback(f"layers.{index} {plain}")
                 x = self._run_layer(index, layer, x)
@@ -134,4 +168,5 @@ class DeepNeuralNet(_FusedForward, reference.DeepNeuralNet):
     __doc__ = reference.DeepNeuralNet.__doc__
 
 
-library.know_networks(NETWORK, reference.ResidualNetwork, ("layers", "projections", "shortcut", "_run_layer", *_LOOKUP))
+_OWN_NAMES = ("layers", "projections", "shortcut", "_run_layer", "__getattr__", "__getattribute__")
+library.know_networks((*NETWORK, *_OF_REFERENCE), reference.ResidualNetwork, _OWN_NAMES)

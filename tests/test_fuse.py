@@ -221,7 +221,11 @@ def test_other_activations_are_left_alone_with_a_reason(act):
     with pytest.warns(UserWarning, match=type(act).__name__):
         report = fl.fuse(model)
     assert type(model) is NamedMlp and "forward" not in vars(model)
-    assert [site.reason for site in report] == [f"act is a {type(act).__name__}, which computes no GELU"]
+    (site,) = report
+    known = (
+        "which computes no GELU" if type(act).__module__.startswith("torch") else "which is not known to compute a GELU"
+    )
+    assert site.reason.startswith(f"act is a {type(act).__name__}, {known}")
 
 
 def test_register_activation():

@@ -193,3 +193,108 @@ def test_the_random_state_is_left_alone():
     for function in NOT_GELU.values():
         form_of_values(function)
     assert torch.equal(torch.rand(1), expected)
+
+
+class Bump(nn.Module):
+    """Not GELU on less than a thousandth of the line, between the points of any grid."""
+
+    def forward(self, x):
+        return F.gelu(x) + torch.exp(-(((x - 5.05) * 100) ** 2))
+
+
+class Step(nn.Module):
+    def forward(self, x):
+        return F.gelu(x) + torch.tanh((x - 5.05) * 900.0) - torch.tanh((x - 5.0501) * 900.0)
+
+
+class Pole(nn.Module):
+    def forward(self, x):
+        return F.gelu(x) + 0.001 / ((x - 5.05) ** 2 + 0.001)
+
+
+class Tilted(nn.Module):
+    def forward(self, x):
+        return F.gelu(x) + 1e-6 * x
+
+
+class Wide(nn.Module):
+    """Of another dtype, where x has 16 bits."""
+
+    def forward(self, x):
+        return x * torch.tensor([0.5]) * (1 + torch.erf(x * 0.5**0.5))
+
+
+class Overflowing(nn.Module):
+    """Infinite in float16 where GELU is not."""
+
+    def forward(self, x):
+        return F.gelu(x * 1e4 / 1e4)
+
+
+class OverflowingTwice(nn.Module):
+    def forward(self, x):
+        return F.gelu(x * 900.0 * 900.0 / 900.0 / 900.0)
+
+
+@pytest.mark.parametrize("kind", [Bump, Step, Pole, Tilted, Wide, Overflowing, OverflowingTwice])
+def test_formulas_that_are_gelu_nearly_everywhere(kind):
+    model = NamedMlp(12, 20, kind())
+    assert not fl.fuse(model).fused and type(model) is NamedMlp
+
+
+def test_no_code_is_called_that_was_not_read():
+    class Tap(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def forward(self, x):
+            self.seen.append(x.shape)
+            return F.gelu(x)
+
+    model = nn.Sequential(nn.Linear(8, 8), Tap(), nn.Linear(8, 8))
+    fl.explain(model)
+    fl.fuse(model)
+    assert not model[1].seen
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_partial_is_changed_in_place(copied):
+    model, x = NamedMlp(12, 20, Act(functools.partial(F.gelu, approximate="none"))), 10 * torch.randn(4, 12)
+    fl.fuse(model).assert_fused(1)
+    model = copy.deepcopy(model) if copied else model
+    model(x)
+    assert fused_calls() == 1
+    model.act.function.keywords["approximate"] = "tanh"
+    torch.testing.assert_close(model(x), NamedMlp.forward(model, x), rtol=0, atol=0)
+    model.act.function.__setstate__((torch.relu, (), {}, None))
+    torch.testing.assert_close(model(x), NamedMlp.forward(model, x), rtol=0, atol=0)
+    assert sum(fl.stats()["fallback"].values()) == 2
+    fl.reset_stats()
+
+
+@pytest.mark.parametrize("name", ["__mul__", "__rmul__", "__add__", "__radd__", "__truediv__", "__sub__"])
+def test_an_operator_of_tensors_is_replaced(name, monkeypatch):
+    class ByHand(nn.Module):
+        def forward(self, x):
+            return 0.5 * x * (1.0 - torch.erf((0.0 - x) / math.sqrt(2.0))) * 1.0 + 0.0
+
+    model, x = NamedMlp(12, 20, ByHand()), torch.randn(4, 12)
+    fl.fuse(model).assert_fused(1)
+    original = getattr(torch.Tensor, name)
+    monkeypatch.setattr(torch.Tensor, name, lambda a, b: original(original(a, b), 1.5))
+    torch.testing.assert_close(model(x), NamedMlp.forward(model, x), rtol=0, atol=0)
+    assert len(fl.stats()["fallback"]) == 1
+    fl.reset_stats()
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3), [1, 2], "a word"], ids=lambda value: type(value).__name__)
+def test_an_attribute_that_gelu_does_not_read(value):
+    """Statistics that hooks keep: no comparison of theirs is asked for."""
+    model, x = NamedMlp(), torch.randn(4, 12)
+    model.act.last = value
+    fl.fuse(model).assert_fused(1)
+    model.act.last = torch.ones(4)
+    model(x)
+    assert fused_calls() == 1

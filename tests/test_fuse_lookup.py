@@ -275,3 +275,263 @@ def test_the_edited_class_of_an_activation_runs_its_new_code():
     assert torch.equal(model(x), 2 * F.gelu(model[0](x)))
     assert list(fl.stats()["fallback"]) == [f"Sequential: {Act.forward.__qualname__} has other code now"]
     fl.reset_stats()
+
+
+def doubled_sequential(self, x):
+    for module in self:
+        x = module(x)
+    return 2 * x
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (nn.Sequential, "forward", doubled_sequential),
+        (nn.Sequential, "__iter__", lambda self: iter([*self._modules.values()][::-1])),
+        (torch.Tensor, "__add__", lambda a, b: torch.add(a, b, alpha=3)),
+    ],
+    ids=["forward", "iter", "add"],
+)
+def test_torchs_own_containers_and_sums_patched_before(kind, name, value, monkeypatch):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.fc(x) + x
+
+    models, x = [nn.Sequential(nn.Linear(8, 8), nn.GELU()), Sum()], torch.randn(3, 8)
+    monkeypatch.setattr(kind, name, value)
+    for model in models:
+        expected = model(x)
+        fl.fuse(model)
+        assert torch.equal(model(x), expected) or (
+            fused_calls() and kind is nn.Sequential and type(model) is not nn.Sequential
+        )
+    fl.reset_stats()
+    monkeypatch.undo()
+
+
+def subclass(kind):
+    return type("Sub", (kind,), {"act": staticmethod(torch.relu)})
+
+
+def attribute(kind):
+    kind.act = staticmethod(torch.relu)
+    return kind
+
+
+@pytest.mark.parametrize("change", [subclass, attribute], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_fused_class_is_changed_or_derived_from(change, compiled):
+    class Own(Mlp):
+        pass
+
+    model, x = Own().eval(), torch.randn(3, 8)
+    fl.fuse(model).assert_fused(1)
+    model.__class__ = change(type(model))
+    expected = model.fc2(torch.relu(model.fc1(x)))
+    run = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    torch.testing.assert_close(run(x), expected)
+    assert not fl.explain(model).fused
+    torch._dynamo.reset()
+    fl.reset_stats()
+
+
+def test_a_fused_linear_whose_class_is_derived_from(monkeypatch):
+    from fastlane_ext import fusion
+
+    monkeypatch.setattr(fusion, "_measured", lambda *_: {"rows": 128, "library_ms": 2.0, "fused_ms": 1.0})
+    model, x = nn.Linear(8, 8), torch.randn(3, 8)
+    fl.fuse(model, linears=True).assert_fused(1)
+    model.__class__ = type("Ones", (type(model),), {"weight": property(lambda self: torch.ones(8, 8))})
+    torch.testing.assert_close(model(x), F.linear(x, torch.ones(8, 8), model.bias))
+    assert len(fl.stats()["fallback"]) == 1
+    fl.reset_stats()
+
+
+def test_a_forward_given_to_the_fused_class():
+    model = Mlp()
+    fl.fuse(model)
+    kind = type(model)
+    original = kind.forward
+    kind.forward = lambda self, x: x + 1
+    try:
+        (site,) = fl.explain(model)
+        assert not site.fused and "was given another forward" in site.reason
+        with pytest.raises(RuntimeError, match="was given another forward"):
+            fl.unfuse(model)
+    finally:
+        kind.forward = original
+    assert fl.unfuse(model) == 1
+
+
+class Switch(nn.Module):
+    """Changes its siblings when it is called."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change, self.owner = change, []
+
+    def forward(self, x):
+        for owner in self.owner:
+            self.change(owner)
+        return x
+
+
+class Switched(Mlp):
+    def __init__(self, change):
+        super().__init__()
+        self.switch = Switch(change)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(self.switch(x))))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m, "act", nn.ReLU()),
+        lambda m: m.fc1.register_forward_hook(lambda *a: 2 * a[2]),
+        lambda m: setattr(m.fc1, "forward", lambda x: 3 * x),
+        lambda m: setattr(m.act, "approximate", "tanh"),
+        lambda m: setattr(m, "fc2", nn.Identity()),
+        lambda m: m.__dict__.update(act=torch.relu),
+    ],
+    ids=["another act", "a hook", "a forward", "another form", "no layer", "an attribute"],
+)
+def test_a_child_that_changes_its_siblings_meanwhile(change):
+    model, x = Switched(change), 3 * torch.randn(3, 8)
+    eager = copy.deepcopy(model)
+    fl.fuse(model).assert_fused(1)
+    for one in (model, eager):
+        one.switch.owner.append(one)
+    assert torch.equal(model(x), eager(x))
+    assert len(fl.stats()["fallback"]) == 1
+    fl.reset_stats()
+
+
+class Doubling(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+        y = super().__torch_function__(function, kinds, args, kwargs)
+        return 2 * y if function is F.linear else y
+
+
+class Gives(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x):
+        return self.make(x)
+
+
+class AfterAChild(Mlp):
+    def __init__(self, make):
+        super().__init__()
+        self.pre = Gives(make)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(self.pre(x))))
+
+
+class AddsAChild(AfterAChild):
+    def forward(self, x):
+        r = self.pre(x)
+        return self.fc1(x) + r
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.as_subclass(Doubling),
+        lambda x: x.to_sparse_csr(),
+        lambda x: torch.nested.nested_tensor([x[:1], x[1:]], layout=torch.jagged),
+        lambda x: 2.5,
+    ],
+    ids=["a subclass", "sparse", "jagged", "a number"],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+def test_a_child_that_gives_no_plain_tensor(make):
+    x = torch.randn(3, 8)
+    for kind in (AfterAChild, AddsAChild):
+        model = kind(make).requires_grad_(False)
+        eager = copy.deepcopy(model)
+        fl.fuse(model).assert_fused(1)
+        try:
+            expected = eager(x)
+        except Exception as error:
+            with pytest.raises(type(error)):
+                model(x)
+        else:
+            got = model(x)
+            assert type(got) is type(expected) and got.layout == expected.layout
+            for a, b in zip(
+                got.unbind() if got.is_nested else [got],
+                expected.unbind() if got.is_nested else [expected],
+                strict=True,
+            ):
+                assert torch.equal(
+                    a.to_dense() if a.layout != torch.strided else a, b.to_dense() if b.layout != torch.strided else b
+                )
+        assert list(fl.stats()["fallback"]) == [f"{kind.__name__}: a child gave something else than a plain tensor"]
+        fl.reset_stats()
+
+
+class Chooses(Mlp):
+    def forward(self, x, y):
+        return self.act((self.fc1, self.fc2)[x is y](x))
+
+
+class ChoosesByName(Mlp):
+    def forward(self, x, y):
+        return self.act({True: self.fc1, False: self.fc2}[x is y](x))
+
+
+@pytest.mark.parametrize("kind", [Chooses, ChoosesByName])
+def test_a_forward_that_chooses_by_identity(kind):
+    model, x = kind(), torch.randn(3, 8)
+    (site,) = fl.fuse(model)
+    assert not site.fused and "compares something" in site.reason and type(model) is kind
+    assert torch.equal(model(x, x), kind.forward(model, x, x))
+
+
+@pytest.mark.parametrize("name", ["fc1", "act"])
+def test_a_forward_set_after_compiling(name):
+    """accelerate and offloading do that; torch.compile has to notice."""
+    model, x = Mlp().eval(), torch.randn(3, 8)
+    fl.fuse(model).assert_fused(1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(x)
+    getattr(model, name).forward = lambda t: 2 * t
+    torch.testing.assert_close(compiled(x), Mlp.forward(model, x))
+    torch._dynamo.reset()
+    fl.reset_stats()
+
+
+@pytest.mark.parametrize("change", [another_dropout, another_dropout_function], ids=lambda change: change.__name__)
+def test_another_dropout_in_a_graph(change, monkeypatch):
+    model, x = Mlp().eval(), torch.randn(3, 8)
+    eager = copy.deepcopy(model)
+    fl.fuse(model).assert_fused(1)
+    change(monkeypatch, model)
+    results = [torch.compile(m, backend="eager", fullgraph=True)(x) for m in (model, eager)]
+    torch.testing.assert_close(*results)
+    torch._dynamo.reset()
+    monkeypatch.undo()
+
+
+def test_a_fused_linear_in_a_graph(monkeypatch):
+    from fastlane_ext import fusion
+
+    monkeypatch.setattr(fusion, "_measured", lambda *_: {"rows": 128, "library_ms": 2.0, "fused_ms": 1.0})
+    model, x, linear = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(3, 8), F.linear
+    eager = copy.deepcopy(model)
+    fl.fuse(model, linears=True).assert_fused(1)
+    monkeypatch.setattr(F, "linear", lambda *a: 2 * linear(*a))
+    results = [torch.compile(m, backend="eager", fullgraph=True)(x) for m in (model, eager)]
+    torch.testing.assert_close(*results)
+    torch._dynamo.reset()
+    monkeypatch.undo()

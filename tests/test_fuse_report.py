@@ -265,3 +265,101 @@ def test_what_really_ran():
 def test_explain_in_a_terminal_without_arrows():
     text = str(fl.explain(nn.Sequential(NamedMlp(8, 8))))
     assert "Linear→GELU→Linear" in text
+
+
+class Keeps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.acts, self.by_name = nn.Linear(8, 8), [nn.GELU()], {"gelu": F.gelu}
+        self.act_name = "gelu"
+
+
+def keeps(function):
+    return type(function.__name__, (Keeps,), {"forward": function})
+
+
+def product(self, x):
+    return F.gelu(x @ self.fc.weight)
+
+
+def by_mm(self, x):
+    return F.gelu(torch.mm(x, self.fc.weight))
+
+
+def by_list(self, x):
+    return self.acts[0](self.fc(x))
+
+
+def by_dict(self, x):
+    return self.by_name["gelu"](self.fc(x))
+
+
+def by_getattr(self, x):
+    return getattr(F, "gelu")(self.fc(x))  # noqa: B009
+
+
+def by_distribution(self, x):
+    h = self.fc(x)
+    return h * torch.distributions.Normal(0.0, 1.0).cdf(h)
+
+
+class OnlyParameters(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return F.gelu(x @ self.w)
+
+
+class InABlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(8, 8))
+
+    def forward(self, x):
+        return F.gelu(self.block(x))
+
+
+class ActWithAChild(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.act = nn.Linear(8, 8), nn.Sequential(nn.Identity(), nn.GELU())
+
+    def forward(self, x):
+        return self.act(self.fc(x))
+
+
+ALSO_MISSED = [
+    *map(keeps, [product, by_mm, by_list, by_dict, by_getattr, by_distribution]),
+    OnlyParameters,
+    InABlock,
+    ActWithAChild,
+]
+
+
+@pytest.mark.parametrize("kind", ALSO_MISSED, ids=lambda kind: kind.__name__)
+def test_more_places_that_are_not_followed(kind):
+    model = nn.Sequential(kind(), NamedMlp(8, 8))
+    model(torch.randn(2, 8))
+    assert [(site.name, site.fused) for site in fl.explain(model)] == [("0", False), ("1", True)]
+
+
+def test_what_filter_fn_raises_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        fl.fuse(NamedMlp(), filter_fn=lambda name, module: 1 / 0)
+    with pytest.raises(TypeError, match="positional argument"):
+        fl.fuse(NamedMlp(), filter_fn=lambda name: True, strict=True)
+
+
+def test_strict_counts_what_could_not_be_looked_into():
+    with pytest.raises(RuntimeError, match="strict=True"):
+        fl.fuse(nn.Sequential(RaisesAnyError(), NamedMlp(8, 8)), strict=True)
+
+
+def test_explain_makes_no_class():
+    class Own(NamedMlp):
+        pass
+
+    fl.explain(Own())
+    assert Own.__subclasses__() == []

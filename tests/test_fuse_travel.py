@@ -244,3 +244,55 @@ def test_without_the_package_nothing_loads_and_the_message_names_it():
     code = "import sys; sys.modules['fastlane_ext'] = None\n" + LOAD
     result = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(model), capture_output=True)
     assert result.returncode and b"fastlane_ext" in result.stderr
+
+
+class ByHand(nn.Module):
+    def forward(self, x):
+        return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def loaded(act=None):
+    model = NamedMlp(12, 20, act)
+    fl.fuse(model).assert_fused(1)
+    return pickle.loads(pickle.dumps(model))
+
+
+def test_loaded_and_compiled_before_the_first_call():
+    model, x = loaded(ByHand()), torch.randn(2, 12)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), NamedMlp.forward(model, x))
+    torch._dynamo.reset()
+
+
+def test_loaded_and_first_called_in_a_transform():
+    model, x = loaded(ByHand()), torch.randn(2, 12)
+    torch.testing.assert_close(torch.func.vmap(model)(x), NamedMlp.forward(model, x))
+    fl.reset_stats()
+    fresh = NamedMlp(12, 20, ByHand())
+    torch.func.grad(lambda x: (fl.fuse(fresh), x.sum())[1])(x)
+    assert fl.explain(fresh).fused
+
+
+def test_loaded_and_first_traced():
+    model, x = nn.Sequential(loaded(), nn.Tanh()), torch.randn(2, 12)
+    model[0].__dict__[fused_classes.PLAN] = fused_classes.Unread()
+    fx.symbolic_trace(model)
+    fl.reset_stats()
+    model(x)
+    assert fused_calls() == 1 and fl.explain(model).fused
+
+
+def test_a_reducer_in_copyreg(monkeypatch):
+    import copyreg
+
+    class Registered(NamedMlp):
+        pass
+
+    monkeypatch.setitem(copyreg.dispatch_table, Registered, lambda m: (NamedMlp, ()))
+    (site,) = fl.fuse(Registered())
+    assert not site.fused and "copyreg" in site.reason
+    monkeypatch.undo()
+    model = Registered()
+    fl.fuse(model).assert_fused(1)
+    monkeypatch.setitem(copyreg.dispatch_table, Registered, lambda m: (NamedMlp, ()))
+    assert type(copy.deepcopy(model)) is NamedMlp

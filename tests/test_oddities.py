@@ -334,3 +334,105 @@ def test_both_checks_of_facts_agree(monkeypatch):
                 assert library.hold(known.facts) == hold_slowly(known.facts)
             assert library.hold(_plain.NETWORK) is hold_slowly(_plain.NETWORK) is False
     assert library.hold(_plain.NETWORK)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:Sparse CSR")
+@pytest.mark.parametrize("kind", ["jagged", "sparse", "subclass"])
+@pytest.mark.parametrize("name", ["ResidualMLP", "LinearGELUResidual", "ResidualNetwork"])
+def test_inputs_that_are_no_plain_tensors(name, kind):
+    arguments = ([8, 8],) if name == "ResidualNetwork" else (8, 8)
+    options = {"shortcut": "none"} if name != "ResidualMLP" else {}
+    fused, eager = (getattr(which, name)(*arguments, **options).requires_grad_(False) for which in (fl, reference))
+    eager.load_state_dict(fused.state_dict())
+    x = torch.eye(8)
+    if kind == "jagged":
+        x = torch.nested.nested_tensor([x[:3], x[3:]], layout=torch.jagged)
+    else:
+        x = x.to_sparse_csr() if kind == "sparse" else x.as_subclass(Doubled)
+    try:
+        expected = eager(x)
+    except Exception as error:
+        with pytest.raises(type(error)):
+            fused(x)
+    else:
+        got = fused(x)
+        assert type(got) is type(expected)
+        for a, b in zip(*(y.unbind() if y.is_nested else [y] for y in (got, expected)), strict=True):
+            assert torch.equal(a, b)
+    assert fl.stats()["fallback"]
+    fl.reset_stats()
+
+
+def run_layer(self, index, layer, x):
+    return 3 * layer(x)
+
+
+@pytest.mark.parametrize("where", ["instance", "class", "reference", "forward"])
+def test_what_a_network_stands_for_is_another(where, monkeypatch):
+    subject, x = network(), torch.randn(3, 8)
+    if where == "instance":
+        for model in (subject.fused, subject.eager):
+            model._run_layer = types.MethodType(run_layer, model)
+    elif where == "class":
+        monkeypatch.setattr(fl.ResidualNetwork, "_run_layer", run_layer, raising=False)
+        monkeypatch.setattr(reference.ResidualNetwork, "_run_layer", run_layer)
+    elif where == "reference":
+        monkeypatch.setattr(reference.ResidualNetwork, "_run_layer", run_layer)
+    else:
+        monkeypatch.setattr(reference.ResidualNetwork, "forward", lambda self, x: 5 * x)
+    assert library.run_plain_network(subject.fused, x) is None
+    assert torch.equal(subject.fused(x), subject.eager(x))
+    assert len(fl.stats()["fallback"]) == 1
+    fl.reset_stats()
+    monkeypatch.undo()
+
+
+def test_the_forward_of_the_eager_mlp_is_another(monkeypatch):
+    subject, x = residual_mlp(), torch.randn(3, 8)
+    monkeypatch.setattr(reference.ResidualMLP, "forward", lambda self, x: 5 * x)
+    assert torch.equal(subject.fused(x), 5 * x)
+    assert len(fl.stats()["fallback"]) == 1
+    fl.reset_stats()
+    monkeypatch.undo()
+
+
+def test_another_concatenation(monkeypatch):
+    cat = torch.cat
+    kinds = fl.LinearGELUResidual, reference.LinearGELUResidual
+    layers = [kind(8, 8, shortcut="concat") for kind in kinds]
+    networks = [which.ResidualNetwork([8, 8], shortcut="concat") for which in (fl, reference)]
+    monkeypatch.setattr(torch, "cat", lambda *a, **k: 2 * cat(*a, **k))
+    x = torch.randn(3, 8)
+    for fused, eager in (layers, networks):
+        eager.load_state_dict(fused.state_dict())
+        torch.testing.assert_close(fused(x), eager(x))
+    assert len(fl.stats()["fallback"]) == 2
+    fl.reset_stats()
+    monkeypatch.undo()
+
+
+def test_shapes_that_eager_broadcasts():
+    """One behaviour: a child of another shape is called, in a fused model, an MLP and a network alike."""
+    x = torch.randn(3, 8)
+    subjects = [make() for make in (residual_mlp, network)]
+    for subject in subjects:
+        for linear in subject.linears():
+            linear.bias = nn.Parameter(torch.zeros(1))
+    wide = residual_mlp()
+    for model in (wide.fused, wide.eager):
+        torch.manual_seed(0)
+        model.fc2 = nn.Linear(8, 1)
+    projected = [which.ResidualNetwork([8, 8, 8], shortcut="projection") for which in (fl, reference)]
+    projected[1].load_state_dict(projected[0].state_dict())
+    without = [which.ResidualNetwork([8, 8], shortcut="none") for which in (fl, reference)]
+    without[1].load_state_dict(without[0].state_dict())
+    for model in projected:
+        torch.manual_seed(0)
+        model.layers[1] = nn.Sequential(nn.Linear(8, 1), nn.GELU())
+    for model in without:
+        model.shortcut = "projection"
+    pairs = [(s.fused, s.eager) for s in (*subjects, wide)] + [projected, without]
+    for fused, eager in pairs:
+        torch.testing.assert_close(fused(x), eager(x))
+        assert fl.stats()["fallback"]
+        fl.reset_stats()
