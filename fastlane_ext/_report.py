@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
+
+from ._text import for_stream
 
 
 class PassedOver(NamedTuple):
@@ -38,7 +41,8 @@ class Site:
 class FusionReport:
     """What `fuse` found in a model: a `Site` a row, in the order of ``named_modules()``.
 
-    ``str(report)`` is a table with a summary line; ``len``, iteration and ``report.sites`` give the rows.
+    ``str(report)`` is a table with a summary line, in letters that standard output knows; ``len``, iteration and
+    ``report.sites`` give the rows.
     ``report.passed_over`` lists the modules that were not looked into, each a `PassedOver`.
     """
 
@@ -81,7 +85,8 @@ class FusionReport:
         lines = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
         ]
-        return "\n".join([line.rstrip() for line in lines if self.sites] + [self.summary()])
+        text = "\n".join([line.rstrip() for line in lines if self.sites] + [self.summary()])
+        return for_stream(text, sys.stdout)
 
     __repr__ = __str__
 

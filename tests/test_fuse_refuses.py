@@ -528,8 +528,18 @@ def test_module_lists_are_no_sites():
 
 
 def test_disabled_as_a_decorator():
-    model = NamedMlp()
+    model, x = NamedMlp(), torch.randn(2, 12)
     fl.fuse(model)
     calls = fused_calls()
-    fl.disabled()(model)(torch.randn(2, 12))
-    assert fused_calls() == calls
+    fl.disabled()(model)(x)
+
+    @fl.disabled()
+    def rows():
+        yield model(x)
+        yield model(x)
+
+    for _ in rows():
+        assert fused_calls() == calls
+        model(x)  # outside the generator's own code
+        calls += 1
+        assert fused_calls() == calls

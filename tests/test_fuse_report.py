@@ -1,5 +1,7 @@
 """The report of `fuse` and `explain`: it lists every place where a GELU meets a linear layer, and what really ran."""
 
+import io
+import sys
 import types
 
 import pytest
@@ -262,9 +264,13 @@ def test_what_really_ran():
     assert fl.explain(model).sites[2].calls == {"fused": 1, "original": 1}
 
 
-def test_explain_in_a_terminal_without_arrows():
-    text = str(fl.explain(nn.Sequential(NamedMlp(8, 8))))
-    assert "Linear→GELU→Linear" in text
+@pytest.mark.parametrize(("encoding", "pattern"), [("ascii", "Linear->GELU->Linear"), ("utf-8", "Linear→GELU→Linear")])
+def test_explain_in_a_terminal_without_arrows(encoding, pattern, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    print(fl.explain(nn.Sequential(NamedMlp(8, 8))))
+    stream.flush()
+    assert pattern in stream.buffer.getvalue().decode(encoding)
 
 
 class Keeps(nn.Module):

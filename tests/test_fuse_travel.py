@@ -296,3 +296,16 @@ def test_a_reducer_in_copyreg(monkeypatch):
     fl.fuse(model).assert_fused(1)
     monkeypatch.setitem(copyreg.dispatch_table, Registered, lambda m: (NamedMlp, ()))
     assert type(copy.deepcopy(model)) is NamedMlp
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_jagged_tensors_in_a_graph():
+    model = NamedMlp(8, 8)
+    x = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged)
+    expected = model(x)
+    fl.fuse(model).assert_fused(1)
+    for run in (model, torch.compile(model, backend="eager")):
+        for got, wanted in zip(run(x).unbind(), expected.unbind(), strict=True):
+            torch.testing.assert_close(got, wanted)
+    torch._dynamo.reset()
+    fl.reset_stats()
