@@ -1,22 +1,12 @@
-"""Small ways to break the compiled half, each of which the tests must notice.
+"""Small ways to break the kernels and operators, each of which the tests must notice.
 
-In `broken`, MUTANT is true while this mutant is the chosen one; then the code does what the name says. All of them are
-compiled into one library, so that thirty mutants cost one build.
+All of them are compiled into one library, so that thirty mutants cost one build.
 """
 
-from dataclasses import dataclass
+from mutant import Mutant
+from mutants_of_fuse import MUTANTS as MUTANTS_OF_FUSE
 
 KERNELS = "csrc/kernels/cpu/"
-
-
-@dataclass(frozen=True)
-class Mutant:
-    name: str
-    file: str
-    text: str  # stands in the file once
-    broken: str
-    near: str  # the test file that is tried first
-    path: str = "fused"  # FASTLANE_PATH
 
 
 MUTANTS = [
@@ -488,3 +478,5 @@ MUTANTS = [
         "test_fuse.py",
     ),
 ]
+
+MUTANTS += MUTANTS_OF_FUSE

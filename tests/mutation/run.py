@@ -1,4 +1,4 @@
-"""Breaks the compiled half in many small ways and shows that the tests notice each: `make mutants`.
+"""Breaks the package in many small ways and shows that the tests notice each: `make mutants`.
 
     python tests/mutation/run.py                 all mutants, on the AVX2 kernels
     python tests/mutation/run.py --only dW       those with "dW" in their names
@@ -57,9 +57,7 @@ def mutated_sources():
         found = text.count(mutant.text)
         if found != 1:
             sys.exit(f"{mutant.file}: mutant {mutant.name!r}: its text is there {found} times, expected 1; adapt it")
-        texts[mutant.file] = text.replace(
-            mutant.text, mutant.broken.replace("MUTANT", f"(fastlane_mutant == {number})")
-        )
+        texts[mutant.file] = text.replace(mutant.text, mutant.broken.replace("MUTANT", mutant.switch(number)))
     return texts
 
 

@@ -1,0 +1,148 @@
+"""Small ways to break what `fuse`, modules and networks ask before an operation stands in for somebody's code."""
+
+from mutant import Mutant
+
+PACKAGE = "fastlane_ext/"
+
+MUTANTS = [
+    Mutant(
+        "a plan overlooks code that is edited inside a function",
+        "csrc/facts.cpp",
+        "is(0, PyFunction_GET_CODE(function)) &&",
+        "(MUTANT || is(0, PyFunction_GET_CODE(function))) &&",
+        "test_fuse_lookup.py",
+    ),
+    Mutant(
+        "a plan overlooks what was replaced in a class or a module",
+        "csrc/facts.cpp",
+        "return found ? found == value : value == absent;",
+        "return MUTANT || (found ? found == value : value == absent);",
+        "test_fuse_lookup.py",
+    ),
+    Mutant(
+        "a dispatch mode watches nothing",
+        "csrc/plain_module.cpp",
+        "if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return true;",
+        "if (c10::impl::TorchDispatchModeTLS::any_modes_set() && !MUTANT) return true;",
+        "test_oddities.py",
+    ),
+    Mutant(
+        "every function mode is taken for a default device",
+        "csrc/plain_module.cpp",
+        "!= Torch::get().device_context) return true;",
+        "!= Torch::get().device_context && !MUTANT) return true;",
+        "test_oddities.py",
+    ),
+    Mutant(
+        "an instance's own forward is overlooked",
+        "csrc/plain_module.cpp",
+        "    if (key.in(dict)) return nullptr;",
+        "    if (key.in(dict) && !MUTANT) return nullptr;",
+        "test_oddities.py",
+    ),
+    Mutant(
+        "an attribute in place of a child is overlooked",
+        "csrc/plan_call.cpp",
+        "has_none_of(dict, check(kNames)) && has_all_of",
+        "(MUTANT || has_none_of(dict, check(kNames))) && has_all_of",
+        "test_fuse_lookup.py",
+    ),
+    Mutant(
+        "a class derived from a fused one may define what it likes",
+        "csrc/plan_call.cpp",
+        "    if (_PyType_Lookup(own, name) !=",
+        "    if (!MUTANT && _PyType_Lookup(own, name) !=",
+        "test_fuse_lookup.py",
+    ),
+    Mutant(
+        "a network overlooks what a derived class defines",
+        "csrc/network_call.cpp",
+        "!is_as_its_class(network.ptr()) ||",
+        "(!MUTANT && !is_as_its_class(network.ptr())) ||",
+        "test_oddities.py",
+    ),
+    Mutant(
+        "whatever torch has when it is asked is torch's own",
+        PACKAGE + "_facts.py",
+        "return code.co_name == name and file.endswith(",
+        "return MUTANT or code.co_name == name and file.endswith(",
+        "test_oddities.py",
+    ),
+    Mutant(
+        "code is no fact",
+        PACKAGE + "_facts.py",
+        "    if isinstance(value, types.FunctionType):\n        fact = ",
+        "    if isinstance(value, types.FunctionType) and not MUTANT:\n        fact = ",
+        "test_fuse_lookup.py",
+    ),
+    Mutant(
+        "what a class has under a child's name is overlooked",
+        PACKAGE + "_trace.py",
+        "        if lookup(kind, name) is not ABSENT:",
+        "        if lookup(kind, name) is not ABSENT and not MUTANT:",
+        "test_fuse_lookup.py",
+    ),
+    Mutant(
+        "an activation's slope is not looked at",
+        PACKAGE + "_activations.py",
+        "if bool(is_value.all()) and bool(is_slope.all()):",
+        "if bool(is_value.all()) and (MUTANT or bool(is_slope.all())):",
+        "test_fuse_activations.py",
+    ),
+    Mutant(
+        "the grid ends at 24",
+        PACKAGE + "_activations.py",
+        "torch.logspace(1, 38.47, 160",
+        "torch.logspace(1, 1.38 if MUTANT else 38.47, 160",
+        "test_fuse_activations.py",
+    ),
+    Mutant(
+        "infinities and NaN are not looked at",
+        PACKAGE + "_activations.py",
+        "if len(found) != 1 or not _keeps_special_values(call):",
+        "if len(found) != 1 or not (MUTANT or _keeps_special_values(call)):",
+        "test_fuse_activations.py",
+    ),
+    Mutant(
+        "results of 16 bits are not looked at",
+        PACKAGE + "_activations.py",
+        "all(_keeps_dtype(call, dtype, form) for dtype in _NARROW)",
+        "all(MUTANT or _keeps_dtype(call, dtype, form) for dtype in _NARROW)",
+        "test_fuse_activations.py",
+    ),
+    Mutant(
+        "a formula may have any number of functions",
+        PACKAGE + "_formula.py",
+        "if degree > _DEGREE or len(functions) > 1:",
+        "if not MUTANT and (degree > _DEGREE or len(functions) > 1):",
+        "test_fuse_activations.py",
+    ),
+    Mutant(
+        "an activation's operators are no facts",
+        PACKAGE + "_outside.py",
+        "evidence.facts += of_class(Tensor, *_OPERATORS)",
+        "evidence.facts += () if MUTANT else of_class(Tensor, *_OPERATORS)",
+        "test_fuse_activations.py",
+    ),
+    Mutant(
+        "nothing is asked again after a child has run",
+        PACKAGE + "fused_classes.py",
+        "            is_checked = False",
+        "            is_checked = MUTANT",
+        "test_fuse_lookup.py",
+    ),
+    Mutant(
+        "values stay until the call ends",
+        PACKAGE + "fused_classes.py",
+        "        for value in last_used:",
+        "        for value in () if MUTANT else last_used:",
+        "test_fuse_memory.py",
+    ),
+    Mutant(
+        "a child's odd tensor goes into the kernels",
+        PACKAGE + "fused_classes.py",
+        "if not all(is_plain_tensor(values[read]) for read in step.reads):",
+        "if not all(MUTANT or is_plain_tensor(values[read]) for read in step.reads):",
+        "test_fuse_lookup.py",
+    ),
+]
