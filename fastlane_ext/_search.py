@@ -11,13 +11,16 @@ from torch import nn
 
 from . import modules, networks, reference
 from ._activations import read_activation
+from ._changes import why_changed
 from ._facts import ABSENT, lookup
 from ._measure import Measure, why_not_faster
 from ._mentions import has_linear, looks_linear, mentions_gelu, says_gelu
 from ._plain import class_name, is_linear, known, linear_class, original_class, why_parameters_unfit, why_touched
-from ._plan import Plan, Refused, other_activation, read_plan
+from ._plan import Plan
+from ._read_plan import other_activation, read_plan
 from ._report import PassedOver, Site
-from .fused_classes import PLAN, fused_class, plan_of, why_changed, why_forward_replaced, why_no_class
+from ._trace import Refused
+from .fused_classes import PLAN, fused_class, plan_of, why_forward_replaced, why_no_class
 
 FUSED_NETWORKS: dict[type[nn.Module], type[nn.Module]] = {
     reference.ExampleDeepNeuralNetwork: networks.ExampleDeepNeuralNetwork,

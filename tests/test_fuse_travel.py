@@ -309,3 +309,20 @@ def test_jagged_tensors_in_a_graph():
             torch.testing.assert_close(got, wanted)
     torch._dynamo.reset()
     fl.reset_stats()
+
+
+def test_the_name_under_which_earlier_versions_pickled_a_fused_class():
+    assert getattr(fused_classes, "torch:nn:modules:container|Sequential") is fused_classes.fused_class(nn.Sequential)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        fused_classes.nonsense  # noqa: B018
+
+
+def test_a_plan_that_an_earlier_version_pickled():
+    model, x = NamedMlp(), torch.randn(2, 12)
+    fl.fuse(model)
+    plan = model.__dict__[fused_classes.PLAN]
+    old = object.__new__(type(plan))
+    old.__setstate__({"inputs": plan.inputs, "steps": plan.steps})
+    model.__dict__[fused_classes.PLAN] = old
+    model(x)
+    assert fused_calls() == 1

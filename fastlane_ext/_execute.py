@@ -1,0 +1,128 @@
+"""One call of a fused module: the steps of its plan, each value kept until its last user has run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _facts
+from ._changes import why_changed
+from ._load import library
+from ._plain import is_plain_tensor, known, weight_and_bias, why_touched
+from ._plan import Call, Fused, Gelu, Plan
+from .functional import record_fallback
+
+
+def _run_fused(children: dict[str, nn.Module], step: Fused, values: list[Any]) -> Tensor:
+    x, residual, late = values[step.source], None, None
+    parameters = weight_and_bias(children[step.fc1.name], step.fc1.transposed)
+    op = torch.ops.fastlane.linear_gelu_residual.default
+    if step.fc2 is not None:
+        parameters += weight_and_bias(children[step.fc2.name], step.fc2.transposed)
+        op = torch.ops.fastlane.mlp_residual.default
+    if step.residual is not None:
+        residual = values[step.residual]
+        # What eager broadcasts or promotes further than the kernels do is added afterwards.
+        if residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], parameters[-2].shape[0]):
+            residual, late = None, residual
+    y = op(x, *parameters, residual, activation=step.activation)
+    return y if late is None else y + late
+
+
+def _is_inactive_dropout(child: nn.Module) -> bool:
+    # A graph has the call for nothing, and torch.compile guards on it.
+    if type(child) is not nn.Dropout or (child.training and child.p != 0) or torch.compiler.is_compiling():
+        return False
+    dropout = known(nn.Dropout)
+    return why_touched(child) is None and dropout.reason is None and _facts.hold(dropout.facts)
+
+
+def _call(child: nn.Module, values: list[Any], sources: tuple[int, ...]) -> Any:
+    inputs = [values[source] for source in sources]
+    return inputs[0] if _is_inactive_dropout(child) else child(*inputs)
+
+
+class _Lookup:
+    """Finds children as the original forward does: at the moment when its code names them, not when it calls them.
+    A child that is called may put another one in the place of a third.
+    """
+
+    def __init__(self, module: nn.Module, has_calls: bool) -> None:
+        self.module = module
+        self.has_calls = has_calls  # fused steps alone change nothing
+        self.before: list[tuple[dict[str, Any], dict[str, Any]]] = []  # each call of a child
+
+    def called(self, times: int = 1) -> None:
+        """To be told before children are called."""
+        if not self.has_calls:
+            return
+        own = self.module.__dict__
+        self.before += [(own.copy(), own["_modules"].copy())] * times
+
+    def child(self, step: Call) -> Any:
+        if step.looked_up >= len(self.before):
+            return getattr(self.module, step.name)
+        own, children = self.before[step.looked_up]
+        return own[step.name] if step.name in own else children[step.name]
+
+    def is_unchanged(self) -> bool:
+        return not self.before or all(
+            children == self.module._modules for _, children in (self.before[0], self.before[-1])
+        )
+
+
+def _run_instead(lookup: _Lookup, step: Fused, values: list[Any]) -> None:
+    """The step as eager takes it."""
+    for part in step.instead:
+        if type(part) is Call:
+            child = lookup.child(part)
+            lookup.called()
+            values[part.target] = child(*(values[source] for source in part.sources))
+        elif type(part) is Gelu:
+            values[part.target] = F.gelu(values[part.source], approximate=part.approximate)
+        else:
+            values[part.target] = values[part.left] + values[part.right]
+    for part in step.instead[:-1]:
+        values[part.target] = None
+
+
+def _why_not_here(lookup: _Lookup, plan: Plan, step: Fused, values: list[Any], is_checked: bool) -> str | None:
+    """Why this step cannot run fused, though the call could: what the children before it gave, or did to the others."""
+    if not all(is_plain_tensor(values[read]) for read in step.reads):
+        return "a child gave something else than a plain tensor"
+    if is_checked:
+        return None
+    if not lookup.is_unchanged():
+        return "a child replaced another one"
+    if not torch.compiler.is_compiling() and library.is_as_planned(lookup.module, plan.checks):
+        return None
+    return why_changed(lookup.module, plan)
+
+
+def execute(module: nn.Module, plan: Plan, values: list[Any]) -> Any:
+    values += [None] * (plan.values - len(values))
+    is_checked, lookup = True, _Lookup(module, plan.has_calls)
+    for step, last_used in zip(plan.steps, plan.last_uses, strict=True):
+        kind = type(step)
+        if kind is Fused:
+            reason = _why_not_here(lookup, plan, step, values, is_checked)
+            if reason is None:
+                is_checked = True
+                lookup.called(step.children)
+                values[step.target] = _run_fused(module._modules, step, values)
+            else:
+                record_fallback(f"{plan.kind.__name__}: {reason}")
+                _run_instead(lookup, step, values)
+        elif kind is Call:
+            child = lookup.child(step)
+            lookup.called()
+            values[step.target] = _call(child, values, step.sources)
+            is_checked = False
+        else:
+            values[step.target] = values[step.left] + values[step.right]
+        for value in last_used:
+            values[value] = None
+    return values[plan.output]
