@@ -32,7 +32,6 @@ FUSED_NETWORKS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _WRITTEN_FUSED = tuple(FUSED_NETWORKS.values())
 _NEVER = "never called since fuse(): its owner may call its children"
-_OWN_FORWARD = "has a forward of its own, which decides what runs"
 
 
 class _OfFilter(Exception):
@@ -100,7 +99,7 @@ class Search:
             raise _OfFilter from error
 
     def _network(self, name: str, module: nn.Module) -> None:
-        own = _OWN_FORWARD if "forward" in module.__dict__ else None
+        own = why_forward_replaced(module)
         if isinstance(module, _WRITTEN_FUSED):
             self._add(name, module, "network", own, "" if PLAN in module.__dict__ else "written fused")
             return

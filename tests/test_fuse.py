@@ -615,6 +615,25 @@ def test_compile_fullgraph(make):
         assert_same_results(model, compiled, torch.randn(rows, 12))
 
 
+def test_compile_fullgraph_of_an_owner_that_changes_a_dict():
+    """transformers' models change their keyword arguments; a class's own dict cannot be read in a graph then."""
+
+    class Owner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = NamedMlp()
+
+        def forward(self, x, **options):
+            options["a"] = 1
+            return self.mlp(x)
+
+    model, x = Owner(), torch.randn(2, 12)
+    expected = model(x)
+    fl.fuse(model).assert_fused(1)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+    torch._dynamo.reset()
+
+
 def test_bytes_held_for_backward():
     from test_mlp import bytes_held
 

@@ -388,7 +388,7 @@ def check_compiled(name, **options):
 @pytest.mark.slow
 @each_model
 def test_compile_of_a_fused_model(name):
-    check_compiled(name, backend="aot_eager")
+    check_compiled(name, backend="aot_eager", fullgraph=True)
 
 
 @pytest.mark.slow
