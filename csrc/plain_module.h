@@ -53,8 +53,8 @@ class Key {
 };
 
 struct Keys {
-  Key modules{"_modules"}, parameters{"_parameters"}, layers{"layers"}, projections{"projections"},
-      run_layer{"_run_layer"};
+  Key modules{"_modules"}, parameters{"_parameters"}, buffers{"_buffers"}, layers{"layers"},
+      projections{"projections"}, run_layer{"_run_layer"};
   Key shortcut{"shortcut"}, training{"training"}, p{"p"}, weight{"weight"}, bias{"bias"}, approximate{"approximate"};
   // What nn.Module's call looks up on the instance first.
   Key shadows[3]{Key("forward"), Key("_call_impl"), Key("_slow_forward")}, compiled_call{"_compiled_call_impl"};

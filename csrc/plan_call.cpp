@@ -117,6 +117,17 @@ bool looks_up_as(PyTypeObject* own, PyObject* kind, PyObject* names) {
   return true;
 }
 
+// nn.Module looks a name up among parameters and buffers before children.
+bool goes_to_children(PyObject* dict, PyObject* names) {
+  const Keys& keys = Keys::get();
+  for (const Key* key : {&keys.parameters, &keys.buffers}) {
+    PyObject* const others = key->in(dict);
+    if (!others || !PyDict_Check(others)) return false;
+    if (PyDict_Size(others) > 0 && !has_none_of(others, names)) return false;
+  }
+  return true;
+}
+
 bool has_all_of(PyObject* dict, PyObject* names) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i)
     if (!item(dict, PyTuple_GET_ITEM(names, i))) return false;
@@ -137,8 +148,9 @@ bool is_as_planned(const py::handle& module, const py::handle& checks) {
   if (!is_plain_dict && !(modules && PyODict_CheckExact(modules) && order == Py_None)) return false;
   return !policy::why_disabled() && !is_watched() && hold(check(kFacts)) &&
          looks_up_as(Py_TYPE(module.ptr()), check(kClass), check(kLookups)) && has_order(modules, order) &&
-         has_none_of(dict, check(kNames)) && has_all_of(modules, check(kNames)) &&
-         has_attributes(dict, check(kConstants)) && are_children_unchanged(modules, check(kChildren));
+         has_none_of(dict, check(kNames)) && goes_to_children(dict, check(kNames)) &&
+         has_all_of(modules, check(kNames)) && has_attributes(dict, check(kConstants)) &&
+         are_children_unchanged(modules, check(kChildren));
 }
 
 }  // namespace fastlane

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
 from torch import nn
 
 from ._activations import is_same
 from ._facts import ABSENT
-from ._plain import class_name, linear_class, why_parameters_unfit, why_touched, why_watched
+from ._plain import PLAIN_DICTS, class_name, linear_class, why_parameters_unfit, why_touched, why_watched
 from ._plan import Child, Plan, Role, why_class_changed, why_traced_class_changed
 
 _ACTIVE = "is active"
@@ -37,13 +35,14 @@ def _why_child_changed(child: nn.Module | None, found: Child) -> str | None:
 
 def _why_structure_changed(module: nn.Module, plan: Plan) -> str | None:
     own, children = module.__dict__, module._modules
-    if type(children) not in (dict, OrderedDict):
+    if type(children) not in PLAIN_DICTS:
         return f"keeps its children in a {type(children).__name__}"
-    if plan.order is not None and tuple(children) != plan.order:
+    # torch.compile guards on the order of keys, not on that of a dict.
+    if plan.order is not None and tuple(children.keys()) != plan.order:
         return "its children are others now"
     for name in plan.names:
-        if name in own:
-            return f"has an attribute in place of its child {name}"
+        if name in own or name in module._parameters or name in module._buffers:
+            return f"has something in place of its child {name}"
         if name not in children:
             return f"has no child {name} any more"
     for name, value in plan.constants:

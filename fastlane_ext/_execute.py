@@ -12,7 +12,7 @@ from . import _facts
 from ._changes import why_changed
 from ._load import library
 from ._plain import is_plain_tensor, known, weight_and_bias, why_touched
-from ._plan import Call, Fused, Gelu, Plan
+from ._plan import Add, Call, Fused, Gelu, Plan
 from .functional import record_fallback
 
 
@@ -50,28 +50,33 @@ class _Lookup:
     A child that is called may put another one in the place of a third.
     """
 
-    def __init__(self, module: nn.Module, has_calls: bool) -> None:
+    def __init__(self, module: nn.Module, early: frozenset[int]) -> None:
         self.module = module
-        self.has_calls = has_calls  # fused steps alone change nothing
-        self.before: list[tuple[dict[str, Any], dict[str, Any]]] = []  # each call of a child
+        self.early = early  # Plan.looked_up_early
+        self.calls = 0
+        self.before: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
 
     def called(self, times: int = 1) -> None:
         """To be told before children are called."""
-        if not self.has_calls:
-            return
-        own = self.module.__dict__
-        self.before += [(own.copy(), own["_modules"].copy())] * times
+        for _ in range(times):
+            if self.calls in self.early:
+                own = self.module.__dict__
+                self.before[self.calls] = (own.copy(), own["_modules"].copy())
+            self.calls += 1
 
     def child(self, step: Call) -> Any:
-        if step.looked_up >= len(self.before):
+        if step.looked_up not in self.before:
             return getattr(self.module, step.name)
         own, children = self.before[step.looked_up]
         return own[step.name] if step.name in own else children[step.name]
 
     def is_unchanged(self) -> bool:
-        return not self.before or all(
-            children == self.module._modules for _, children in (self.before[0], self.before[-1])
-        )
+        return all(children == self.module._modules for _, children in self.before.values())
+
+
+def _sum(step: Add, values: list[Any]) -> Any:
+    left, right = values[step.left], values[step.right]
+    return torch.add(left, right) if step.by_function else left + right
 
 
 def _run_instead(lookup: _Lookup, step: Fused, values: list[Any]) -> None:
@@ -84,7 +89,7 @@ def _run_instead(lookup: _Lookup, step: Fused, values: list[Any]) -> None:
         elif type(part) is Gelu:
             values[part.target] = F.gelu(values[part.source], approximate=part.approximate)
         else:
-            values[part.target] = values[part.left] + values[part.right]
+            values[part.target] = _sum(part, values)
     for part in step.instead[:-1]:
         values[part.target] = None
 
@@ -104,7 +109,7 @@ def _why_not_here(lookup: _Lookup, plan: Plan, step: Fused, values: list[Any], i
 
 def execute(module: nn.Module, plan: Plan, values: list[Any]) -> Any:
     values += [None] * (plan.values - len(values))
-    is_checked, lookup = True, _Lookup(module, plan.has_calls)
+    is_checked, lookup = True, _Lookup(module, plan.looked_up_early)
     for step, last_used in zip(plan.steps, plan.last_uses, strict=True):
         kind = type(step)
         if kind is Fused:
@@ -122,7 +127,7 @@ def execute(module: nn.Module, plan: Plan, values: list[Any]) -> Any:
             values[step.target] = _call(child, values, step.sources)
             is_checked = False
         else:
-            values[step.target] = values[step.left] + values[step.right]
+            values[step.target] = _sum(step, values)
         for value in last_used:
             values[value] = None
     return values[plan.output]

@@ -9,6 +9,7 @@ who watches all calls (hooks for all modules, modes). Anything unusual has to be
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from ._facts import ABSENT, Fact, Facts, collected, comes_from, lookup, of_class
 
 # A fake tensor stands for a plain one while torch.export or make_fx traces.
 PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)
+PLAIN_DICTS = (dict, OrderedDict)
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 SHADOWS = ("forward", "_call_impl", "_slow_forward")
@@ -257,7 +259,11 @@ def _parameter(linear: nn.Module, name: str) -> Any:
     theirs so). A buffer counts as absent.
     """
     own = linear.__dict__
-    return own[name] if name in own else linear._parameters.get(name, ABSENT)
+    if name in own:
+        return own[name]
+    # Whoever puts a dict of a kind of his own there gives other values than it holds.
+    parameters = linear._parameters
+    return parameters.get(name, ABSENT) if type(parameters) in PLAIN_DICTS else ABSENT
 
 
 def why_parameters_unfit(linear: nn.Module) -> str | None:

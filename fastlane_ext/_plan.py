@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -116,11 +117,12 @@ class Gelu:
 
 @dataclass(frozen=True)
 class Add:
-    """``values[target] = values[left] + values[right]``."""
+    """``values[target] = values[left] + values[right]``, or ``torch.add`` of the two."""
 
     left: int
     right: int
     target: int
+    by_function: bool
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -154,14 +156,14 @@ class Plan:
     order: tuple[str, ...] | None = None  # of a Sequential, whose children's names are its forward
     constants: tuple[tuple[str, Any], ...] = ()  # attributes of the container that its forward reads
     calls: Calls = field(default_factory=Calls, compare=False)
-    has_calls: bool = field(init=False, compare=False)  # of children outside the fused steps
+    looked_up_early: frozenset[int] = field(init=False, compare=False)  # `Call.looked_up` of those with a call between
     key: int = field(init=False, compare=False)  # by which code that torch.compile traces names the plan
     checks: tuple[Any, ...] = field(init=False, compare=False)  # csrc/plan_call.cpp's ``CheckField``
 
     def __post_init__(self) -> None:
         checks = (self.facts, self.kind, self.lookups, self.names, self.order, self.constants, self.children)
         object.__setattr__(self, "checks", checks)
-        object.__setattr__(self, "has_calls", any(isinstance(step, Call) for step in self.steps))
+        object.__setattr__(self, "looked_up_early", _looked_up_early(self.steps))
         object.__setattr__(self, "key", next(_keys))
         _plans[self.key] = self
 
@@ -221,6 +223,13 @@ _UNREAD = Unread()
 def unread() -> Unread:
     """What a plan is pickled as."""
     return _UNREAD
+
+
+def _looked_up_early(steps: Iterable[Fused | Call | Add]) -> frozenset[int]:
+    """How many children have been called where a child is looked up that others are called before."""
+    parts = [part for step in steps for part in (step.instead if isinstance(step, Fused) else (step,))]
+    calls = [part for part in parts if isinstance(part, Call)]
+    return frozenset(part.looked_up for index, part in enumerate(calls) if part.looked_up < index)
 
 
 def last_uses(steps: list[Fused | Call | Add], output: int) -> tuple[tuple[int, ...], ...]:

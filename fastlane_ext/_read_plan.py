@@ -70,7 +70,7 @@ class _Reader:
         if node.kind == "call":
             return Call(node.name, sources, self._new_value(node), node.looked_up)
         if node.kind == "add":
-            return Add(*sources, self._new_value(node))
+            return Add(*sources, self._new_value(node), node.name == "torch.add")
         return Gelu(*sources, self._new_value(node), "tanh" if node.name == "gelu_tanh" else "none")
 
     def _child(self, node: Node) -> nn.Module | None:

@@ -31,7 +31,7 @@ FUSED_NETWORKS: dict[type[nn.Module], type[nn.Module]] = {
     reference.LinearGELUResidual: modules.LinearGELUResidual,
 }
 _WRITTEN_FUSED = tuple(FUSED_NETWORKS.values())
-_NEVER = "never called since fuse(): its owner may call its children"
+_NEVER = "no call counted since fuse(): its owner may call its children, or a graph holds it"
 
 
 class _OfFilter(Exception):

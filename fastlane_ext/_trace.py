@@ -34,7 +34,7 @@ class Node:
     """A value: an input, a call of a child, ``F.gelu`` of a value, or a sum of two."""
 
     kind: str  # "input", "call", "gelu", "add"
-    name: str = ""  # the input's, the child's, or GELU's form
+    name: str = ""  # the input's, the child's, GELU's form, or "torch.add" for a sum that is no "+"
     arguments: tuple[Node, ...] = ()
     looked_up: int = 0  # how many children had been called when this child was looked up
     users: list[Node] = field(default_factory=list)
@@ -81,9 +81,10 @@ class _Value:
             if form is not None:
                 first._record.calls += 1
                 return cls(first._record, first._record.add("gelu", form, (first._node,)))
-        if function is torch.add and len(args) == 2 and not kwargs and isinstance(first, _Value):
+        if function is torch.add and len(args) == 2 and not kwargs and all(isinstance(v, _Value) for v in args):
             first._record.calls += 1
-            return first + args[1]
+            nodes = tuple(value._node for value in args)
+            return cls(first._record, first._record.add("add", "torch.add", nodes))
         raise Refused(f"its forward also computes {getattr(function, '__name__', function)}")
 
     def __getattr__(self, name: str) -> Any:
@@ -171,6 +172,8 @@ def follow(module: nn.Module) -> Record:
     kind = original_class(type(module))
     record, forward = Record(), lookup(kind, "forward")
     other = _why_other_lookup(kind)
+    if hasattr(kind, "_fastlane_original"):
+        other = "its class derives from a fused one; derive it from the original"
     if other is not None:
         raise Refused(other)
     record.facts += of_class(kind, "forward", "__getattr__", "__getattribute__")

@@ -35,12 +35,13 @@ from ._plain import (
     why_parameters_unfit,
     why_watched,
 )
-from ._plan import Plan, Unread
+from ._plan import Plan, Unread, unread
 from ._read_plan import read_plan
 from ._trace import Refused
 from .functional import record_fallback
 
 PLAN = "_fastlane_plan"
+_UNREAD = unread()
 _ARGUMENTS = "its arguments are not plain tensors, one for each input"
 
 
@@ -56,13 +57,14 @@ def _arguments(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> lis
 
 def plan_of(module: nn.Module) -> Plan | str:
     """The module's plan, read again if the module was pickled; a reason if it has none any more."""
-    plan = module.__dict__[PLAN]
+    plan = module.__dict__.get(PLAN, _UNREAD)  # another thread may unfuse the module meanwhile
     if type(plan) is Unread:
         try:
             plan = read_plan(module)
         except Refused as refused:
             plan = str(refused)
-        module.__dict__[PLAN] = plan
+        if PLAN in module.__dict__:
+            module.__dict__[PLAN] = plan
     return plan
 
 
@@ -148,7 +150,6 @@ class _Quiet:
             super().__init_subclass__(**options)
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
 _making = threading.Lock()
 
 
@@ -182,9 +183,11 @@ def fused_class(original: type[nn.Module]) -> type[nn.Module]:
     """The subclass of ``original`` whose instances run fused; whatever making a subclass raises is raised."""
     original = original_class(original)
     with _making:
-        if original not in _classes:
-            _classes[original] = _make_class(original)
-        return _classes[original]
+        # The original knows its subclasses weakly: no list of ours keeps a class that a notebook defined anew.
+        for kind in type.__subclasses__(original):
+            if kind.__dict__.get("_fastlane_class") is kind:
+                return kind
+        return _make_class(original)
 
 
 def _make_class(original: type[nn.Module]) -> type[nn.Module]:

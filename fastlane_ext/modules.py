@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, reference
-from ._disabled import is_disabled
+from ._disabled import records_eager
 from ._facts import of_class, why_changed
 from ._plain import (
     constant_while_traced,
@@ -79,7 +79,7 @@ class ResidualMLP(reference.ResidualMLP):
         changed = _why_traced_reference_changed() if torch.compiler.is_compiling() else why_changed(_OF_REFERENCE)
         if changed is not None:
             record_fallback(changed)
-        if changed is not None or is_disabled():
+        if changed is not None or records_eager():
             return super().forward(x)
         fc1, fc2 = self.fc1, self.fc2
         changed, odd = why_network_changed(), why_odd_tensor(x)

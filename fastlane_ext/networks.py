@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from ._disabled import is_disabled
+from ._disabled import records_eager
 from ._facts import of_class, why_changed
 from ._load import library
 from ._plain import (
@@ -64,7 +64,7 @@ class _FusedForward(reference.ResidualNetwork):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, layer_sizes[0])`` to ``(*, layer_sizes[-1])``, or, with concat, ``(*, sum(layer_sizes))``."""
-        if is_disabled():
+        if records_eager():
             return super().forward(x)
         if not torch.compiler.is_compiling():
             y = library.run_plain_network(self, x)

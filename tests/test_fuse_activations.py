@@ -298,3 +298,30 @@ def test_an_attribute_that_gelu_does_not_read(value):
     model.act.last = torch.ones(4)
     model(x)
     assert fused_calls() == 1
+
+
+def test_the_grid_is_torchs_own(monkeypatch):
+    from fastlane_ext import _activations
+
+    _activations._grid.cache_clear()
+    monkeypatch.setattr(F, "gelu", lambda x, approximate="none": 0.5 * x * (1 + torch.tanh(0.8 * x)))
+    assert read_activation(Act(plain)).form == "gelu_tanh"
+    monkeypatch.undo()
+    assert read_activation(Act(plain)).form == "gelu_tanh"
+
+
+class Short(nn.Module):
+    """A constant of seven digits is not GELU in float64."""
+
+    def forward(self, x):
+        return 0.5 * x * (1.0 + torch.tanh(0.7978845 * (x + 0.044715 * x * x * x)))
+
+
+def test_constants_that_are_slightly_off():
+    assert not fl.fuse(NamedMlp(12, 20, Short())).fused
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.ReLU, nn.Dropout, nn.GELU])
+def test_torchs_own_classes_cannot_be_registered(kind):
+    with pytest.raises(ValueError, match="^cls: got "):
+        fl.register_activation(kind, "gelu")

@@ -535,3 +535,115 @@ def test_a_fused_linear_in_a_graph(monkeypatch):
     torch.testing.assert_close(*results)
     torch._dynamo.reset()
     monkeypatch.undo()
+
+
+class DoublingDict(dict):
+    def __getitem__(self, name):
+        return 2 * super().__getitem__(name)
+
+
+def test_a_custom_dict_of_parameters():
+    """DeepSpeed's ZeRO-3 puts one there."""
+    from fastlane_ext import reference
+
+    x = torch.randn(3, 8)
+    models = [nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)), reference.ResidualNetwork([8, 8])]
+    for model in (*models, reference.ResidualMLP(8, 8)):
+        eager = copy.deepcopy(model)
+        fl.fuse(model).assert_fused(1)
+        for one in (model, eager):
+            linear = next(m for m in one.modules() if isinstance(m, nn.Linear))
+            linear.__dict__["_parameters"] = DoublingDict(linear._parameters)
+        torch.testing.assert_close(model(x), eager(x))
+        assert fl.stats()["fallback"]
+        fl.reset_stats()
+
+
+@pytest.mark.parametrize("kept", ["_parameters", "_buffers"])
+def test_something_that_lookup_finds_before_a_child(kept):
+    model, x = Mlp().eval(), torch.randn(3, 8)
+    fl.fuse(model).assert_fused(1)
+    getattr(model, kept)["act"] = nn.ReLU()
+    assert torch.equal(model(x), Mlp.forward(model, x))
+    assert list(fl.stats()["fallback"]) == ["Mlp: has something in place of its child act"]
+    fl.reset_stats()
+
+
+class AddsByFunction(Mlp):
+    def __init__(self, make):
+        super().__init__()
+        self.pre = Gives(make)
+
+    def forward(self, x):
+        return torch.add(self.pre(x), self.act(self.fc1(x)))
+
+
+class Adding(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+        y = super().__torch_function__(function, kinds, args, kwargs)
+        return 10 * y if function is torch.add else y
+
+
+@pytest.mark.parametrize(
+    "make", [lambda x: x.as_subclass(Adding), lambda x: (1,), lambda x: x], ids=["own", "tuple", "plain"]
+)
+def test_a_sum_by_function(make):
+    model, x = AddsByFunction(make).requires_grad_(False), torch.randn(3, 8)
+    eager = copy.deepcopy(model)
+    fl.fuse(model).assert_fused(1)
+    try:
+        expected = eager(x)
+    except TypeError:
+        with pytest.raises(TypeError):
+            model(x)
+    else:
+        torch.testing.assert_close(model(x), expected)
+    fl.reset_stats()
+
+
+def test_another_order_of_children_in_a_graph():
+    model = nn.Sequential(OrderedDict(fc=nn.Linear(8, 8), act=nn.GELU(), out=nn.Linear(8, 8)))
+    x = torch.randn(3, 8)
+    eager = copy.deepcopy(model)
+    fl.fuse(model).assert_fused(1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(x)
+    for one in (model, eager):
+        fc = one.fc
+        del one.fc
+        one.fc = fc
+    torch.testing.assert_close(compiled(x), eager(x))
+    torch._dynamo.reset()
+    fl.reset_stats()
+
+
+def test_many_other_children_cost_no_more_than_eager():
+    """Snapshots of the children would grow with their number's square."""
+    from fastlane_ext._execute import _Lookup
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), *[nn.ReLU() for _ in range(50)])
+    fl.fuse(model).assert_fused(1)
+    plan = model.__dict__["_fastlane_plan"]
+    assert plan.looked_up_early == frozenset()
+    nested = Switched(lambda m: None)
+    fl.fuse(nested).assert_fused(1)
+    assert nested.__dict__["_fastlane_plan"].looked_up_early == {0}
+    lookup = _Lookup(nested, frozenset({0}))
+    lookup.called(3)
+    assert list(lookup.before) == [0]
+
+
+def test_a_class_that_nobody_uses_any_more_is_freed():
+    import gc
+    import weakref
+
+    class Own(Mlp):
+        pass
+
+    model = Own()
+    fl.fuse(model)
+    kind = weakref.ref(type(model))
+    del model
+    gc.collect()
+    assert kind() is None and fl.explain(Own()).fused

@@ -249,7 +249,8 @@ std::vector<at::Tensor> restored_inputs(const Stack& s, const StackReads& plan, 
   at::Tensor all;
   if (s.concat() && plan.reads_x()) {
     const OwnCalls own_calls;
-    all = at::empty({s.rows, s.layers.back().in_features}, s.options);
+    // As wide as the output, so that the library's products meet the strides, and form the bits, of forward.
+    all = at::empty({s.rows, s.out_features()}, s.options);
     all.narrow(1, 0, s.x.size(1)).copy_(s.x);
   }
   for (size_t i = 0; i < s.layers.size(); ++i) {

@@ -43,8 +43,8 @@ MUTANTS = [
     Mutant(
         "an attribute in place of a child is overlooked",
         "csrc/plan_call.cpp",
-        "has_none_of(dict, check(kNames)) && has_all_of",
-        "(MUTANT || has_none_of(dict, check(kNames))) && has_all_of",
+        "has_none_of(dict, check(kNames)) && goes_to",
+        "(MUTANT || has_none_of(dict, check(kNames))) && goes_to",
         "test_fuse_lookup.py",
     ),
     Mutant(
