@@ -185,6 +185,10 @@ def why_watched() -> str | None:
         or nn_module._global_backward_pre_hooks
     ):
         return "is under a hook registered for all modules"
+    return _why_under_mode()
+
+
+def _why_under_mode() -> str | None:
     if torch.compiler.is_dynamo_compiling():
         # Which one cannot be asked while torch.compile traces. It traces again where the modes are others.
         return "is under a mode" if torch._C._len_torch_function_stack() > 0 else None
@@ -200,8 +204,8 @@ def why_watched() -> str | None:
 
 
 def why_formula_changed() -> str | None:
-    """The reason to compute a layer in eager PyTorch: somebody watches, or replaced what that computes with."""
-    return why_watched() or _why_torch_changed(FORMULA)
+    """The reason to compute a layer without children in eager PyTorch: a mode, another ``F.linear`` or ``F.gelu``."""
+    return _why_under_mode() or _why_torch_changed(FORMULA)
 
 
 def why_network_changed() -> str | None:

@@ -265,8 +265,10 @@ for activation in ("gelu", "gelu_tanh", "none"):
         with torch.no_grad():
             got, z = ops.residual_stack_forward(x, weights, biases, *lists, **options)
             check([got], [y])
+            sizes = {"features": [8, 8, 6], "column_major": []}
             for saved in (z, None):
-                grads = ops.residual_stack_backward(dy, x, weights, biases, *lists, saved, needed=positions, **options)
+                operands = (dy, x, weights, biases, *lists, saved)
+                grads = ops.residual_stack_backward(*operands, needed=positions, **sizes, **options)
                 check(grads, torch.autograd.grad(y, needed, dy, retain_graph=True))
 print(json.dumps(fl.stats()))
 """
