@@ -33,14 +33,21 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _own_functions(kind: type) -> Iterator[types.FunctionType]:
-    """The methods that a class and its bases below torch's own define, but for those that Python calls by itself."""
-    for base in kind.__mro__:
-        if base in (nn.Module, object):
-            return
-        for name, value in vars(base).items():
-            function = getattr(value, "__func__", value)
-            if isinstance(function, types.FunctionType) and (not name.startswith("__") or name == "__call__"):
-                yield function
+    """The forward that a class below torch's own defines, and its methods that the forward's code names, and so on.
+    What initialises weights says nothing of the forward.
+    """
+    names, seen = ["forward", "__call__"], set()
+    while names:
+        name = names.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        found = lookup(kind, name)
+        function = getattr(found, "__func__", found)
+        is_of_torch = name != "forward" and hasattr(nn.Module, name) and found is lookup(nn.Module, name)
+        if isinstance(function, types.FunctionType) and not is_of_torch and function is not nn.Module.forward:
+            yield function
+            names += [word for code in _codes(inner(function).__code__) for word in code.co_names]
 
 
 def _says_gelu(name: object) -> bool:
