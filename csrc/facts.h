@@ -5,7 +5,7 @@
 
 namespace fastlane::python {
 
-// What Python uses for a name that is not there; set once, while the package is imported.
+// Python's stand-in for a name that is not there is set once, while the package is imported.
 void set_absent(const pybind11::object& absent);
 
 // Whether all facts, a tuple of (holder, name, value), still are true.

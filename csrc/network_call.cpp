@@ -48,8 +48,8 @@ std::optional<std::vector<PyObject*>> children(PyObject* list) {
   return result;
 }
 
-// What eager networks rest on (fastlane_ext._plain.NETWORK), their class, and the names that a subclass of it must
-// not define anew. Never freed.
+// Eager networks rest on these facts (fastlane_ext._plain.NETWORK). A class derived from `network_class` must not
+// define one of `network_names` anew. The three objects are never freed.
 PyObject *network_facts = nullptr, *network_class = nullptr, *network_names = nullptr;
 
 bool is_as_its_class(PyObject* network) {

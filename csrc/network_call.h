@@ -5,7 +5,7 @@
 
 namespace fastlane {
 
-// What `run_plain_network` takes for granted: facts (facts.h), the class of eager networks, and the names that a
+// `run_plain_network` takes these for granted: facts (facts.h), the class of eager networks, and the names that a
 // class derived from it must not define anew.
 void know_networks(const pybind11::tuple& facts, const pybind11::type& kind, const pybind11::tuple& names);
 

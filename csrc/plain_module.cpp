@@ -66,7 +66,7 @@ bool read_linear(PyObject* dict, bool transposed, at::Tensor& weight, at::Tensor
   PyObject* const parameters = keys.parameters.in(dict);
   // A plain attribute goes before a parameter of its name.
   if (keys.weight.in(dict) || keys.bias.in(dict)) return false;
-  // Whoever puts a dict of a kind of his own there gives other values than it holds.
+  // A dict of a derived class may return other values than it holds.
   if (!parameters || !PyDict_CheckExact(parameters)) return false;
   if (!read_tensor(keys.weight.in(parameters), weight) || !weight.defined() || !has_kernel_format(weight) ||
       weight.dim() != 2 || !read_tensor(keys.bias.in(parameters), bias))

@@ -56,7 +56,7 @@ struct Keys {
   Key modules{"_modules"}, parameters{"_parameters"}, buffers{"_buffers"}, layers{"layers"},
       projections{"projections"}, run_layer{"_run_layer"};
   Key shortcut{"shortcut"}, training{"training"}, p{"p"}, weight{"weight"}, bias{"bias"}, approximate{"approximate"};
-  // What nn.Module's call looks up on the instance first.
+  // nn.Module's call looks these names up on the instance first.
   Key shadows[3]{Key("forward"), Key("_call_impl"), Key("_slow_forward")}, compiled_call{"_compiled_call_impl"};
   Key hooks[4]{Key("_forward_hooks"), Key("_forward_pre_hooks"), Key("_backward_hooks"), Key("_backward_pre_hooks")};
   Key global_hooks[4]{Key("_global_forward_hooks"), Key("_global_forward_pre_hooks"), Key("_global_backward_hooks"),

@@ -265,7 +265,7 @@ def _parameter(linear: nn.Module, name: str) -> Any:
     own = linear.__dict__
     if name in own:
         return own[name]
-    # Whoever puts a dict of a kind of his own there gives other values than it holds.
+    # A dict of a derived class may return other values than it holds.
     parameters = linear._parameters
     return parameters.get(name, ABSENT) if type(parameters) in PLAIN_DICTS else ABSENT
 

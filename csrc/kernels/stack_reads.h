@@ -1,4 +1,4 @@
-// What a stack's backward reads again. Autograd saves that and nothing else, the kernels read that and nothing else.
+// A stack's backward reads these tensors again. Autograd saves no other, and the kernels read no other.
 #pragma once
 
 #include <cstdint>

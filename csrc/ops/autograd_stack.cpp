@@ -100,7 +100,7 @@ struct Present {
   }
 };
 
-// What a backward knows of its stack beside the saved tensors.
+// A stack's backward reads this struct beside the saved tensors.
 struct StackNode {
   std::vector<c10::SymInt> features;
   StackShortcut shortcut;
@@ -276,7 +276,7 @@ class ResidualStack : public torch::autograd::Function<ResidualStack> {
  private:
   static constexpr size_t kOtherArguments = 5;
 
-  // Of a backward that has the zs' gradients alone.
+  // A backward may get the zs' gradients alone. Then the output's sizes have to be found without its gradient.
   template <class Data>
   static std::vector<c10::SymInt> output_sizes_of(Data& data, const Tensor& x, const Tensor& z,
                                                   const StackNode& node) {

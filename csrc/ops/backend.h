@@ -25,7 +25,7 @@ struct Backend {
   bool (*is_one_kernel)(const StackProblem&);
   void (*stack_forward)(const StackProblem&);
   void (*stack_backward)(const StackProblem&);
-  // What the library's product and the passes around it count as.
+  // `stats()` counts the library's product and the passes around it under this path.
   Path in_passes = Path::library;
 
   Path counted(Path path) const { return path == Path::library ? in_passes : path; }
@@ -33,7 +33,7 @@ struct Backend {
 
 const Backend& cpu_backend();
 const Backend& cuda_backend();
-// Of a CPU without vector kernels: the passes are torch's.
+// The backend of a CPU without vector kernels: torch's own operators are its passes.
 const Backend& torch_backend();
 
 inline const Backend& backend_of(const at::Tensor& t) {

@@ -13,10 +13,10 @@
 
 namespace fastlane {
 
-// Of nodes that are ready torch's engine runs the one made last, and before them those that add to a leaf's .grad, in
-// the order that its heap makes of the order of our edges. `tensors` come as eager's nodes would reach them; the
-// result lists their indices as edges that the heap gives out so. Exact where nothing else is ready and each leaf
-// comes once.
+// torch's engine first runs the nodes that add to a leaf's .grad, in an order that its heap makes of the order of our
+// edges, and then the node that was made last. `tensors` come in the order in which eager's nodes reach them. The
+// result lists their indices so that the heap gives the edges out in that order. The order is exact where no other
+// node is ready and each leaf comes once.
 inline c10::SmallVector<size_t, 8> edge_order(at::TensorList tensors) {
   c10::SmallVector<size_t, 8> order, others;
   size_t inner = 0;

@@ -59,7 +59,7 @@ inline StackParameters stack_parameters(at::TensorList weights, const OptionalTe
           stack_list("projection_biases", projection_biases, weights.size())};
 }
 
-// Of a backward, to which tensors that it does not read need not be given.
+// A backward's parameters: tensors that it does not read may be absent.
 inline StackParameters saved_stack_parameters(const OptionalTensors& weights, const OptionalTensors& biases,
                                               const OptionalTensors& projections,
                                               const OptionalTensors& projection_biases) {
@@ -189,7 +189,7 @@ inline std::vector<bool> stack_flags(at::IntArrayRef positions, size_t layers) {
 // As they follow each other in the positions.
 enum StackList : size_t { kWeights, kBiases, kProjections, kProjectionBiases };
 
-// What a stack's backward forms and reads, layer by layer. Parameters that are not read may be absent.
+// A stack's backward forms and reads these, layer by layer. Parameters that it does not read may be absent.
 struct StackReads {
   std::vector<StackLayerUse> uses;
   std::vector<StackLayerReads> reads;

@@ -1,4 +1,4 @@
-// What a stack's backward multiplies, for those who count operations.
+// The products that a stack's backward forms, counted for fastlane_ext/_flops.py.
 #pragma once
 
 #include <cstdint>

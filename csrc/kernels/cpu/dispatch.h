@@ -47,7 +47,7 @@ IsaChoice choose_isa(const std::string& asked, const std::vector<std::string>& s
 // Decided once, on first use.
 const IsaChoice& chosen_isa();
 
-// Of the chosen set. Where that is none: the scalar ones, which the operators do not call then.
+// The kernels of the chosen set. The set `none` has the scalar kernels, and no operator calls them.
 const KernelTable& kernels();
 
 std::vector<std::string> compiled_isas();
