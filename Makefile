@@ -91,7 +91,7 @@ $(CUDA_VENV)/.requirements: requirements.txt
 	$(CUDA_BIN)/python -m pip install --quiet --no-deps $(CUDA_TOOLS) $(CUDA_TIMM)
 	touch $@
 
-# The README's tables and plots: measured on this machine, now, three runs. Leave it alone meanwhile; three quarters of an
+# The tables and plots of docs/performance.md: measured on this machine, now, three runs. Leave it alone meanwhile; three quarters of an
 # hour.
 RESULTS = benchmarks/results
 results_of = $(sort $(wildcard $(RESULTS)/$(1)-[0-9].json))
@@ -110,9 +110,9 @@ bench-gelu: $(VENV)/.built
 
 REPORT = $(BIN)/python benchmarks/report.py
 report: $(VENV)/.built
-	$(REPORT) $(call results_of,layer) --suite layer --threads $$(nproc) --readme README.md --plot docs/bench.png
-	$(REPORT) $(call results_of,networks) --suite networks --threads $$(nproc) --readme README.md --plot docs/bench-networks.png
-	$(REPORT) $(call results_of,models) --suite models --threads $$(nproc) --readme README.md --plot docs/bench-models.png
+	$(REPORT) $(call results_of,layer) --suite layer --threads $$(nproc) --readme docs/performance.md --plot docs/bench.png
+	$(REPORT) $(call results_of,networks) --suite networks --threads $$(nproc) --readme docs/performance.md --plot docs/bench-networks.png
+	$(REPORT) $(call results_of,models) --suite models --threads $$(nproc) --readme docs/performance.md --plot docs/bench-models.png
 	$(REPORT) $(call results_of,layer) $(call results_of,networks) --readme benchmarks/RESULTS.md
 	$(REPORT) $(call results_of,zen4-quick) --readme benchmarks/RESULTS-zen4.md
 	$(REPORT) $(call results_of,zen4-layer) --readme benchmarks/RESULTS-zen4-all.md

@@ -28,3 +28,13 @@ def test_drop_in_examples(name, capsys):
 
 def test_every_example_is_known():
     assert len(WHOLE) == len(EXAMPLES)
+
+
+PAGES = [ROOT / "README.md", ROOT / "csrc" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.any_isa
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_to_a_file(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
