@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 
 import fastlane_ext as fl
 from fastlane_ext import reference
@@ -335,92 +334,6 @@ def test_fusing_twice_is_fusing_once():
     assert [site.fused for site in second] == [site.fused for site in first] == [True, True]
 
 
-def changes():
-    def replaced(model):
-        model.fc1 = nn.Sequential(model.fc1)
-
-    def subclassed(model):
-        class Adapter(nn.Linear):
-            def forward(self, x):
-                return super().forward(x) + 1
-
-        model.fc2.__class__ = Adapter
-
-    return {
-        "child replaced": (replaced, "fc1 is a Sequential, not a plain Linear"),
-        "child subclassed": (subclassed, "fc2 is a test_fuse.Adapter, not a plain Linear"),
-        "forward hook": (lambda m: m.fc1.register_forward_hook(lambda *a: a[2] * 2), "fc1 has hooks"),
-        "pre-hook": (lambda m: m.act.register_forward_pre_hook(lambda _, a: (a[0] * 2,)), "act has hooks"),
-        "own forward": (lambda m: setattr(m.fc2, "forward", lambda x: x[..., :12]), "fc2 has a forward of its own"),
-        "activation replaced": (lambda m: setattr(m, "act", nn.ReLU()), "act is a ReLU, not a GELU"),
-        "activation changed": (
-            lambda m: setattr(m.act, "approximate", "tanh"),
-            "act has another approximate now: 'tanh'",
-        ),
-        "dropout active": (lambda m: setattr(m.drop1, "p", 0.5), "drop1 is active"),
-        "norm in place of identity": (lambda m: setattr(m, "norm", nn.LayerNorm(20)), "norm is a LayerNorm"),
-        "pruned": (lambda m: prune.l1_unstructured(m.fc1, "weight", amount=3), "fc1 has hooks"),
-        "parametrised": (lambda m: parametrizations.weight_norm(m.fc2), "fc2 is a ParametrizedLinear"),
-        "weight_norm": (lambda m: nn.utils.weight_norm(m.fc1), "fc1 has hooks"),
-    }
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-@pytest.mark.parametrize(("change", "reason"), changes().values(), ids=changes())
-def test_changes_after_fusing_are_honoured(change, reason):
-    model = NamedMlp()
-    fused = copy.deepcopy(model)
-    fl.fuse(fused)
-    change(model)
-    change(fused)
-    x = torch.randn(5, 12)
-    fl.reset_stats()
-    torch.manual_seed(1)
-    expected = model(x)
-    torch.manual_seed(1)
-    torch.testing.assert_close(fused(x), expected, rtol=0, atol=0)
-    (counted,) = fl.stats()["fallback"]
-    fl.reset_stats()
-    assert counted.startswith(f"NamedMlp: {reason}")
-    assert [site.fused for site in fl.explain(fused)] == ["active" in reason]
-
-
-def test_the_last_dropout_may_be_active():
-    """It is called as a module, with the random numbers that eager draws."""
-    model = NamedMlp()
-    model.drop2.p = 0.5
-    fused = copy.deepcopy(model)
-    fl.fuse(fused)
-    x = torch.randn(5, 12)
-    torch.manual_seed(1)
-    expected = model(x)
-    torch.manual_seed(1)
-    calls = fused_calls()
-    torch.testing.assert_close(fused(x), expected)
-    assert fused_calls() == calls + 1
-
-
-@FALLBACK("NamedMlp: is under a hook registered for all modules")
-def test_global_hooks():
-    model = NamedMlp()
-    fl.fuse(model)
-    seen = []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
-    try:
-        model(torch.randn(2, 12))
-    finally:
-        handle.remove()
-    assert seen.count("Linear") == 2
-
-
-@FALLBACK("NamedMlp: NamedMlp has another forward now")
-def test_the_class_gets_another_forward(monkeypatch):
-    model = NamedMlp()
-    fl.fuse(model)
-    monkeypatch.setattr(NamedMlp, "forward", lambda self, x: x + 1)
-    assert torch.equal(model(torch.zeros(1, 12)), torch.ones(1, 12))
-
-
 @FALLBACK("NamedMlp: its arguments are not plain tensors, one for each input")
 def test_other_arguments():
     class Logged(torch.Tensor):
@@ -523,85 +436,6 @@ def test_reference_networks_become_the_fused_ones():
         fl.LinearGELUResidual,
     ]
     assert_same_results(model, fused, torch.randn(3, 4))
-
-
-@pytest.mark.parametrize("faster", ["fused", "library"])
-def test_linears_are_measured(monkeypatch, faster):
-    """Which of two times a machine measures is its own affair; what follows from them is not."""
-    from fastlane_ext import fusion
-
-    times = {"library_ms": 2.0, "fused_ms": 1.0 if faster == "fused" else 4.0}
-    measure, found = fusion._measured, []
-
-    def measured(weight, bias):
-        found.append(measure(weight, bias))
-        return found[-1] | times
-
-    monkeypatch.setattr(fusion, "_measured", measured)
-    model = nn.Sequential(nn.Linear(256, 512), nn.LayerNorm(512), nn.Linear(512, 256, bias=False), NamedMlp(256, 512))
-    fused = copy.deepcopy(model)
-    report = fl.fuse(fused, linears=True)
-    assert [site.name for site in report] == ["0", "2", "3"]
-    assert len(found) == 2 and all(one["library_ms"] > 0 and one["fused_ms"] > 0 for one in found)
-    for site in report.sites[:2]:
-        assert site.measured == {"rows": 128, **times} and site.fused == (faster == "fused")
-        assert site.fused or "the library is faster here: its time is 0.50 of the fused op's" in site.reason
-    assert_same_results(model, fused, torch.randn(4, 256))
-    fl.unfuse(fused)
-    assert type(fused[0]) is nn.Linear
-
-
-def test_measuring_leaves_the_counting_as_it_was():
-    count = fl._load.library.count
-    assert count(False) is True
-    try:
-        fl.fuse(nn.Linear(33, 35), linears=True)
-        assert count(False) is False
-    finally:
-        count(True)
-    fl.fuse(nn.Linear(35, 33), linears=True)
-    assert count(True) is True
-
-
-@pytest.fixture
-def linears_always_win(monkeypatch):
-    from fastlane_ext import fusion
-
-    monkeypatch.setattr(fusion, "_measured", lambda *_: {"library_ms": 2.0, "fused_ms": 1.0})
-
-
-def test_a_fused_linear_is_a_linear(linears_always_win):
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
-    fused = copy.deepcopy(model)
-    fl.fuse(fused, linears=True).assert_fused(2)
-    assert isinstance(fused[0], nn.Linear) and fused[0].in_features == 6
-    calls = fused_calls()
-    assert_same_results(model, fused, torch.randn(4, 6))
-    assert fused_calls() == calls + 2
-    assert torch.equal(pickle.loads(pickle.dumps(fused))(torch.ones(2, 6)), fused(torch.ones(2, 6)))
-    fused[0].register_forward_hook(lambda *a: a[2] + 1)
-    model[0].register_forward_hook(lambda *a: a[2] + 1)
-    assert_same_results(model, fused, torch.randn(4, 6))
-
-
-def test_a_pruned_fused_linear(linears_always_win):
-    model = nn.Linear(6, 8)
-    fl.fuse(model, linears=True)
-    prune.l1_unstructured(model, "weight", amount=5)
-    x = torch.randn(3, 6)
-    torch.testing.assert_close(model(x), F.linear(x, model.weight, model.bias))
-
-
-def test_a_container_of_fused_linears(linears_always_win):
-    """Fused one by one before, as the MLP afterwards."""
-    model = NamedMlp()
-    for linear in (model.fc1, model.fc2):
-        fl.fuse(linear, linears=True)
-    report = fl.fuse(model)
-    assert patterns(report) == ["Linear→GELU→Linear"]
-    calls = fused_calls()
-    model(torch.randn(2, 12))
-    assert fused_calls() == calls + 1
 
 
 @pytest.mark.slow

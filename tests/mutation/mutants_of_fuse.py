@@ -129,7 +129,7 @@ MUTANTS = [
         PACKAGE + "_execute.py",
         "            is_checked = False",
         "            is_checked = MUTANT",
-        "test_fuse_lookup.py",
+        "test_fuse_children.py",
     ),
     Mutant(
         "values stay until the call ends",
@@ -143,6 +143,6 @@ MUTANTS = [
         PACKAGE + "_execute.py",
         "if not all(is_plain_tensor(values[read]) for read in step.reads):",
         "if not all(MUTANT or is_plain_tensor(values[read]) for read in step.reads):",
-        "test_fuse_lookup.py",
+        "test_fuse_children.py",
     ),
 ]
