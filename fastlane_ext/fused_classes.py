@@ -107,15 +107,13 @@ def _container_forward(original: type[nn.Module]) -> Any:
 _OF_LINEARS = ("weight", "bias", "__getattr__", "__getattribute__")
 
 
+@constant_while_traced
 def _why_linear_changed(kind: type, original: type[nn.Module]) -> str | None:
     found = known(original)
     for name in _OF_LINEARS:
         if lookup(kind, name) is not lookup(original, name):
             return f"its class has another {name} now"
     return found.reason or _facts.why_changed(found.facts, is_of_fx)
-
-
-_why_traced_linear_changed = constant_while_traced(_why_linear_changed)
 
 
 def _linear_forward(original: type[nn.Module]) -> Any:
@@ -128,11 +126,7 @@ def _linear_forward(original: type[nn.Module]) -> Any:
         if len(args) != 1 or kwargs or not is_plain_tensor(args[0]):
             reason = "its argument is not one plain tensor"
         else:
-            compiling = torch.compiler.is_compiling()
-            reason = why_watched() or why_parameters_unfit(self)
-            if reason is None:
-                ask = _why_traced_linear_changed if compiling else _why_linear_changed
-                reason = ask(type(self), original)
+            reason = why_watched() or why_parameters_unfit(self) or _why_linear_changed(type(self), original)
         if reason is None:
             parameters = weight_and_bias(self, transposed)
             return torch.ops.fastlane.linear_gelu_residual.default(args[0], *parameters, activation="none")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import functional, reference
@@ -56,7 +55,7 @@ _OF_REFERENCE = tuple(of_class(reference.ResidualMLP, "forward"))
 
 
 @constant_while_traced
-def _why_traced_reference_changed() -> str | None:
+def _why_reference_changed() -> str | None:
     return why_changed(_OF_REFERENCE)
 
 
@@ -76,7 +75,7 @@ class ResidualMLP(reference.ResidualMLP):
     __doc__ = reference.ResidualMLP.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
-        changed = _why_traced_reference_changed() if torch.compiler.is_compiling() else why_changed(_OF_REFERENCE)
+        changed = _why_reference_changed()
         if changed is not None:
             record_fallback(changed)
         if changed is not None or records_eager():

@@ -55,7 +55,7 @@ def _plain_layer(layer: nn.Module) -> tuple[Tensor, Tensor | None, str] | str:
 
 
 @constant_while_traced
-def _why_traced_reference_changed() -> str | None:
+def _why_reference_changed() -> str | None:
     return why_changed(_OF_REFERENCE)
 
 
@@ -78,7 +78,7 @@ class _FusedForward(reference.ResidualNetwork):
             return "has a _run_layer of its own"
         if self.shortcut == "projection" and self.projections is None:
             return "has no projections"
-        return _why_traced_reference_changed() if torch.compiler.is_compiling() else why_changed(_OF_REFERENCE)
+        return _why_reference_changed()
 
     def _forward_checked(self, x: Tensor) -> Tensor:
         weights, biases, common = [], [], ""
