@@ -14,14 +14,18 @@ _BY_VARIABLE = os.environ.get("FASTLANE_DISABLE") == "1"
 def is_disabled() -> bool:
     """Whether this thread is inside `disabled`, or FASTLANE_DISABLE is set.
 
-    While torch.compile or torch.export traces, whether any thread is inside: one graph serves all of them, and
-    torch.compile traces anew when the answer changes.
+    While a graph is traced, what `records_eager` says.
     """
-    if not (library.any_disabled or _BY_VARIABLE):
-        return False
-    return _BY_VARIABLE or torch.compiler.is_compiling() or library.is_disabled()
+    if torch.compiler.is_compiling():
+        return records_eager()
+    return _BY_VARIABLE or (library.any_disabled and library.is_disabled())
 
 
 def records_eager() -> bool:
-    """Whether a graph is being traced that shall hold eager operations."""
-    return is_disabled() and torch.compiler.is_compiling()
+    """Whether a graph is being traced that shall hold eager operations: for ONNX, or while any thread is disabled.
+
+    One graph serves all threads, and torch.compile traces anew when the answer changes.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    return _BY_VARIABLE or library.any_disabled or torch.onnx.is_in_onnx_export()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _decompositions, _flops, _register, reference  # noqa: F401  (what torch asks of an operator)
+from . import _flops, _register, reference  # noqa: F401  (_flops, _register: what torch asks of an operator)
 from ._arguments import ACTIVATIONS, check_choice, check_list, check_stack, check_tensor
 from ._disabled import records_eager
 from ._load import library
