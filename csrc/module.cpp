@@ -9,6 +9,7 @@
 #include "network_call.h"
 #include "ops/policy.h"
 #include "ops/stack_products.h"
+#include "plain_call.h"
 #include "plain_module.h"
 #include "plan_call.h"
 
@@ -58,10 +59,13 @@ PYBIND11_MODULE(_C, m) {
   fastlane::python::prepare();
   fastlane::policy::set_dtensor_test(&fastlane::python::is_dtensor);
   m.def("run_plain_network", &fastlane::run_plain_network);
+  m.def("run_plain_residual_mlp", &fastlane::run_plain_residual_mlp);
   m.def("run_plain_layer", &fastlane::run_plain_layer);
+  m.def("run_plain_mlp", &fastlane::run_plain_mlp);
   m.def("is_as_planned", &fastlane::is_as_planned);
   m.def("set_absent", &fastlane::python::set_absent);
   m.def("hold", [](const py::handle& facts) { return fastlane::python::hold(facts.ptr()); });
   m.def("is_watched", &fastlane::python::is_watched);
   m.def("know_networks", &fastlane::know_networks);
+  m.def("know_mlps", &fastlane::know_mlps);
 }

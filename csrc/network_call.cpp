@@ -1,8 +1,6 @@
 #include "network_call.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
 #include <optional>
@@ -12,6 +10,7 @@
 
 #include "facts.h"
 #include "ops/operators.h"
+#include "plain_call.h"
 #include "plain_module.h"
 
 namespace fastlane {
@@ -21,7 +20,7 @@ namespace py = pybind11;
 using namespace python;
 
 bool read_plain_linear(PyObject* module, at::Tensor& weight, at::Tensor& bias) {
-  return read_linear(plain_dict(module, Torch::get().linear), /*transposed=*/false, weight, bias);
+  return module && read_linear(plain_dict(module, Torch::get().linear), /*transposed=*/false, weight, bias);
 }
 
 // The activation's name; empty where it is none of ours.
@@ -48,19 +47,31 @@ std::optional<std::vector<PyObject*>> children(PyObject* list) {
   return result;
 }
 
-// Eager networks rest on these facts (fastlane_ext._plain.NETWORK). A class derived from `network_class` must not
-// define one of `network_names` anew. The three objects are never freed.
-PyObject *network_facts = nullptr, *network_class = nullptr, *network_names = nullptr;
-
-bool is_as_its_class(PyObject* network) {
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(network_names); ++i) {
-    PyObject* const name = PyTuple_GET_ITEM(network_names, i);
-    if (_PyType_Lookup(Py_TYPE(network), name) !=
-        _PyType_Lookup(reinterpret_cast<PyTypeObject*>(network_class), name))
-      return false;
+// What Python said of the eager classes that are known here.
+class EagerClass {
+ public:
+  void know(const py::tuple& facts, const py::type& kind, const py::tuple& names) {
+    facts_ = py::object(facts).release().ptr();
+    kind_ = py::object(kind).release().ptr();
+    names_ = py::object(names).release().ptr();
   }
-  return true;
-}
+  // Whether the module does what the eager class did when Python looked.
+  bool describes(PyObject* module) const {
+    if (!facts_ || is_watched() || torch::jit::tracer::isTracing() || !hold(facts_)) return false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names_); ++i) {
+      PyObject* const name = PyTuple_GET_ITEM(names_, i);
+      if (_PyType_Lookup(Py_TYPE(module), name) != _PyType_Lookup(reinterpret_cast<PyTypeObject*>(kind_), name))
+        return false;
+    }
+    return true;
+  }
+
+ private:
+  // Never freed.
+  PyObject *facts_ = nullptr, *kind_ = nullptr, *names_ = nullptr;
+};
+
+EagerClass network_class, mlp_class;
 
 struct PlainNetwork {
   std::string shortcut;  // the network's own may be assigned anew while other threads run
@@ -117,52 +128,47 @@ bool read_network(PyObject* network, PlainNetwork& plain) {
   return true;
 }
 
-// Whether somebody wants to see every function that Python calls.
-bool are_calls_watched() { return at::impl::torch_function_mode_enabled() || torch::jit::tracer::isTracing(); }
-
 }  // namespace
 
 void know_networks(const py::tuple& facts, const py::type& kind, const py::tuple& names) {
-  network_facts = py::object(facts).release().ptr();
-  network_class = py::object(kind).release().ptr();
-  network_names = py::object(names).release().ptr();
+  network_class.know(facts, kind, names);
 }
 
-py::object run_plain_layer(const py::handle& x, const py::handle& weight, const py::handle& bias,
-                           const py::handle& residual, const py::handle& activation, const py::handle& recompute) {
-  HANDLE_TH_ERRORS
-  at::Tensor input, w, b, r;
-  if (are_calls_watched() || !read_tensor(x.ptr(), input) || !input.defined() || !read_tensor(weight.ptr(), w) ||
-      !w.defined() || !read_tensor(bias.ptr(), b) || !read_tensor(residual.ptr(), r) ||
-      !PyUnicode_CheckExact(activation.ptr()) || !PyUnicode_IS_ASCII(activation.ptr()) ||
-      !PyBool_Check(recompute.ptr()))
-    return py::none();
-  const std::string name(reinterpret_cast<const char*>(PyUnicode_1BYTE_DATA(activation.ptr())),
-                         static_cast<size_t>(PyUnicode_GET_LENGTH(activation.ptr())));
-  at::Tensor y;
-  {
-    const py::gil_scoped_release other_threads_may_run;
-    y = call_linear_gelu_residual(input, w, optional(b), optional(r), name, recompute.ptr() == Py_True);
-  }
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(y)));
-  END_HANDLE_TH_ERRORS_PYBIND
+void know_mlps(const py::tuple& facts, const py::type& kind, const py::tuple& names) {
+  mlp_class.know(facts, kind, names);
 }
 
 py::object run_plain_network(const py::handle& network, const py::handle& x) {
   HANDLE_TH_ERRORS
   at::Tensor input;
   PlainNetwork plain;
-  if (!network_facts || !read_tensor(x.ptr(), input) || !input.defined() || input.layout() != at::kStrided ||
-      input.is_nested() || is_watched() || torch::jit::tracer::isTracing() || !hold(network_facts) ||
-      !is_as_its_class(network.ptr()) || !read_network(network.ptr(), plain))
+  if (!read_strided_tensor(x.ptr(), input) || !network_class.describes(network.ptr()) ||
+      !read_network(network.ptr(), plain))
     return py::none();
-  at::Tensor y;
-  {
-    const py::gil_scoped_release other_threads_may_run;
-    y = call_residual_stack(input, plain.weights, plain.biases, plain.projections, plain.projection_biases,
-                            plain.shortcut, plain.activation, /*recompute=*/false);
-  }
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(y)));
+  return without_interpreter([&] {
+    return call_residual_stack(input, plain.weights, plain.biases, plain.projections, plain.projection_biases,
+                               plain.shortcut, plain.activation, /*recompute=*/false);
+  });
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+py::object run_plain_residual_mlp(const py::handle& mlp, const py::handle& x) {
+  HANDLE_TH_ERRORS
+  const Keys& keys = Keys::get();
+  at::Tensor input, weight1, bias1, weight2, bias2;
+  if (!read_strided_tensor(x.ptr(), input) || !mlp_class.describes(mlp.ptr())) return py::none();
+  PyObject* const dict = dict_of(mlp.ptr());
+  PyObject* const modules = keys.modules.in(dict);
+  const std::string_view activation = name_of_activation(keys.activation.in(dict));
+  if (activation.empty() || keys.fc1.in(dict) || keys.fc2.in(dict) ||
+      !read_plain_linear(keys.fc1.in(modules), weight1, bias1) ||
+      !read_plain_linear(keys.fc2.in(modules), weight2, bias2) || input.dim() == 0 ||
+      weight2.sym_size(0) != input.sym_size(-1))  // eager adds what broadcasts
+    return py::none();
+  return without_interpreter([&] {
+    return call_mlp_residual(input, weight1, optional(bias1), weight2, optional(bias2), input, activation,
+                             /*recompute=*/false);
+  });
   END_HANDLE_TH_ERRORS_PYBIND
 }
 

@@ -54,7 +54,7 @@ class Key {
 
 struct Keys {
   Key modules{"_modules"}, parameters{"_parameters"}, buffers{"_buffers"}, layers{"layers"},
-      projections{"projections"}, run_layer{"_run_layer"};
+      projections{"projections"}, run_layer{"_run_layer"}, fc1{"fc1"}, fc2{"fc2"}, activation{"activation"};
   Key shortcut{"shortcut"}, training{"training"}, p{"p"}, weight{"weight"}, bias{"bias"}, approximate{"approximate"};
   // nn.Module's call looks these names up on the instance first.
   Key shadows[3]{Key("forward"), Key("_call_impl"), Key("_slow_forward")}, compiled_call{"_compiled_call_impl"};

@@ -13,22 +13,22 @@ from ._changes import why_changed
 from ._load import library
 from ._plain import is_plain_tensor, known, weight_and_bias, why_touched
 from ._plan import Add, Call, Fused, Gelu, Plan
-from .functional import record_fallback
+from .functional import linear_gelu_residual, mlp_residual, record_fallback
 
 
 def _run_fused(children: dict[str, nn.Module], step: Fused, values: list[Any]) -> Tensor:
     x, residual, late = values[step.source], None, None
     parameters = weight_and_bias(children[step.fc1.name], step.fc1.transposed)
-    op = torch.ops.fastlane.linear_gelu_residual.default
+    call = linear_gelu_residual
     if step.fc2 is not None:
         parameters += weight_and_bias(children[step.fc2.name], step.fc2.transposed)
-        op = torch.ops.fastlane.mlp_residual.default
+        call = mlp_residual
     if step.residual is not None:
         residual = values[step.residual]
         # What eager broadcasts or promotes further than the kernels do is added afterwards.
         if residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], parameters[-2].shape[0]):
             residual, late = None, residual
-    y = op(x, *parameters, residual, activation=step.activation)
+    y = call(x, *parameters, residual, activation=step.activation)
     return y if late is None else y + late
 
 

@@ -120,6 +120,9 @@ def _known_of_torch() -> dict[type[nn.Module], Known]:
 _KNOWN = _known_of_torch()
 """As they were when this package was imported: somebody may assign others to the classes."""
 
+_NOT_TORCHS = next((f"{known.kind.__name__} {known.reason}" for known in _KNOWN.values() if known.reason), None)
+"""What was not torch's own even then. No formula holds if there is any."""
+
 GELU = F.gelu
 """torch's own, if `known` says so of nn.GELU."""
 SUMS = tuple(of_class(Tensor, "__add__", "__radd__"))
@@ -128,6 +131,7 @@ FORMULA = (
     Fact(vars(F), "gelu", F.gelu),
     Fact(vars(torch), "cat", torch.cat),
     *SUMS,
+    *([] if _NOT_TORCHS is None else [Fact({}, _NOT_TORCHS, True)]),
 )
 """What eager's layers compute with. Whoever replaces any of it means every layer of the model."""
 NETWORK = collected(
@@ -211,9 +215,6 @@ def why_formula_changed() -> str | None:
 def why_network_changed() -> str | None:
     """The reason to call every child of a network as a module, likewise."""
     return why_watched() or _why_torch_changed(NETWORK)
-
-
-_NOT_TORCHS = next((f"{known.kind.__name__} {known.reason}" for known in _KNOWN.values() if known.reason), None)
 
 
 def _why_torch_changed(facts: Facts) -> str | None:

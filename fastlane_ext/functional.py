@@ -48,7 +48,7 @@ def linear_gelu_residual(
     torch.Size([8, 64])
     """
     if not torch.compiler.is_compiling():
-        y = library.run_plain_layer(x, weight, bias, residual, activation, recompute)
+        y = library.run_plain_layer(None, x, weight, bias, residual, activation, recompute)
         if y is not None:
             return y
     check_tensor("x", x)
@@ -197,6 +197,10 @@ def mlp_residual(
     >>> mlp_residual(x, torch.randn(256, 64), None, torch.randn(64, 256), None, residual=x).shape
     torch.Size([10, 64])
     """
+    if not torch.compiler.is_compiling():
+        y = library.run_plain_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation, recompute)
+        if y is not None:
+            return y
     check_tensor("x", x)
     check_tensor("fc1_weight", fc1_weight)
     check_tensor("fc1_bias", fc1_bias, optional=True)

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import functional, reference
 from ._disabled import records_eager
 from ._facts import of_class, why_changed
+from ._load import library
 from ._plain import (
+    FORMULA,
+    NETWORK,
     constant_while_traced,
     why_formula_changed,
     why_network_changed,
@@ -36,7 +40,7 @@ def run_linear(child: nn.Module, name: str, x: Tensor) -> Tensor:
     return child(x)
 
 
-def _layer(name: str) -> Any:
+def _checked(name: str) -> Any:
     """The function of that name, fused, or eager where the formula's own parts are watched or replaced."""
     fused, eager = getattr(functional, name), getattr(reference, name)
 
@@ -47,7 +51,19 @@ def _layer(name: str) -> Any:
         record_fallback(f"a layer {reason}")
         return eager(*args, **options)
 
-    return staticmethod(layer)
+    return layer
+
+
+_checked_residual = _checked("linear_gelu_residual")
+
+
+def _residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *, activation: str) -> Tensor:
+    """``_checked_residual``, whose checks are made in C++ where nothing special is found."""
+    if not torch.compiler.is_compiling():
+        y = library.run_plain_layer(FORMULA, x, weight, bias, residual, activation, False)
+        if y is not None:
+            return y
+    return _checked_residual(x, weight, bias, residual, activation=activation)
 
 
 _OF_REFERENCE = tuple(of_class(reference.ResidualMLP, "forward"))
@@ -62,8 +78,8 @@ def _why_reference_changed() -> str | None:
 class LinearGELUResidual(reference.LinearGELUResidual):
     __doc__ = reference.LinearGELUResidual.__doc__
 
-    _linear_gelu_residual = _layer("linear_gelu_residual")
-    _linear_gelu_concat = _layer("linear_gelu_concat")
+    _linear_gelu_residual = staticmethod(_residual)
+    _linear_gelu_concat = staticmethod(_checked("linear_gelu_concat"))
 
     def _shortcut(self, x: Tensor) -> Tensor | None:
         if self.shortcut == "projection" and self.projection is not None:
@@ -75,6 +91,10 @@ class ResidualMLP(reference.ResidualMLP):
     __doc__ = reference.ResidualMLP.__doc__
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            y = library.run_plain_residual_mlp(self, x)
+            if y is not None:
+                return y
         changed = _why_reference_changed()
         if changed is not None:
             record_fallback(changed)
@@ -97,3 +117,7 @@ class ResidualMLP(reference.ResidualMLP):
             return linear_gelu_residual(hidden, fc2.weight, fc2.bias, x, activation="none")
         record_fallback(f"fc2 {reason2}")
         return x + fc2(hidden)
+
+
+_OWN_NAMES = ("fc1", "fc2", "activation", "__getattr__", "__getattribute__")
+library.know_mlps((*NETWORK, *_OF_REFERENCE), reference.ResidualMLP, _OWN_NAMES)

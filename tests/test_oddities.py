@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from subprocesses import run_python
 from torch import nn
 from torch.nn.modules import linear as linear_file
 from torch.nn.modules import module as module_file
@@ -49,6 +50,8 @@ class Subject:
         """Whether the compiled code would go on without Python; None if there is none for this kind of model."""
         if isinstance(self.fused, reference.ResidualNetwork):
             return library.run_plain_network(self.fused, x) is not None
+        if isinstance(self.fused, reference.ResidualMLP):
+            return library.run_plain_residual_mlp(self.fused, x) is not None
         plan = vars(self.fused).get(fused_classes.PLAN)
         return None if plan is None else library.is_as_planned(self.fused, plan.checks)
 
@@ -387,6 +390,76 @@ def test_the_forward_of_the_eager_mlp_is_another(monkeypatch):
     assert len(fl.stats()["fallback"]) == 1
     fl.reset_stats()
     monkeypatch.undo()
+
+
+class DoubledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def of_property(model):
+    model.doubled = DoubledLinear(8, 8)
+    model.__class__ = type("Derived", (type(model),), {"fc1": property(lambda self: self.doubled)})
+
+
+def of_getattr(model):
+    del model.fc1
+    model.doubled = DoubledLinear(8, 8)
+    found = lambda self, name: nn.Module.__getattr__(self, "doubled" if name == "fc1" else name)  # noqa: E731
+    model.__class__ = type("Derived", (type(model),), {"__getattr__": found})
+
+
+def of_instance(model):
+    model.doubled = DoubledLinear(8, 8)
+    vars(model)["fc1"] = model.doubled
+
+
+def narrow(model):
+    model.fc2 = nn.Linear(8, 1)
+
+
+def nameless(model):
+    model.activation = type("Name", (str,), {})("gelu")
+
+
+@pytest.mark.parametrize("change", [of_property, of_getattr, of_instance, narrow, nameless])
+def test_an_mlp_whose_parts_are_found_elsewhere(change):
+    subject, x = residual_mlp(), torch.randn(3, 8)
+    for model in (subject.fused, subject.eager):
+        change(model)
+    subject.eager.load_state_dict(subject.fused.state_dict())
+    assert library.run_plain_residual_mlp(subject.fused, x) is None
+    for got, expected in zip(results(subject.fused, x), results(subject.eager, x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    fl.reset_stats()
+
+
+@pytest.mark.parametrize(("name", "error"), [("relu", ValueError), (None, TypeError)])
+def test_an_mlp_of_no_known_activation(name, error):
+    model = fl.ResidualMLP(8, 8)
+    model.activation = name
+    with pytest.raises(error, match="activation: got"):
+        model(torch.randn(3, 8))
+
+
+PATCHED_FIRST = """
+import json, torch, torch.nn.functional as F
+gelu = F.gelu
+F.gelu = lambda x, approximate="none": 2 * gelu(x, approximate=approximate)
+import fastlane_ext as fl
+from fastlane_ext import reference
+x, same = torch.randn(3, 4), []
+for name, arguments in (("LinearGELUResidual", (4, 4)), ("ResidualMLP", (4, 4)), ("ResidualNetwork", ([4, 4, 4],))):
+    fused, eager = getattr(fl, name)(*arguments), getattr(reference, name)(*arguments)
+    eager.load_state_dict(fused.state_dict())
+    same.append(torch.equal(fused(x), eager(x)))
+print(json.dumps([same, len(fl.stats()["fallback"])]))
+"""
+
+
+def test_torch_was_patched_before_the_import():
+    same, reasons = run_python(PATCHED_FIRST)
+    assert same == [True] * 3 and reasons
 
 
 def test_another_concatenation(monkeypatch):

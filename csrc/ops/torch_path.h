@@ -22,8 +22,14 @@ inline at::Tensor with_leading_sizes(const at::Tensor& rows, const at::Tensor& x
   return x.dim() == 2 ? rows : at::_unsafe_view_symint(rows, output_sizes(x, rows.sym_size(1)));
 }
 
-// `y` is memory that nobody else has seen.
-inline at::Tensor plus(at::Tensor y, const OptionalTensor& residual) { return residual ? y.add_(*residual) : y; }
+// `y` is memory that nobody else has seen. Adding in place saves as much again, but where a gradient is needed,
+// autograd takes 2 µs longer for it.
+inline at::Tensor plus(at::Tensor y, const OptionalTensor& residual) {
+  constexpr int64_t kSmall = 16384;
+  if (!residual) return y;
+  if (!is_stand_in(y) && y.numel() <= kSmall && y.requires_grad()) return y + *residual;
+  return y.add_(*residual);
+}
 
 inline at::Tensor linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                        const OptionalTensor& residual, Activation activation) {
