@@ -1,7 +1,8 @@
-"""One way to measure: contestants take turns (A B C A B C) in one process and report median and quartiles.
+"""One way to measure: contestants take turns in one process and report median and quartiles.
 
 Taking turns spreads a machine's slow moments over all contestants alike, so that ratios survive where
-absolute times do not. A contestant that raises is kept, with its reason; it never disappears from a
+absolute times do not. Every round has another order (A B C, C A B, B C A …, drawn from a fixed seed): who
+follows a contestant with a copy of the weight finds its own pushed out of the cache. A contestant that raises is kept, with its reason; it never disappears from a
 table.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -86,8 +88,8 @@ class _Entry:
 class Race:
     """Contestants that take turns.
 
-    ``calls`` maps each name to a call without arguments, in the order in which they take turns. Calls
-    shorter than ``min_sample`` seconds are repeated within a sample until the clock can resolve them.
+    ``calls`` maps each name to a call without arguments. Calls shorter than ``min_sample`` seconds are
+    repeated within a sample until the clock can resolve them.
 
     >>> r = Race({"a": lambda: None, "b": lambda: None}, min_sample=1e-5)
     >>> r.warm_up()
@@ -105,6 +107,7 @@ class Race:
         synchronize: Callable[[], None] | None = None,
     ) -> None:
         self._entries = {name: _Entry(call) for name, call in calls.items()}
+        self._draw = random.Random(0)
         self._min_sample = min_sample
         self._clock = clock
         self._synchronize = synchronize
@@ -158,8 +161,8 @@ class Race:
         entry.seconds.append(seconds / entry.calls_per_sample)
 
     def round(self) -> None:
-        """One sample of each contestant, in order."""
-        for name in self._entries:
+        """One sample of each contestant, in an order drawn anew."""
+        for name in self._draw.sample(list(self._entries), len(self._entries)):
             self.sample(name)
 
     def results(self) -> dict[str, Timing | Skipped]:
