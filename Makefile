@@ -116,6 +116,7 @@ report: $(VENV)/.built
 	$(REPORT) $(call results_of,layer) $(call results_of,networks) --readme benchmarks/RESULTS.md
 	$(REPORT) $(call results_of,zen4-quick) --readme benchmarks/RESULTS-zen4.md
 	$(REPORT) $(call results_of,zen4-layer) --readme benchmarks/RESULTS-zen4-all.md
+	$(REPORT) $(call results_of,zen4-none-*) --readme benchmarks/RESULTS-zen4-none.md
 	$(REPORT) $(RESULTS)/gelu.json --readme benchmarks/RESULTS.md
 
 clean:
