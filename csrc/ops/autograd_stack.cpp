@@ -49,6 +49,8 @@ struct Present {
 
   Present(const Tensor& x, const StackParameters& p) {
     int64_t position = 0;
+    const size_t most = 1 + 4 * p.layers();
+    tensors.reserve(most), positions.reserve(most);
     tensors.push_back(x), positions.push_back(position++);
     for (const auto* list : {&p.weights, &p.biases, &p.projections, &p.projection_biases})
       for (const Tensor& t : *list) {
@@ -59,10 +61,11 @@ struct Present {
 
   // As edges of a node, by the order in which eager's layers would reach them.
   void order_edges(int64_t layers) {
-    std::vector<int64_t> places(static_cast<size_t>(1 + 4 * layers), -1), as_in_eager;
+    c10::SmallVector<int64_t, 64> places(static_cast<size_t>(1 + 4 * layers), -1);
+    c10::SmallVector<size_t, 32> as_in_eager;
     for (size_t i = 0; i < positions.size(); ++i) places[positions[i]] = static_cast<int64_t>(i);
     const auto add = [&](int64_t position) {
-      if (places[position] >= 0) as_in_eager.push_back(places[position]);
+      if (places[position] >= 0) as_in_eager.push_back(static_cast<size_t>(places[position]));
     };
     for (int64_t i = layers - 1; i >= 0; --i) {
       const auto add_linear = [&](int64_t weights, int64_t biases, bool last) {
@@ -77,12 +80,13 @@ struct Present {
       add_linear(kProjections, kProjectionBiases, /*last=*/false);
       add_linear(kWeights, kBiases, /*last=*/true);
     }
-    variable_list reached;
-    for (const int64_t place : as_in_eager) reached.push_back(tensors[place]);
+    const auto order =
+        edge_order(as_in_eager.size(), [&](size_t i) -> const Tensor& { return tensors[as_in_eager[i]]; });
     variable_list ordered;
     std::vector<int64_t> ordered_positions;
-    for (const size_t index : edge_order(reached)) {
-      ordered.push_back(reached[index]);
+    ordered.reserve(order.size()), ordered_positions.reserve(order.size());
+    for (const size_t index : order) {
+      ordered.push_back(std::move(tensors[as_in_eager[index]]));
       ordered_positions.push_back(positions[as_in_eager[index]]);
     }
     tensors = std::move(ordered), positions = std::move(ordered_positions);

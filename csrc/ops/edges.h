@@ -7,21 +7,21 @@
 #include <algorithm>
 #include <array>
 #include <initializer_list>
-#include <queue>
 #include <utility>
-#include <vector>
 
 namespace fastlane {
 
 // torch's engine first runs the nodes that add to a leaf's .grad, in an order that its heap makes of the order of our
-// edges, and then the node that was made last. `tensors` come in the order in which eager's nodes reach them. The
+// edges, and then the node that was made last. The tensors come in the order in which eager's nodes reach them. The
 // result lists their indices so that the heap gives the edges out in that order. The order is exact where no other
 // node is ready and each leaf comes once.
-inline c10::SmallVector<size_t, 8> edge_order(at::TensorList tensors) {
-  c10::SmallVector<size_t, 8> order, others;
+template <class TensorAt>
+c10::SmallVector<size_t, 32> edge_order(size_t count, const TensorAt& tensor_at) {
+  c10::SmallVector<size_t, 32> order, others;
   size_t inner = 0;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const bool has_edge = tensors[i].requires_grad(), is_leaf = has_edge && tensors[i].is_leaf();
+  for (size_t i = 0; i < count; ++i) {
+    const at::Tensor& t = tensor_at(i);
+    const bool has_edge = t.requires_grad(), is_leaf = has_edge && t.is_leaf();
     (is_leaf ? order : others).push_back(i);
     inner += has_edge && !is_leaf;
   }
@@ -29,13 +29,20 @@ inline c10::SmallVector<size_t, 8> edge_order(at::TensorList tensors) {
   if (leaves > 2) {
     using Entry = std::pair<bool, size_t>;  // whether it is a leaf's, and its place among the edges
     const auto runs_later = [](const Entry& a, const Entry& b) { return a.first < b.first; };
-    std::priority_queue<Entry, std::vector<Entry>, decltype(runs_later)> heap(runs_later);
-    for (size_t place = 0; place < leaves + inner; ++place) heap.push({place < leaves, place});
-    c10::SmallVector<size_t, 8> placed(leaves);
-    for (size_t i = 0; i < leaves; ++i, heap.pop()) placed[heap.top().second] = order[i];
+    c10::SmallVector<Entry, 32> heap;  // as std::priority_queue keeps it
+    for (size_t place = 0; place < leaves + inner; ++place) {
+      heap.emplace_back(place < leaves, place);
+      std::push_heap(heap.begin(), heap.end(), runs_later);
+    }
+    c10::SmallVector<size_t, 32> placed(leaves);
+    for (size_t i = 0; i < leaves; ++i) {
+      placed[heap.front().second] = order[i];
+      std::pop_heap(heap.begin(), heap.end(), runs_later);
+      heap.pop_back();
+    }
     order = std::move(placed);
   }
-  order.insert(order.end(), others.begin(), others.end());
+  order.append(others.begin(), others.end());
   return order;
 }
 
@@ -54,7 +61,7 @@ class Edges {
     std::array<size_t, kMaxRoles> present_roles{};
     for (const auto& [role, t] : as_in_eager)
       if (t.defined()) present_roles[present.size()] = role, present.push_back(t);
-    const auto order = edge_order(present);
+    const auto order = edge_order(present.size(), [&](size_t i) -> const at::Tensor& { return present[i]; });
     for (size_t place = 0; place < order.size(); ++place) {
       tensors.push_back(std::move(present[order[place]]));
       roles |= static_cast<int64_t>(present_roles[order[place]] + 1) << (kRoleBits * place);

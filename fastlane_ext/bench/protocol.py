@@ -1,9 +1,9 @@
 """One way to measure: contestants take turns in one process and report median and quartiles.
 
 Taking turns spreads a machine's slow moments over all contestants alike, so that ratios survive where
-absolute times do not. Every round has another order (A B C, C A B, B C A …, drawn from a fixed seed): who
-follows a contestant with a copy of the weight finds its own pushed out of the cache. A contestant that raises is kept, with its reason; it never disappears from a
-table.
+absolute times do not. Every round has another order, drawn from a fixed seed: who follows a contestant
+with a copy of the weight finds its own pushed out of the cache. A contestant that raises is kept, with
+its reason; it never disappears from a table.
 """
 
 from __future__ import annotations
