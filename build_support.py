@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MINIMUM_TORCH = (2, 11)
-MINIMUM_SETUPTOOLS = (70, 1)  # the first that makes wheels by itself
+MINIMUM_SETUPTOOLS = (77, 0)  # the first that takes pyproject.toml's licence expression
 # Turing and newer; GPUs without code of their own compile the PTX when they load it. 9.0a, unlike 9.0, has wgmma.
 DEFAULT_CUDA_ARCHITECTURES = "7.5;8.0+PTX;9.0a"
 
