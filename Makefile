@@ -6,7 +6,7 @@ BUILD_INPUTS = setup.py build_support.py pyproject.toml $(shell find csrc -type 
 CXX_SOURCES = $(shell find csrc tests/kernels tests/cuda_host benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inc' \
 	-o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all mutants lint format sanitize cuda-build bench bench-gelu report clean
+.PHONY: demo test test-all mutants lint format docs sanitize cuda-build bench bench-gelu report clean
 
 # A fresh machine needs Python 3.10+, its headers and a C++ compiler; everything else is installed here.
 demo: $(VENV)/.built
@@ -43,6 +43,11 @@ format: $(VENV)/.requirements
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# The site of docs/, the README and the docstrings: build/docs/index.html. A warning, such as a link that leads nowhere, is an error.
+docs: $(VENV)/.built
+	$(BIN)/python -m sphinx -q -W --keep-going -n -c docs -d build/doctrees . build/docs
+	@echo "The site: build/docs/index.html"
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without torch: g++ is all it needs.
 SANITIZE = build/sanitize
@@ -91,8 +96,8 @@ $(CUDA_VENV)/.requirements: requirements.txt
 	$(CUDA_BIN)/python -m pip install --quiet --no-deps $(CUDA_TOOLS) $(CUDA_TIMM)
 	touch $@
 
-# The tables and plots of docs/performance.md: measured on this machine, now, three runs. Leave it alone meanwhile; three quarters of an
-# hour.
+# The tables and plots of README.md and docs/performance.md: measured on this machine, now, three runs. Leave it alone meanwhile; three
+# quarters of an hour.
 RESULTS = benchmarks/results
 results_of = $(sort $(wildcard $(RESULTS)/$(1)-[0-9].json))
 bench: $(VENV)/.built
@@ -118,6 +123,7 @@ report: $(VENV)/.built
 	$(REPORT) $(call results_of,zen4-layer) --readme benchmarks/RESULTS-zen4-all.md
 	$(REPORT) $(call results_of,zen4-none-*) --readme benchmarks/RESULTS-zen4-none.md
 	$(REPORT) $(RESULTS)/gelu.json --readme benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/summary.py --readme README.md
 
 clean:
 	rm -rf build dist *.egg-info $(OUTPUT) fastlane_ext/_C*.so fastlane_ext/_build_record.json

@@ -255,6 +255,7 @@ EXPERIMENTS = {
         _any_rank,
     ),
 }
+"""What `run` runs, by name: each has a ``summary``, and its options' ``defaults``."""
 
 
 def run(name: str = "example", **options: Any) -> Result:
