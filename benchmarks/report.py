@@ -2,7 +2,7 @@
 
     python benchmarks/report.py bench.json                          # the table, to standard output
     python benchmarks/report.py bench.json --plot docs/bench.png    # and a picture
-    python benchmarks/report.py bench.json --readme README.md       # rewrite the table between its markers
+    python benchmarks/report.py bench.json --readme PAGE.md         # rewrite the table between its markers
 
 Reads what ``fastlane bench --json`` writes and what pytest-benchmark writes for the files beside this
 one; several files are put together, and a row that several of them measured becomes the median of its
