@@ -6,6 +6,9 @@ docs/learn.md to ../README.md, from there to csrc/README.md. README.md is the fi
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
@@ -99,6 +102,12 @@ def find_public_name(
     return domain.resolve_xref(environment, node["refdoc"], app.builder, "obj", node["reftarget"], node, content)
 
 
+def keep_absolute_values(app: Sphinx, what: str, name: str, described: Any, options: Any, lines: list[str]) -> None:
+    """|g| in a docstring is an absolute value; reStructuredText would look for a substitution of that name."""
+    lines[:] = [re.sub(r"(``.*?``)|\|(\w+)\|", lambda m: m[1] or rf"\|{m[2]}\|", line) for line in lines]
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", keep_absolute_values)
     app.connect("missing-reference", find_public_name)
     app.connect("source-read", add_navigation)

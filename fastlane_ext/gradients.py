@@ -163,7 +163,7 @@ class GradientRow:
     """One parameter's gradient in figures; all None but name and shape if it has no gradient.
 
     A gradient with NaN or infinity in it gives NaN or infinity in the figures; ``nonfinite_fraction`` says
-    how much of it. ``ratio`` is ``|g|/|w|`` by L2 norms: infinite where w is all zeros, NaN where both are.
+    how much of it. ``ratio`` is |g|/|w| by L2 norms: infinite where w is all zeros, NaN where both are.
     """
 
     name: str
@@ -271,7 +271,7 @@ class GradientReport:
         return _to_json({"loss": self.loss, "rows": [asdict(row) for row in self.rows]})
 
     def compare(self, other: GradientReport, labels: tuple[str, str] = ("first", "second")) -> GradientComparison:
-        """Mean ``|gradient|`` here and in ``other`` by parameter name, and how many times larger the other's is.
+        """Mean |gradient| here and in ``other`` by parameter name, and how many times larger the other's is.
 
         The models may differ: a parameter only one of them has shows "-" for the other.
         """
@@ -289,7 +289,7 @@ class GradientReport:
         return GradientComparison(labels, tuple(rows))
 
     def plot(self, path: str | os.PathLike[str], *, title: str = "Mean |gradient| by parameter") -> None:
-        """Save log-scale bars of mean ``|gradient|``, first layer on top, weights dark and other parameters pale.
+        """Save log-scale bars of mean |gradient|, first layer on top, weights dark and other parameters pale.
 
         Zero, no gradient and non-finite values have no bar on a log scale; they are written out instead.
 
