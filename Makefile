@@ -3,7 +3,7 @@ VENV ?= .venv
 OUTPUT ?= demo-output
 BIN = $(VENV)/bin
 BUILD_INPUTS = setup.py build_support.py pyproject.toml $(shell find csrc -type f)
-CXX_SOURCES = $(shell find csrc tests/kernels tests/cuda_host benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.inc' \
+CXX_SOURCES = $(shell find csrc tests/native benchmarks -name '*.h' -o -name '*.cpp' \
 	-o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-all mutants lint format docs sanitize cuda-build bench bench-gelu report clean
@@ -52,8 +52,8 @@ docs: $(VENV)/.built
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, without torch: g++ is all it needs.
 SANITIZE = build/sanitize
 SANITIZERS = -fsanitize=address,undefined -fno-sanitize-recover=all
-SANITIZE_FLAGS = -std=c++17 -O1 -g -ffp-contract=off -pthread -Wall -Wno-psabi $(SANITIZERS)
-SANITIZE_OBJECTS = $(patsubst %.cpp,$(SANITIZE)/%.o,$(wildcard csrc/kernels/cpu/*.cpp tests/kernels/*.cpp))
+SANITIZE_FLAGS = -std=c++17 -O1 -g -ffp-contract=off -pthread -Wall -Wno-psabi -Icsrc $(SANITIZERS)
+SANITIZE_OBJECTS = $(patsubst %.cpp,$(SANITIZE)/%.o,$(wildcard csrc/kernels/cpu/*.cpp csrc/kernels/cpu/isa/*.cpp tests/native/cpu/*.cpp))
 sanitize:
 	@mkdir -p $(SANITIZE)
 	@echo 'int main() {}' | $(CXX) $(SANITIZERS) -x c++ - -o $(SANITIZE)/probe || { echo "sanitize: $(CXX) cannot \

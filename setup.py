@@ -31,12 +31,13 @@ BUILD_RECORD = "_build_record.json"
 
 
 def relative_sources(with_cuda: bool, with_hopper: bool) -> list[str]:
-    left_out = {"cuda_absent.cpp"} if with_cuda else {"cuda.cpp", "cuda_stack.cpp", "hopper_absent.cpp"}
-    hopper_kernels = {path.name for path in (ROOT / "csrc").rglob("hopper*.c*")} - {"hopper_absent.cpp"}
-    left_out |= {"hopper_absent.cpp"} if with_hopper else hopper_kernels
-    patterns = ["*.cpp", "*.cu"] if with_cuda else ["*.cpp"]
-    paths = [path for pattern in patterns for path in (ROOT / "csrc").rglob(pattern) if path.name not in left_out]
-    return sorted(str(path.relative_to(ROOT)) for path in paths)
+    backend, hopper = ROOT / "csrc/ops/backend", ROOT / "csrc/kernels/cuda/hopper"
+    without_hopper = {hopper / "absent.cpp"}
+    left_out = {backend / "cuda_absent.cpp"} if with_cuda else {backend / "cuda.cpp", backend / "cuda_stack.cpp"}
+    left_out |= without_hopper if with_hopper else set(hopper.glob("*.c*")) - without_hopper
+    left_out |= set() if with_cuda else without_hopper
+    paths = {*(ROOT / "csrc").rglob("*.cpp"), *((ROOT / "csrc").rglob("*.cu") if with_cuda else ())}
+    return sorted(str(path.relative_to(ROOT)) for path in paths - left_out)
 
 
 def extension_and_command():
@@ -93,7 +94,7 @@ def extension_and_command():
     extension = (CUDAExtension if decision.build else CppExtension)(
         "fastlane_ext._C",
         relative_sources(decision.build, hopper.include is not None),
-        include_dirs=[hopper.include] if hopper.include else [],
+        include_dirs=[str(ROOT / "csrc"), *([hopper.include] if hopper.include else [])],
         define_macros=[("FASTLANE_CUDA_REASON", json.dumps(decision.reason))],
         # -ffp-contract=off: a product and a sum are fused where the source says fma, the same in every ISA.
         # -fopenmp is for at::parallel_for's header and is not a link flag: the runtime must be the one torch

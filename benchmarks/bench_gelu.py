@@ -29,6 +29,7 @@ from fastlane_ext.commands import CommandError, console, table, writable, write_
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "gelu_throughput.cpp"
 RESULTS = HERE / "results" / "gelu.json"
+SOURCES = (SOURCE, HERE / "gelu_avx2.cpp", HERE / "gelu_avx512.cpp")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-pthread")
 ROUNDS = 101
 SCHEMA = 1
@@ -40,7 +41,8 @@ def compile_program(folder: Path) -> tuple[Path, str]:
     if shutil.which(command[0]) is None:
         raise CommandError(f"{command[0]}: no such compiler; install g++, or set CXX to a C++17 compiler")
     program = folder / SOURCE.stem
-    built = subprocess.run([*command, *FLAGS, str(SOURCE), "-o", str(program)], capture_output=True, text=True)
+    build = [*command, *FLAGS, f"-I{HERE.parent / 'csrc'}", *map(str, SOURCES), "-o", str(program)]
+    built = subprocess.run(build, capture_output=True, text=True)
     if built.returncode != 0:
         errors = [line for line in built.stderr.splitlines() if "error" in line] or built.stderr.splitlines()
         reason = errors[0].strip() if errors else f"exit status {built.returncode}"

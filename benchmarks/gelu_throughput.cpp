@@ -18,71 +18,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "../csrc/kernels/cpu/half.h"
-#include "../csrc/kernels/gelu.h"
-
-namespace fastlane {
-namespace {
-
-template <class T>
-using Loop = void (*)(const T* x, T* y, int64_t count);
-
-template <class T>
-struct Formulas {
-  Loop<T> value, derivative;
-};
-
-}  // namespace
-}  // namespace fastlane
-
-#if defined(__x86_64__)
-
-// GCC 12 takes the deliberately undefined pass-through operand of its own intrinsics for a mistake.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-namespace fastlane {
-namespace {
-namespace avx2 {
-#include "../csrc/kernels/cpu/vec_avx2.h"
-#include "../csrc/kernels/cpu/vec_common.inc"
-#include "../csrc/kernels/cpu/activation.inc"
-#include "gelu_contestants.inc"
-}  // namespace avx2
-}  // namespace
-}  // namespace fastlane
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
-#endif
-namespace fastlane {
-namespace {
-namespace avx512 {
-#include "../csrc/kernels/cpu/vec_avx512.h"
-#include "../csrc/kernels/cpu/vec_common.inc"
-#include "../csrc/kernels/cpu/activation.inc"
-#include "gelu_contestants.inc"
-}  // namespace avx512
-}  // namespace
-}  // namespace fastlane
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif  // __x86_64__
+#include "gelu_formulas.h"
+#include "kernels/cpu/half.h"
+#include "kernels/gelu.h"
 
 namespace fastlane {
 namespace {
@@ -148,13 +86,13 @@ std::vector<Contestant<T>> all_contestants(Activation activation) {
   std::vector<Contestant<T>> all;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    all.push_back({"before", "avx2", avx2::formulas_before<T>(activation)});
-    all.push_back({"now", "avx2", avx2::formulas_now<T>(activation)});
+    all.push_back({"before", "avx2", avx2_formulas<T>(/*now=*/false, activation)});
+    all.push_back({"now", "avx2", avx2_formulas<T>(/*now=*/true, activation)});
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    all.push_back({"before", "avx512", avx512::formulas_before<T>(activation)});
-    all.push_back({"now", "avx512", avx512::formulas_now<T>(activation)});
+    all.push_back({"before", "avx512", avx512_formulas<T>(/*now=*/false, activation)});
+    all.push_back({"now", "avx512", avx512_formulas<T>(/*now=*/true, activation)});
   }
 #endif
   all.push_back({"libm", "baseline",

@@ -103,7 +103,7 @@ KERNEL(tanh_slope, TanhGelu::slope<__half>)
 
 
 def test_gelu_of_16_bits_is_short(cuobjdump, tmp_path):
-    """In instructions an element, which is what an epilogue costs: csrc/kernels/cuda/gelu16.h says how many."""
+    """In instructions an element, which is what an epilogue costs: csrc/kernels/cuda/common/gelu16.h says how many."""
     home = find_cuda_home()
     if home is None:
         pytest.skip("needs the CUDA toolkit")

@@ -18,16 +18,16 @@ from build_support import find_compiler, find_cuda_home, find_cutlass  # noqa: E
 
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
 # Those that launch kernels of our own.
-SOURCES = sorted(path.name for path in KERNELS.glob("*.cu") if "<<<" in path.read_text())
+SOURCES = sorted(path.relative_to(KERNELS).as_posix() for path in KERNELS.rglob("*.cu") if "<<<" in path.read_text())
 pytestmark = [pytest.mark.any_isa, pytest.mark.slow]
 
 
 def run_program(name, folder, *flags):
-    """Compile and run one of cuda_host's programs, each of which prints what is not true."""
+    """Compile and run one of native/cuda's programs, each of which prints what is not true."""
     if not KERNELS.is_dir() or shutil.which("c++") is None:
         pytest.skip("needs the source folder and a C++ compiler")
     compiler, _ = find_compiler()
-    program, source = folder / name, ROOT / "tests" / "cuda_host" / f"{name}.cpp"
+    program, source = folder / name, ROOT / "tests" / "native" / "cuda" / f"{name}.cpp"
     flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT / 'csrc'}", *flags]
     subprocess.run([*compiler.split(), *flags, str(source), "-o", str(program)], check=True)
     result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
@@ -48,17 +48,18 @@ def toolkit_home():
 
 @pytest.mark.parametrize("name", ["kernels_test", "narrow_test"])
 def test_kernels_on_the_host(name, tmp_path):
-    """Every line of the device code runs, with the toolkit's headers and without a GPU; see cuda_host/grid.h."""
+    """Every line of the device code runs, with the toolkit's headers and without a GPU; see native/cuda/grid.h."""
     headers = toolkit_home() / "include"
     run_program(name, tmp_path, "-std=c++20", "-Wno-unknown-pragmas", "-isystem", str(headers))
 
 
 def run_ptx(name, folder, kernels, architecture, argument_lists, *flags):
-    """Link cuda_host/NAME.cpp and cuda_host/ptx with a file that includes `kernels`; run it once for each arguments."""
-    home, host = toolkit_home(), ROOT / "tests" / "cuda_host"
+    """Link native/cuda/NAME.cpp and native/ptx with a file that includes `kernels`; run it once for each arguments."""
+    home, host = toolkit_home(), ROOT / "tests" / "native"
     source = folder / "kernels.cu"
     source.write_text("".join(f'#include "{path}"\n' for path in kernels))
-    nvcc = [str(home / "bin" / "nvcc"), "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-std=c++20", *flags]
+    nvcc = [str(home / "bin" / "nvcc"), "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-std=c++20", f"-I{ROOT / 'csrc'}"]
+    nvcc += flags
     nvcc += [f"-gencode=arch=compute_{architecture},code=compute_{architecture}", "--keep", "--keep-dir", str(folder)]
     command = [*nvcc, "-c", str(source), "-o", str(folder / "kernels.o")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -68,7 +69,7 @@ def run_ptx(name, folder, kernels, architecture, argument_lists, *flags):
             file.unlink()
     compiler = [*find_compiler()[0].split(), "-O2", "-std=c++20", "-frounding-math", "-Wall", "-Wextra", "-Werror"]
     compiler += ["-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{host}", "-isystem", str(home / "include")]
-    sources = [host / f"{name}.cpp", *sorted((host / "ptx").glob("*.cpp"))]
+    sources = [host / "cuda" / f"{name}.cpp", *sorted((host / "ptx").glob("*.cpp"))]
     program = folder / name
     subprocess.run([*compiler, *map(str, sources), str(folder / "kernels.o"), "-o", str(program)], check=True)
     commands = [[str(program), *arguments, str(folder / "kernels.ptx")] for arguments in argument_lists]
@@ -81,7 +82,7 @@ def run_ptx(name, folder, kernels, architecture, argument_lists, *flags):
 
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_launches_on_the_host(architecture, tmp_path):
-    """Our own kernels as nvcc makes them, with what their launchers give them; see cuda_host/ptx."""
+    """Our own kernels as nvcc makes them, with what their launchers give them; see native/ptx."""
     run_ptx("launches_test", tmp_path, [KERNELS / name for name in SOURCES], architecture, [[]])
 
 
@@ -90,7 +91,7 @@ def test_hopper_kernels_on_the_host(tmp_path):
     cutlass = find_cutlass()
     if cutlass is None:
         pytest.skip("needs CUTLASS: pip install --no-deps nvidia-cutlass==4.2.0.0")
-    kernels = [*sorted(KERNELS.glob("hopper_*.cu")), KERNELS / "hopper.cpp", KERNELS / "preactivation_grad.cu"]
+    kernels = [*sorted(KERNELS.glob("hopper/*.cu")), KERNELS / "hopper/hopper.cpp", KERNELS / "elementwise/preactivation_grad.cu"]
     run_ptx("hopper_kernels_test", tmp_path, kernels, "90a", [["bf16"], ["f16"], ["f32"]], f"-I{cutlass}")
     # And what it would say of kernels that lack a fence.
     text, fence = (tmp_path / "kernels.ptx").read_text(), "fence.proxy.async.shared::cta;"
@@ -106,7 +107,7 @@ def test_kernels_compile_without_spills(source, tmp_path):
     """What ptxas says of every kernel: no spilled register. The Hopper kernels: test_cuda_build.py."""
     architectures = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("75", "80", "90a")]
     command = [str(toolkit_home() / "bin" / "nvcc"), "-O3", "-DNDEBUG", "-Xptxas=-v", *architectures]
-    command += ["-c", str(KERNELS / source), "-o", str(tmp_path / "kernels.o")]
+    command += [f"-I{ROOT / 'csrc'}", "-c", str(KERNELS / source), "-o", str(tmp_path / "kernels.o")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     report = result.stdout + result.stderr
     assert result.returncode == 0, report[-2000:]

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.any_isa, pytest.mark.thorough]
 ROOT = Path(__file__).resolve().parent.parent
 # qemu's names. Sandy Bridge has AVX without FMA and AVX2; qemu 7 emulates nothing of AVX-512.
 CPUS = {"Nehalem": ["scalar"], "SandyBridge": ["scalar"], "Haswell": ["avx2", "scalar"]}
-# Of each function of the kernel table (tests/kernels/sweep.cpp), behind the large fixed sizes that it begins with.
+# Of each function of the kernel table (tests/native/cpu/sweep.cpp), behind the large fixed sizes that it begins with.
 CASES = [(first + 60, first + 84) for first in (0, 2028, 2832, 4860, 5664, 6468, 7272, 9300)]
 
 
@@ -27,9 +27,9 @@ def sweep(tmp_path_factory):
         if tool is None or shutil.which(tool) is None:
             pytest.skip("needs a C++ compiler and qemu-x86_64; install g++ and qemu-user")
     program = tmp_path_factory.mktemp("sweep") / "sweep"
-    sources = [*ROOT.glob("csrc/kernels/cpu/*.cpp"), *ROOT.glob("tests/kernels/*.cpp")]
+    sources = [*ROOT.glob("csrc/kernels/cpu/**/*.cpp"), *ROOT.glob("tests/native/cpu/*.cpp")]
     subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-w"] + [*sources, "-o", program],
+        [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-w", f"-I{ROOT / 'csrc'}"] + [*sources, "-o", program],
         check=True,
     )
     return program

@@ -1,5 +1,5 @@
 // GELU and its derivative: the definition, for host and device, in float or double. Faster forms of it:
-// cpu/activation.inc of vectors, cuda/gelu16.h of 16-bit results.
+// cpu/generic/activation-inl.h of vectors, cuda/common/gelu16.h of 16-bit results.
 //
 //   exact:  gelu(z) = z Φ(z),                 Φ(z) = ½ erfc(−z/√2)
 //   tanh:   gelu(z) = ½ z (1 + tanh u) = z σ(2u),  u = √(2/π) (z + 0.044715 z³)
@@ -10,7 +10,7 @@
 
 #include <cmath>
 
-#include "problem.h"
+#include "kernels/problem.h"
 
 #if defined(__CUDACC__)
 #define FASTLANE_HOST_DEVICE __host__ __device__

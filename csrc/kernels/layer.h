@@ -2,7 +2,7 @@
 // transposed and what its epilogue adds.
 #pragma once
 
-#include "problem.h"
+#include "kernels/problem.h"
 
 namespace fastlane {
 

@@ -1,7 +1,7 @@
 // The products of an MLP as GEMM problems, made of those of its two layers.
 #pragma once
 
-#include "layer.h"
+#include "kernels/layer.h"
 
 namespace fastlane {
 

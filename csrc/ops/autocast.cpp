@@ -5,8 +5,8 @@
 #include <ATen/ops/cat.h>
 #include <torch/library.h>
 
-#include "operators.h"
-#include "stack.h"
+#include "ops/checks/stack.h"
+#include "ops/operators.h"
 
 namespace fastlane {
 namespace {

@@ -8,8 +8,8 @@
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/linear.h>
 
-#include "checks.h"
-#include "stack.h"
+#include "ops/checks/checks.h"
+#include "ops/checks/stack.h"
 
 namespace fastlane::composition {
 

@@ -10,8 +10,8 @@
 #include <string_view>
 #include <utility>
 
-#include "checks.h"
-#include "policy.h"
+#include "ops/checks/checks.h"
+#include "ops/policy.h"
 
 namespace fastlane {
 

@@ -3,9 +3,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "checks.h"
-#include "mlp.h"
-#include "stack.h"
+#include "ops/checks/checks.h"
+#include "ops/checks/mlp.h"
+#include "ops/checks/stack.h"
 
 namespace fastlane {
 namespace {

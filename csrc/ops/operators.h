@@ -1,21 +1,15 @@
 // Typed handles to the operators of schema.cpp: a call goes through the dispatcher from the current key on.
 #pragma once
 
-#include <ATen/core/List.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <array>
-#include <optional>
 #include <string_view>
 #include <tuple>
 
+#include "ops/types.h"
+
 namespace fastlane {
-
-using OptionalTensor = std::optional<at::Tensor>;
-using OptionalTensors = c10::List<OptionalTensor>;
-
-// Of a tensor that is undefined where it is absent.
-inline OptionalTensor optional(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 inline at::Tensor call_linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                             const OptionalTensor& residual, std::string_view activation,

@@ -1,4 +1,4 @@
-#include "path.h"
+#include "ops/path.h"
 
 #include <ATen/cpu/Utils.h>
 #include <c10/util/Exception.h>
@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "../kernels/cpu/dispatch.h"
+#include "kernels/cpu/dispatch.h"
 
 namespace fastlane {
 namespace {

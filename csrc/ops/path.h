@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "../kernels/layer.h"
+#include "kernels/layer.h"
 
 namespace fastlane {
 

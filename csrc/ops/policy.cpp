@@ -1,4 +1,4 @@
-#include "policy.h"
+#include "ops/policy.h"
 
 #include <c10/util/Exception.h>
 

@@ -8,7 +8,7 @@
 #include <map>
 #include <string>
 
-#include "path.h"
+#include "ops/path.h"
 
 namespace fastlane::policy {
 

@@ -42,7 +42,7 @@ TORCH_LIBRARY(fastlane, m) {
   // z holds every layer's, one after the other; a backward without it computes it again. `needed` and `column_major`
   // list positions (stack.h), and the result the gradients in `needed`. `features` are x's, then each layer's own,
   // since a tensor that is not read may be absent. What z holds is between forward and backward of one device: a
-  // narrow stack on CUDA keeps its layers' outputs there (kernels/cuda/narrow_stack.h).
+  // narrow stack on CUDA keeps its layers' outputs there (kernels/cuda/narrow/stack.h).
   m.def(
       "residual_stack_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] projections, "
       "Tensor?[] projection_biases, *, str shortcut, str activation) -> (Tensor y, Tensor z)",

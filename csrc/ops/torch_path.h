@@ -4,9 +4,9 @@
 
 #include <ATen/ops/_unsafe_view.h>
 
-#include "composition.h"
-#include "differentiation.h"
-#include "mlp.h"
+#include "ops/checks/mlp.h"
+#include "ops/composition.h"
+#include "ops/differentiation.h"
 
 namespace fastlane::torch_path {
 

@@ -1,4 +1,4 @@
-#include "caches.h"
+#include "kernels/cpu/caches.h"
 
 #include <algorithm>
 

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "../problem.h"
-#include "parallel.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/problem.h"
 
 namespace fastlane {
 

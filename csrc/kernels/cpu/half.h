@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../problem.h"
+#include "kernels/problem.h"
 
 namespace fastlane {
 

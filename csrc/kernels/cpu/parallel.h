@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "caches.h"
+#include "kernels/cpu/caches.h"
 
 namespace fastlane {
 

@@ -1,4 +1,4 @@
-#include "scratch.h"
+#include "kernels/cpu/scratch.h"
 
 #include <array>
 #include <new>

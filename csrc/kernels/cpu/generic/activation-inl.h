@@ -1,0 +1,248 @@
+// act(z) and act′(z) on vectors, without branches; gelu.h's formulas at t = |z|:
+//
+//   gelu(z) = max(z, 0) − t C(t)        gelu′(z) = S(t) for z < 0, 1 − S(t) for z ≥ 0
+//
+// with C(t) = Φ(−t) or σ(−2u(t)), which has no cancellation however far the tail, and S(t) = gelu′(−t) = C − t C′.
+// About 2e-7 relative in float and 4e-16 in double near zero; in the tail the error grows with the rounding of
+// exp's argument, to 8e-6 at float(−10).
+#pragma once
+
+#include <cstddef>
+#include <type_traits>
+
+#include "kernels/cpu/generic/vec_common-inl.h"
+#include "kernels/cpu/isa/target.h"
+#include "kernels/cpu/isa/vec.h"
+#include "kernels/gelu.h"
+#include "kernels/problem.h"
+
+FASTLANE_BEGIN_TARGET
+
+template <class V, size_t N>
+FASTLANE_INLINE V polynomial(V x, const typename V::elem (&coefficients)[N]) {
+  V sum = V::set(coefficients[N - 1]);
+#pragma GCC unroll 24
+  for (int i = static_cast<int>(N) - 2; i >= 0; --i) sum = fma(sum, x, V::set(coefficients[i]));
+  return sum;
+}
+
+// Minimax coefficients, by what the result is stored in: a 16-bit one rounds by 2e-4 and more.
+//   exp2           2ʳ on [−½, ½]
+//   scaled_tail    ½ erfcx(t/√2) = Φ(−t) exp(t²/2) in q = (t − c)/(t + c), c = tail_center, on [0, tail_end]
+struct Bits32 {
+  // 2e-9 and, before its coefficients are rounded to float, 9e-9 relative; 2e-7 after.
+  using ForSlope = Bits32;
+  static constexpr float exp2[] = {1.0f,           0.693147203f,   0.240226479f,   0.0555033247f,
+                                   0.00961843736f, 0.00133988746f, 0.000153533621f};
+  static constexpr float scaled_tail[] = {0.121513948f,    -0.20640262f,   0.123225041f,     -0.0462132636f,
+                                          0.00613194225f,  0.00290438735f, -0.000983288081f, -0.000339012765f,
+                                          0.000115013521f, 5.31618155e-5f};
+  static constexpr float tail_center = 3.0f, tail_end = 14.5f, logistic_end = 11.0f;
+};
+struct Bits16 : Bits32 {
+  // 3e-6 and 1e-5 relative. GELU′ has a zero, next to which no error is small.
+  static constexpr float exp2[] = {0.999999261f, 0.693121816f, 0.240247453f, 0.0559178581f, 0.00957008589f};
+  static constexpr float scaled_tail[] = {0.121513667f,   -0.206412405f,  0.123250575f,   -0.0461061655f,
+                                          0.00594469565f, 0.00258428073f, -0.00064820446f};
+};
+struct Bits64 {
+  // 9e-18 and 3e-18 relative.
+  using ForSlope = Bits64;
+  static constexpr double exp2[] = {1.0,
+                                    0.69314718055994531,
+                                    0.24022650695910098,
+                                    0.05550410866482166,
+                                    0.0096181291076068861,
+                                    0.0013333558146396017,
+                                    0.0001540353044173901,
+                                    1.5252733853275322e-5,
+                                    1.3215442586458392e-6,
+                                    1.017805172787519e-7,
+                                    7.0725862021487573e-9,
+                                    4.4566758837837092e-10};
+  static constexpr double scaled_tail[] = {
+      0.076919304975006296,  -0.14345755526401197,    0.11606881188600329,    -0.080883877264127212,
+      0.04785535228417,      -0.023413900487697409,   0.0089913705505911212,  -0.0023788443566325494,
+      0.0002195507376097726, 0.00013427684305933549,  -6.0427482741509852e-5, 9.6130708966341764e-7,
+      6.644421185144446e-6,  -1.2700779435054455e-6,  -6.7507895834641147e-7, 2.4334983146392616e-7,
+      7.7108565466055734e-8, -3.9170682577746764e-8,  -1.0996730009690268e-8, 5.6904030592304442e-9,
+      1.8267114907495238e-9, -5.6984668727237212e-10, -2.3197111000479069e-10};
+  static constexpr double tail_center = 5.0, tail_end = 40.0, logistic_end = 22.0;
+};
+
+// 2^(ab) for ab ≤ 0: the product enters the reduction unrounded.
+template <class Coefficients, class V>
+FASTLANE_INLINE V exp2_of_product(V a, V b) {
+  const V n = round(a * b);
+  return scale_by_power(polynomial(multiply_subtract(a, b, n), Coefficients::exp2), n);
+}
+
+// exp(−t²/2). In double the rounding of the first product is put right: it would be the largest error.
+template <class Coefficients, class V>
+FASTLANE_INLINE V gaussian(V t) {
+  using E = typename V::elem;
+  const V scale = V::set(static_cast<E>(-0.5 * gelu_constants::log2_e)), scaled = t * scale;
+  if constexpr (std::is_same_v<E, double>) {
+    const V n = round(scaled * t), lost = multiply_subtract(t, scale, scaled);
+    return scale_by_power(polynomial(fma(lost, t, multiply_subtract(scaled, t, n)), Coefficients::exp2), n);
+  } else {
+    return exp2_of_product<Coefficients>(scaled, t);
+  }
+}
+
+// (t − c)/(t + c). In double the roundings of both sums and of the quotient are put right: the polynomial in q is
+// steep near t = 0, and they would be the largest error.
+template <class V>
+FASTLANE_INLINE V tail_argument(V t, V c) {
+  const V sum = t + c, inverse = V::set(1) / sum;
+  if constexpr (std::is_same_v<typename V::elem, double>) {
+    const V difference = t - c, q = difference * inverse;
+    const V difference_lost = t - (difference + c), sum_lost = t - (sum - c);
+    const V lost = negated_multiply_add(q, sum, difference) + negated_multiply_add(q, sum_lost, difference_lost);
+    return fma(lost, inverse, q);
+  } else {
+    return negated_multiply_add(c + c, inverse, V::set(1));
+  }
+}
+
+template <class Coefficients, class V>
+FASTLANE_INLINE V scaled_normal_tail(V t) {
+  return polynomial(tail_argument(t, V::set(Coefficients::tail_center)), Coefficients::scaled_tail);
+}
+
+template <class V>
+struct ValueAndSlope {
+  V value, slope;
+};
+
+template <class Coefficients>
+struct NormalTail {
+  // There exp(−t²/2) is 0 in the type; clamping keeps ∞ from becoming ∞ · 0.
+  static constexpr auto end = Coefficients::tail_end;
+
+  template <class V>
+  static FASTLANE_INLINE V value(V t) {
+    return gaussian<Coefficients>(t) * scaled_normal_tail<Coefficients>(t);
+  }
+  template <class V>
+  static FASTLANE_INLINE V slope(V t) {
+    const V inv_sqrt_2pi = V::set(static_cast<typename V::elem>(gelu_constants::inv_sqrt_2pi));
+    return gaussian<typename Coefficients::ForSlope>(t) *
+           negated_multiply_add(inv_sqrt_2pi, t, scaled_normal_tail<typename Coefficients::ForSlope>(t));
+  }
+  template <class V>
+  static FASTLANE_INLINE ValueAndSlope<V> both(V t) {
+    const V inv_sqrt_2pi = V::set(static_cast<typename V::elem>(gelu_constants::inv_sqrt_2pi));
+    const V density = gaussian<typename Coefficients::ForSlope>(t),
+            tail = scaled_normal_tail<typename Coefficients::ForSlope>(t);
+    return {density * tail, density * negated_multiply_add(inv_sqrt_2pi, t, tail)};
+  }
+};
+
+template <class Coefficients>
+struct LogisticTail {
+  static constexpr auto end = Coefficients::logistic_end;
+
+  static constexpr double linear = gelu_constants::two_sqrt_2_over_pi;
+  static constexpr double cubic = gelu_constants::two_sqrt_2_over_pi * gelu_constants::tanh_cubic;
+
+  // exp(−2u)
+  template <class C, class V>
+  static FASTLANE_INLINE V exponential(V t, V square) {
+    using E = typename V::elem;
+    const V factor = fma(V::set(static_cast<E>(-cubic * gelu_constants::log2_e)), square,
+                         V::set(static_cast<E>(-linear * gelu_constants::log2_e)));
+    return exp2_of_product<C>(factor, t);
+  }
+  template <class V>
+  static FASTLANE_INLINE V value(V t) {
+    const V e = exponential<Coefficients>(t, t * t);
+    return e / (V::set(1) + e);
+  }
+  template <class V>
+  static FASTLANE_INLINE V slope(V t) {
+    return slope_at(t, t * t, exponential<typename Coefficients::ForSlope>(t, t * t));
+  }
+  template <class V>
+  static FASTLANE_INLINE ValueAndSlope<V> both(V t) {
+    // The slope's own quotient is rounded in another way than value()'s, whose bits this keeps.
+    const V square = t * t, e = exponential<typename Coefficients::ForSlope>(t, square);
+    return {e / (V::set(1) + e), slope_at(t, square, e)};
+  }
+
+ private:
+  template <class V>
+  static FASTLANE_INLINE V slope_at(V t, V square, V e) {
+    using E = typename V::elem;
+    const V inverse = V::set(1) / (V::set(1) + e), tail = e * inverse;
+    const V derivative_of_2u = fma(V::set(static_cast<E>(3 * cubic)), square, V::set(static_cast<E>(linear)));
+    return negated_multiply_add(t * derivative_of_2u * inverse, tail, tail);
+  }
+};
+
+template <class Tail>
+struct Gelu {
+  // min and max return their second operand where it is NaN; max also keeps the sign of a zero, and −0 that of a
+  // result below the smallest denormal.
+  template <class V>
+  static FASTLANE_INLINE V value(V z) {
+    const V t = distance(z);
+    return negated_multiply_add(t, Tail::value(t), max(V::set(-0.0), z));
+  }
+  template <class V>
+  static FASTLANE_INLINE V derivative(V z) {
+    const V slope = Tail::slope(distance(z));
+    return select_negative(z, slope, V::set(1) - slope);
+  }
+  template <class V>
+  static FASTLANE_INLINE ValueAndSlope<V> both(V z) {
+    const V t = distance(z);
+    const ValueAndSlope<V> tail = Tail::both(t);
+    return {negated_multiply_add(t, tail.value, max(V::set(-0.0), z)),
+            select_negative(z, tail.slope, V::set(1) - tail.slope)};
+  }
+
+ private:
+  template <class V>
+  static FASTLANE_INLINE V distance(V z) {
+    return min(V::set(Tail::end), abs(z));
+  }
+};
+
+struct NoActivation {
+  template <class V>
+  static FASTLANE_INLINE V value(V z) {
+    return z;
+  }
+  template <class V>
+  static FASTLANE_INLINE V derivative(V) {
+    return V::set(1);
+  }
+  template <class V>
+  static FASTLANE_INLINE ValueAndSlope<V> both(V z) {
+    return {z, V::set(1)};
+  }
+};
+
+// For an operand that is act′(z) already.
+struct GivenSlope {
+  template <class V>
+  static FASTLANE_INLINE V derivative(V slope) {
+    return slope;
+  }
+};
+
+template <class T>
+using coefficients_t = std::conditional_t<sizeof(T) == 8, Bits64, std::conditional_t<sizeof(T) == 4, Bits32, Bits16>>;
+
+// Calls f with the activation's type for results stored as T.
+template <class T, class F>
+FASTLANE_INLINE void with_activation(Activation activation, F f) {
+  switch (activation) {
+    case Activation::none: return f(NoActivation{});
+    case Activation::gelu: return f(Gelu<NormalTail<coefficients_t<T>>>{});
+    case Activation::gelu_tanh: return f(Gelu<LogisticTail<coefficients_t<T>>>{});
+  }
+}
+
+FASTLANE_END_TARGET

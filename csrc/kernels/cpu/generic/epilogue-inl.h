@@ -1,0 +1,183 @@
+// What happens to finished sums while they lie in L1: bias, the store of z, activation, addend, one rounding, the
+// store of the result.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/cpu/generic/activation-inl.h"
+#include "kernels/cpu/generic/tile-inl.h"
+#include "kernels/cpu/generic/vec_common-inl.h"
+#include "kernels/cpu/isa/target.h"
+#include "kernels/cpu/isa/vec.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/problem.h"
+
+FASTLANE_BEGIN_TARGET
+
+// S is what the sums are stored as.
+template <class T, class S>
+struct FinishRows {
+  const S* sums;
+  const T* addend;
+  T* z;
+  compute_t<T>* slope;
+  T* out;
+  int64_t rows;
+  int64_t sums_stride, addend_stride, z_stride, slope_stride, out_stride;
+
+  FASTLANE_INLINE FinishRows at(int64_t col) const {
+    FinishRows r = *this;
+    r.sums += col;
+    if (r.addend) r.addend += col;
+    if (r.z) r.z += col;
+    if (r.slope) r.slope += col;
+    r.out += col;
+    return r;
+  }
+};
+
+// kVecs vectors of every row; the last holds `last_count` columns.
+template <class Act, int kVecs, bool kWithSlope, class T, class S>
+FASTLANE_INLINE void finish_columns(FinishRows<T, S> r, const T* bias, int64_t last_count) {
+  using V = typename VecOf<compute_t<T>>::type;
+  const auto count = [&](int v) { return v + 1 < kVecs ? V::width : last_count; };
+  V b[kVecs];
+  // −0 leaves every value as it is.
+  for (int v = 0; v < kVecs; ++v) b[v] = bias ? load_first(bias + v * V::width, count(v)) : V::set(-0.0);
+  for (int64_t i = 0; i < r.rows; ++i) {
+    VecBlock<V, kVecs> value;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) value.v[v] = load_first(r.sums + v * V::width, count(v)) + b[v];
+    if (r.z) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) store_first(r.z + v * V::width, value.v[v], count(v));
+      r.z += r.z_stride;
+    }
+    if constexpr (kWithSlope) {
+      const ValueAndSlope<VecBlock<V, kVecs>> both = Act::both(value);
+      value = both.value;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) store_first(r.slope + v * V::width, both.slope.v[v], count(v));
+      r.slope += r.slope_stride;
+    } else {
+      value = Act::value(value);
+    }
+    if (r.addend) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) value.v[v] = value.v[v] + load_first(r.addend + v * V::width, count(v));
+      r.addend += r.addend_stride;
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) store_first(r.out + v * V::width, value.v[v], count(v));
+    r.out += r.out_stride;
+    r.sums += r.sums_stride;
+  }
+}
+
+// kVecs vectors of every row, as above: out = sums ⊙ act′(preactivation), and the sum of these rows.
+template <class Act, int kVecs, class T, class S>
+FASTLANE_INLINE void finish_gradient_columns(const FinishRegion<T>& region, const S* sums, int64_t stride,
+                                             int64_t col, int64_t last_count) {
+  using V = typename VecOf<compute_t<T>>::type;
+  const auto count = [&](int v) { return v + 1 < kVecs ? V::width : last_count; };
+  const GemmProblem& p = *region.p;
+  auto total = VecBlock<V, kVecs>::set(0);
+  for (int64_t i = 0; i < region.rows; ++i) {
+    const T* const z = element<const T>(p.preactivation, region.row + i, region.col + col);
+    T* const out = element<T>(p.out, region.row + i, region.col + col);
+    VecBlock<V, kVecs> grad;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) grad.v[v] = load_first(sums + i * stride + col + v * V::width, count(v));
+    if constexpr (!std::is_same_v<Act, NoActivation>) {
+      VecBlock<V, kVecs> at;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) at.v[v] = load_first(z + v * V::width, count(v));
+      grad = grad * Act::derivative(at);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) store_first(out + v * V::width, grad.v[v], count(v));
+    total = total + grad;
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; ++v)
+    store_first(region.row_sums + region.col + col + v * V::width, total.v[v], count(v));
+}
+
+template <class T, class Act, class S>
+void finish_gradient(const FinishRegion<T>& region, const S* sums, int64_t stride) {
+  constexpr int64_t width = VecOf<compute_t<T>>::type::width;
+  int64_t col = 0;
+  for (; col + 2 * width <= region.cols; col += 2 * width)
+    finish_gradient_columns<Act, 2>(region, sums, stride, col, width);
+  for (; col < region.cols; col += width)
+    finish_gradient_columns<Act, 1>(region, sums, stride, col, std::min(width, region.cols - col));
+}
+
+// `sums` holds the region's sums row by row, `stride` apart.
+template <class T, class Act, class S>
+void finish(const FinishRegion<T>& region, const S* sums, int64_t stride) {
+  if (region.row_sums) return finish_gradient<T, Act>(region, sums, stride);
+  constexpr int64_t width = VecOf<compute_t<T>>::type::width;
+  const GemmProblem& p = *region.p;
+  const auto* bias = p.bias ? static_cast<const T*>(p.bias) + region.col : nullptr;
+  const FinishRows<T, S> rows{sums,
+                              element<const T>(p.addend, region.row, region.col),
+                              element<T>(p.z, region.row, region.col),
+                              element<compute_t<T>>(p.slope, region.row, region.col),
+                              element<T>(p.out, region.row, region.col),
+                              region.rows,
+                              stride,
+                              p.addend.row_stride,
+                              p.z.row_stride,
+                              p.slope.row_stride,
+                              p.out.row_stride};
+  const auto finish_rows = [&](auto with_slope) {
+    constexpr bool kWithSlope = decltype(with_slope)::value;
+    int64_t col = 0;
+    for (; col + 2 * width <= region.cols; col += 2 * width)
+      finish_columns<Act, 2, kWithSlope>(rows.at(col), bias ? bias + col : nullptr, width);
+    for (; col < region.cols; col += width)
+      finish_columns<Act, 1, kWithSlope>(rows.at(col), bias ? bias + col : nullptr,
+                                         std::min(width, region.cols - col));
+  };
+  rows.slope ? finish_rows(std::true_type{}) : finish_rows(std::false_type{});
+}
+
+// The same for sums that lie column by column; beyond the region's columns there may be no sums.
+template <class T, class Act>
+void finish_transposed(const FinishRegion<T>& region, const compute_t<T>* sums, int64_t stride) {
+  using V = typename VecOf<compute_t<T>>::type;
+  constexpr int W = V::width;
+  alignas(64) compute_t<T> block[W * W];
+  for (int64_t col = 0; col < region.cols; col += W)
+    for (int64_t row = 0; row < region.rows; row += W) {
+      V t[W];
+#pragma GCC unroll 16
+      for (int v = 0; v < W; ++v) t[v] = load(sums + std::min<int64_t>(col + v, region.cols - 1) * stride + row);
+      transpose(t);
+#pragma GCC unroll 16
+      for (int v = 0; v < W; ++v) store(block + v * W, t[v]);
+      finish<T, Act>({region.p, region.row + row, region.col + col, std::min<int64_t>(W, region.rows - row),
+                      std::min<int64_t>(W, region.cols - col),
+                      region.row_sums ? region.row_sums + row / W * region.p->n : nullptr},
+                     block, W);
+    }
+}
+
+// The finish of a product that something else computed.
+template <class T>
+void run_epilogue(const GemmProblem& p, const ConstRowMajor& product, Parallel parallel) {
+  constexpr int64_t kTaskRows = 4;
+  if (p.m * p.n < kSerialElements) parallel.threads = 1;
+  with_activation<T>(p.activation, [&](auto act) {
+    parallel.for_each(ceil_div(p.m, kTaskRows), [&](int64_t task) {
+      const int64_t row = task * kTaskRows;
+      finish<T, decltype(act)>({&p, row, 0, std::min(kTaskRows, p.m - row), p.n}, element<const T>(product, row, 0),
+                               product.row_stride);
+    });
+  });
+}
+
+FASTLANE_END_TARGET

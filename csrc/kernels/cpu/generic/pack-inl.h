@@ -1,0 +1,179 @@
+// Operands of a GEMM, seen as strips: rows of A or columns of B, each with its steps along k. A panel holds R
+// neighbouring strips in the order in which a tile reads them: the R units of one step side by side. Absent
+// strips and the missing half of a last pair are zero. One routine serves both operands and all layouts.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cpu/generic/activation-inl.h"
+#include "kernels/cpu/generic/vec_common-inl.h"
+#include "kernels/cpu/isa/target.h"
+#include "kernels/cpu/isa/vec.h"
+#include "kernels/problem.h"
+
+FASTLANE_BEGIN_TARGET
+
+template <class T>
+struct Strips {
+  const T* data = nullptr;
+  int64_t count = 0;
+  int64_t strip_stride = 0, k_stride = 0;
+  Activation activation = Activation::none;  // applied when packed
+
+  const T* at(int64_t strip, int64_t k) const { return data + strip * strip_stride + k * k_stride; }
+};
+
+// Whether a product of type P would take any of these values for zero. Activated ones are not looked at: eager rounds
+// them to the same type and its product takes those for zero too.
+template <class P, class T>
+bool loses_any(const Strips<T>& s, int64_t strip, int64_t strips, int64_t k, int64_t k_end) {
+  strips = std::min(strips, s.count - strip);
+  bool found = false;
+  if constexpr (P::loses_denormals) {
+    if (s.activation != Activation::none) return false;
+    if (s.k_stride == 1) {
+      for (int64_t i = strip; i < strip + strips; ++i) found |= P::loses_any(s.at(i, k), k_end - k);
+    } else {
+      for (; k < k_end; ++k)
+        if (s.strip_stride == 1) {
+          found |= P::loses_any(s.at(strip, k), strips);
+        } else {
+          for (int64_t i = strip; i < strip + strips; ++i) found |= P::loses_any(s.at(i, k), 1);
+        }
+    }
+  }
+  return found;
+}
+
+// Where a tile finds its operand: a packed panel, or the operand itself. Strides count bytes.
+struct Panel {
+  const char* data;
+  int64_t strip_stride, step_stride;
+};
+
+template <class E>
+size_t bytes_of(int64_t values) {
+  return static_cast<size_t>(values) * sizeof(E);
+}
+template <class P>
+int64_t steps_of(int64_t k) {
+  return ceil_div(k, P::k_per_step);
+}
+
+// Rows no further apart are read as they come: across them by tiles, along them by the hardware prefetchers.
+constexpr int64_t kDenseRowBytes = 512;
+
+// Whether a tile may read the lanes of a step side by side from dense rows of storage.
+template <class P, class T>
+bool reads_dense_rows(const Strips<T>& s) {
+  return P::reads_storage && P::k_per_step == 1 && s.activation == Activation::none && s.strip_stride == 1 &&
+         s.k_stride >= 0 && s.k_stride * static_cast<int64_t>(sizeof(T)) <= kDenseRowBytes;
+}
+
+// Only whole panels of whole steps can be read where they lie.
+template <int R, class P, class T>
+bool is_whole_panel(const Strips<T>& s, int64_t strip, int64_t k_count) {
+  return s.count - strip >= R && k_count % P::k_per_step == 0;
+}
+template <class P, class T>
+Panel panel_in_place(const Strips<T>& s, int64_t strip, int64_t k) {
+  constexpr auto bytes = static_cast<int64_t>(sizeof(T));
+  return {reinterpret_cast<const char*>(s.at(strip, k)), s.strip_stride * bytes, P::k_per_step * s.k_stride * bytes};
+}
+template <int R, class Unit>
+Panel packed_panel(const Unit* values) {
+  constexpr auto bytes = static_cast<int64_t>(sizeof(Unit));
+  return {reinterpret_cast<const char*>(values), bytes, R * bytes};
+}
+
+// Units a store may write beyond the end of a panel whose R is no multiple of the vector.
+template <class P>
+constexpr int kPanelOverhang = P::V::width;
+
+template <int R, class P, class T>
+FASTLANE_INLINE void pack_step(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end, typename P::Unit* dst) {
+  const int present = static_cast<int>(std::min<int64_t>(R, s.count - strip));
+  for (int r = 0; r < present; ++r) dst[r] = P::unit(s.at(strip + r, k), s.k_stride, k_end - k);
+  for (int r = present; r < R; ++r) dst[r] = typename P::Unit{};
+}
+
+// k runs along memory: vectors of consecutive units are loaded from each strip and transposed in registers, one group
+// of strips after the other: the lines of more of them, fetched ahead, would not fit in one set of L1.
+template <int R, class P, class T>
+void pack_transposing(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end, typename P::Unit* dst) {
+  using V = typename P::V;
+  constexpr int W = V::width;
+  constexpr int groups = (R + W - 1) / W;
+  constexpr int64_t k_per_vector = W * P::k_per_step;
+  const int64_t present = s.count - strip, vectors = (k_end - k) / k_per_vector;
+  // Last group first: what it writes over the edge is then overwritten by the first one.
+  for (int g = groups - 1; g >= 0; --g) {
+    for (int64_t vector = 0; vector < vectors; ++vector) {
+      const int64_t from = k + vector * k_per_vector;
+      V t[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        const int r = g * W + i;
+        if (r < R && r < present) __builtin_prefetch(s.at(strip + r, from) + 4 * k_per_vector, 0, 3);
+        t[i] = r < R && r < present ? P::units_along_k(s.at(strip + r, from)) : V::set(0);
+      }
+      transpose(t);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) P::store_units(dst + (vector * W + i) * R + g * W, t[i]);
+    }
+  }
+  k += vectors * k_per_vector, dst += vectors * W * R;
+  for (; k < k_end; k += P::k_per_step, dst += R) pack_step<R, P>(s, strip, k, k_end, dst);
+}
+
+// The strips run along memory: every step is a straight copy.
+template <int R, class P, class T>
+void pack_copying(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end, typename P::Unit* dst) {
+  constexpr int W = P::V::width;
+  for (; k + P::k_per_step <= k_end; k += P::k_per_step, dst += R) {
+    const T* src = s.at(strip, k);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r += W) P::store_units(dst + r, P::units_along_strip(src + r, s.k_stride));
+  }
+  if (k < k_end) pack_step<R, P>(s, strip, k, k_end, dst);
+}
+
+template <int R, class P, class T>
+void pack_values(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end, typename P::Unit* dst) {
+  constexpr int W = P::V::width;
+  constexpr int padded = (R + W - 1) / W * W;
+  if (s.k_stride == 1) {
+    pack_transposing<R, P>(s, strip, k, k_end, dst);
+  } else if (s.strip_stride == 1 && s.count - strip >= padded) {
+    pack_copying<R, P>(s, strip, k, k_end, dst);
+  } else {
+    for (; k < k_end; k += P::k_per_step, dst += R) pack_step<R, P>(s, strip, k, k_end, dst);
+  }
+}
+
+template <class Act, class P>
+void activate_units(typename P::Unit* p, int64_t count) {
+  for (; count > 0; count -= P::kUnitsOfTwo, p += P::kUnitsOfTwo) {
+    VecBlock<typename P::V, 2> values;
+    P::load_values(p, count, values.v);
+    P::store_values(p, Act::value(values).v, count);
+  }
+}
+
+// Activated in pieces, each while it lies in L1.
+template <int R, class P, class T>
+void pack_panel(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end, typename P::Unit* dst) {
+  if (s.activation == Activation::none) return pack_values<R, P>(s, strip, k, k_end, dst);
+  constexpr int64_t kPieceSteps = 64;
+  with_activation<T>(s.activation, [&](auto act) {
+    for (; k < k_end; k += kPieceSteps * P::k_per_step, dst += kPieceSteps * R) {
+      const int64_t piece_end = std::min(k_end, k + kPieceSteps * P::k_per_step);
+      pack_values<R, P>(s, strip, k, piece_end, dst);
+      activate_units<decltype(act), P>(dst, R * steps_of<P>(piece_end - k));
+    }
+  });
+}
+
+FASTLANE_END_TARGET

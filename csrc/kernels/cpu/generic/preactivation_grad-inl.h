@@ -1,0 +1,95 @@
+// dz = dy ⊙ act′(z), with the column sums of dz taken from registers in the same pass.
+//
+// Rows are cut into chunks of a fixed size, whatever the number of threads. Within a chunk a short run of rows is
+// summed in the compute type, then added to the chunk's sum in double; chunks are added in their order. What these
+// additions lose is summed too.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/cpu/generic/activation-inl.h"
+#include "kernels/cpu/generic/column_sums-inl.h"
+#include "kernels/cpu/generic/pack-inl.h"
+#include "kernels/cpu/generic/vec_common-inl.h"
+#include "kernels/cpu/isa/target.h"
+#include "kernels/cpu/isa/vec.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/scratch.h"
+#include "kernels/problem.h"
+
+FASTLANE_BEGIN_TARGET
+
+constexpr int64_t kChunkRows = 128;
+// fp64 has no wider type for the chunk's sum to be exact in, so fewer of its rows are summed unguarded.
+template <class C>
+constexpr int64_t kRunRows = std::is_same_v<C, double> ? 4 : 16;
+constexpr int64_t kStripCols = 256;
+
+// Z is what z is stored as, or, with GivenSlope, what stands there in its place: act′(z).
+template <class T, class Act, class Z = T>
+class PreActivationGrad {
+  using C = compute_t<T>;
+  using V = typename VecOf<C>::type;
+
+ public:
+  PreActivationGrad(const PreActivationGradProblem& problem, const Parallel& parallel)
+      : p_(problem), parallel_(parallel) {
+    if (p_.rows * p_.cols < kSerialElements) parallel_.threads = 1;
+  }
+
+  void run() const {
+    const int64_t chunks = ceil_div(p_.rows, kChunkRows);
+    const int64_t chunk_sums = column_sums_size(p_.cols);
+    const Scratch column_sums(ScratchSlot::column_sums, bytes_of<double>(p_.db ? chunks * chunk_sums : 0));
+    double* const sums = p_.db ? column_sums.as<double>() : nullptr;
+    parallel_.for_each(chunks, [&](int64_t chunk) {
+      double* const own = sums ? sums + chunk * chunk_sums : nullptr;
+      if (own) std::fill_n(own, chunk_sums, 0.0);
+      run_rows(chunk * kChunkRows, std::min(p_.rows, (chunk + 1) * kChunkRows), own);
+    });
+    if (p_.db) store_column_sums(sums, chunks, chunk_sums, p_.cols, static_cast<T*>(p_.db));
+  }
+
+  // Adds the rows' column sums to `sums`.
+  void run_rows(int64_t row_begin, int64_t row_end, double* sums) const {
+    for (int64_t col = 0; col < p_.cols; col += kStripCols)
+      run_strip(row_begin, row_end, col, std::min(kStripCols, p_.cols - col), sums ? sums + col : nullptr);
+  }
+
+ private:
+  void run_strip(int64_t row_begin, int64_t row_end, int64_t col, int64_t cols, double* sums) const {
+    C run_sums[kStripCols + V::width];
+    for (int64_t run = row_begin; run < row_end; run += kRunRows<C>) {
+      std::fill(run_sums, run_sums + kStripCols + V::width, C(0));
+      for (int64_t row = run; row < std::min(row_end, run + kRunRows<C>); ++row)
+        run_row(row, col, cols, sums ? run_sums : nullptr);
+      if (sums)
+        for (int64_t j = 0; j < cols; ++j) add_column(run_sums[j], sums[j], sums[p_.cols + j]);
+    }
+  }
+
+  void run_row(int64_t row, int64_t col, int64_t cols, C* run_sums) const {
+    const T* dy = element<const T>(p_.dy, row, col);
+    const Z* z = element<const Z>(p_.z, row, col);
+    T* dz = element<T>(p_.dz, row, col);
+    for (int64_t j = 0; j < cols; j += V::width) {
+      const int64_t count = std::min<int64_t>(V::width, cols - j);
+      V grad = load_first(dy + j, count);
+      if constexpr (!std::is_same_v<Act, NoActivation>) grad = grad * Act::derivative(load_first(z + j, count));
+      if (dz) store_first(dz + j, grad, count);
+      if (run_sums) store(run_sums + j, load(run_sums + j) + grad);
+    }
+  }
+
+  const PreActivationGradProblem& p_;
+  Parallel parallel_;
+};
+
+template <class T>
+void run_preactivation_grad(const PreActivationGradProblem& p, const Parallel& parallel) {
+  with_activation<T>(p.activation, [&](auto act) { PreActivationGrad<T, decltype(act)>(p, parallel).run(); });
+}
+
+FASTLANE_END_TARGET

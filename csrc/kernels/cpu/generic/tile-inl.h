@@ -1,0 +1,154 @@
+// The register tile: an R × (N·width) block of A B over some steps of k, all accumulators in registers.
+// An element meets the same multiply-adds in the same order wherever its tile lies and whichever operand is called
+// A, so results do not depend on how rows and columns were cut into tasks or on the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/cpu/generic/pack-inl.h"
+#include "kernels/cpu/generic/vec_common-inl.h"
+#include "kernels/cpu/isa/target.h"
+#include "kernels/cpu/isa/vec.h"
+#include "kernels/problem.h"
+
+FASTLANE_BEGIN_TARGET
+
+template <class C>
+struct TileShape {
+  using V = typename VecOf<C>::type;
+  static constexpr int rows = kTileRows;
+  static constexpr int vecs = kTileVecs;
+  static constexpr int cols = vecs * V::width;
+  static constexpr int size = rows * cols;
+};
+
+// Longer chains are summed in pieces of this length: the rounding error of a chain grows with its length, that of
+// the pieces' sum with their number.
+constexpr int64_t kChain = 64;
+// Of one strip, the steps whose chains are summed before the next such block begins: fixed, like them, because it
+// decides in which order an element's sums are added.
+template <class P>
+constexpr int64_t kBlockSteps = 8192 / static_cast<int64_t>(sizeof(typename P::Unit));
+
+template <class C>
+FASTLANE_INLINE void add_tile(C* sum, const C* tile) {
+  using V = typename VecOf<C>::type;
+  for (int i = 0; i < TileShape<C>::size; i += V::width) store(sum + i, load(sum + i) + load(tile + i));
+}
+
+// A part of z, addend, preactivation and out: what the finish of some tiles will touch.
+template <class T>
+struct FinishRegion {
+  const GemmProblem* p;
+  int64_t row, col, rows, cols;
+  compute_t<T>* row_sums = nullptr;  // n: column sums over these rows; see column_sums-inl.h
+};
+
+constexpr int64_t kLineBytes = 64;
+
+// Rows of bytes.
+struct Stream {
+  const char* data = nullptr;
+  int64_t rows = 0, row_stride = 0, row_bytes = 0;
+
+  // Of `parts` cuts across the rows, those in [begin, end).
+  Stream part(int64_t begin, int64_t end, int64_t parts) const {
+    const int64_t from = row_bytes * begin / parts;
+    return {data + from, rows, row_stride, row_bytes * end / parts - from};
+  }
+};
+
+// What will be needed soon, fetched into L2 piece by piece between the chains of the tiles before it: rows a page
+// apart are beyond the hardware prefetchers, and fetched all at once it would stall.
+template <class T>
+class Prefetcher {
+ public:
+  Prefetcher() = default;
+  // `finish` and `stream`, in `pieces` pieces.
+  Prefetcher(const FinishRegion<T>& finish, const Stream& stream, int64_t pieces)
+      : finish_(finish),
+        rows_(ceil_div(finish.rows, pieces)),
+        stream_(stream),
+        bytes_(ceil_div(ceil_div(stream.row_bytes, pieces), kLineBytes) * kLineBytes) {}
+
+  FASTLANE_INLINE void next_piece() {
+    const int64_t end = std::min(stream_.row_bytes, byte_ + bytes_);
+    for (; byte_ < end; byte_ += kLineBytes)
+      for (int64_t row = 0; row < stream_.rows; ++row)
+        __builtin_prefetch(stream_.data + row * stream_.row_stride + byte_, 0, 2);
+    const int64_t row_end = std::min(finish_.rows, row_ + rows_);
+    for (; row_ < row_end; ++row_) {
+      const GemmProblem& p = *finish_.p;
+      const int64_t row = finish_.row + row_;
+      fetch<1>(element<T>(p.out, row, finish_.col));
+      if (p.z.data) fetch<1>(element<T>(p.z, row, finish_.col));
+      if (p.addend.data) fetch<0>(element<const T>(p.addend, row, finish_.col));
+      if (p.preactivation.data) fetch<0>(element<const T>(p.preactivation, row, finish_.col));
+    }
+  }
+
+ private:
+  template <int kWrite>
+  FASTLANE_INLINE void fetch(const T* first) const {
+    const auto* const end = reinterpret_cast<const char*>(first + finish_.cols);
+    for (const char* line = reinterpret_cast<const char*>(first); line < end; line += kLineBytes)
+      __builtin_prefetch(line, kWrite, 2);
+  }
+
+  FinishRegion<T> finish_{};
+  int64_t row_ = 0, rows_ = 0;
+  Stream stream_;
+  int64_t byte_ = 0, bytes_ = 0;
+};
+
+// tile = A panel · B panel.
+template <class P, class T>
+__attribute__((noinline)) void multiply_tile(int64_t steps, const Panel& a_panel, const Panel& b_panel,
+                                             typename P::C* tile, Prefetcher<T>& prefetcher) {
+  using S = TileShape<typename P::C>;
+  using V = typename S::V;
+  // Three rows from one pointer: as many as an x86 address reaches with one stride.
+  constexpr int groups = (S::rows + 2) / 3;
+  const int64_t row_stride = a_panel.strip_stride, a_step = a_panel.step_stride, b_step = b_panel.step_stride;
+  const char* a[groups];
+  for (int g = 0; g < groups; ++g) a[g] = a_panel.data + 3 * g * row_stride;
+  const char* b = b_panel.data;
+  bool first_chain = true;
+  do {
+    prefetcher.next_piece();
+    V acc[S::rows][S::vecs];
+#pragma GCC unroll 16
+    for (int i = 0; i < S::rows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < S::vecs; ++j) acc[i][j] = V::set(0);
+
+    for (int64_t step = std::min(kChain, steps); step > 0; --step) {
+      V lanes[S::vecs];
+#pragma GCC unroll 4
+      for (int j = 0; j < S::vecs; ++j)
+        lanes[j] = P::lanes(reinterpret_cast<const typename P::Unit*>(b) + j * V::width);
+#pragma GCC unroll 16
+      for (int i = 0; i < S::rows; ++i) {
+        const V ai = P::broadcast(a[i / 3] + i % 3 * row_stride);
+#pragma GCC unroll 4
+        for (int j = 0; j < S::vecs; ++j) acc[i][j] = P::multiply_add(ai, lanes[j], acc[i][j]);
+      }
+#pragma GCC unroll 4
+      for (int g = 0; g < groups; ++g) a[g] += a_step;
+      b += b_step;
+    }
+
+#pragma GCC unroll 16
+    for (int i = 0; i < S::rows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < S::vecs; ++j) {
+        typename P::C* out = tile + i * S::cols + j * V::width;
+        store(out, first_chain ? acc[i][j] : load(out) + acc[i][j]);
+      }
+    first_chain = false;
+    steps -= kChain;
+  } while (steps > 0);
+}
+
+FASTLANE_END_TARGET

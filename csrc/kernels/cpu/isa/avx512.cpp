@@ -1,0 +1,27 @@
+#if defined(__x86_64__)
+
+#define FASTLANE_TARGET_AVX512
+// GCC 12 takes the deliberately undefined pass-through operand of its own intrinsics for a mistake.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/generic/entry-inl.h"
+
+namespace fastlane {
+
+const KernelTable* avx512_kernels() {
+  static constexpr KernelTable table{"avx512",       gemm,         epilogue,      preactivation_grad,
+                                     layer_backward, mlp_backward, stack_forward, stack_backward};
+  return &table;
+}
+
+}  // namespace fastlane
+
+#else
+
+#include "kernels/cpu/dispatch.h"
+
+namespace fastlane {
+const KernelTable* avx512_kernels() { return nullptr; }
+}  // namespace fastlane
+
+#endif

@@ -1,0 +1,123 @@
+// What the CUDA kernels share: storage types, accesses of 16 bytes, activations.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "kernels/gelu.h"
+#include "kernels/problem.h"
+#include "kernels/cuda/common/gelu16.h"
+#include "kernels/cuda/common/geometry.h"
+
+namespace fastlane::cuda {
+
+// Sums and activations of 16-bit values are computed in float.
+template <class T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+
+template <class T>
+__device__ T rounded(compute_t<T> x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return x;
+  }
+}
+
+// N neighbours of a row, read and written at once.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Access {
+  T v[N];
+};
+template <int N, class T>
+__device__ Access<T, N> load(const T* p) {
+  return *reinterpret_cast<const Access<T, N>*>(p);
+}
+template <int N, class T>
+__device__ void store(T* p, const Access<T, N>& values) {
+  *reinterpret_cast<Access<T, N>*>(p) = values;
+}
+
+// A result in float of operands in TF32, which has no more digits than they.
+struct Tf32 {};
+
+// gelu16.h's kind of a result; of float and double there is none.
+template <class T>
+struct GeluTail {};
+template <>
+struct GeluTail<__nv_bfloat16> : bits16::Bfloat16Tail {};
+template <>
+struct GeluTail<__half> : bits16::Float16Tail {};
+template <>
+struct GeluTail<Tf32> : bits16::Tf32Tail {};
+// A pass waits for memory, and can afford the digits that bfloat16 does not ask for.
+template <class T>
+using InPass = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, Tf32, T>;
+template <class T>
+constexpr bool kIsShort = !std::is_floating_point_v<T>;
+
+// T is what the result is stored in.
+struct NoActivation {
+  template <class T>
+  static __device__ compute_t<T> value(compute_t<T> z) {
+    return z;
+  }
+  template <class T>
+  static __device__ compute_t<T> slope(compute_t<T>) {
+    return 1;
+  }
+};
+struct ExactGelu {
+  template <class T>
+  static __device__ compute_t<T> value(compute_t<T> z) {
+    if constexpr (kIsShort<T>)
+      return bits16::gelu<GeluTail<T>>(z);
+    else
+      return gelu(z);
+  }
+  template <class T>
+  static __device__ compute_t<T> slope(compute_t<T> z) {
+    if constexpr (kIsShort<T>)
+      return bits16::gelu_derivative<GeluTail<T>>(z);
+    else
+      return gelu_derivative(z);
+  }
+};
+struct TanhGelu {
+  template <class T>
+  static __device__ compute_t<T> value(compute_t<T> z) {
+    if constexpr (kIsShort<T>)
+      return bits16::gelu_tanh(z);
+    else
+      return gelu_tanh(z);
+  }
+  template <class T>
+  static __device__ compute_t<T> slope(compute_t<T> z) {
+    if constexpr (kIsShort<T>)
+      return bits16::gelu_tanh_derivative(z);
+    else
+      return gelu_tanh_derivative(z);
+  }
+};
+
+// Calls f with one of the above: the branch is outside the loop over elements.
+template <class F>
+__device__ auto with_activation(Activation activation, F f) {
+  switch (activation) {
+    case Activation::gelu: return f(ExactGelu{});
+    case Activation::gelu_tanh: return f(TanhGelu{});
+    default: return f(NoActivation{});
+  }
+}
+
+}  // namespace fastlane::cuda

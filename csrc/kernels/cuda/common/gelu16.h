@@ -1,0 +1,108 @@
+// GELU and its derivative where the result is stored in 16 bits, or is of TF32 operands: 8 to 16 instructions
+// without a branch, where gelu.h's take 40 to 63. An epilogue costs a GEMM's time by its instructions.
+//
+//   exact:  gelu(z) = max(z, 0) − t Φ(−t),   gelu′(z) = S for z < 0, 1 − S for z ≥ 0,   t = |z|, S = Φ(−t) − t φ(t)
+//   tanh:   gelu.h's, with the GPU's own reciprocal and power of 2
+//
+// log₂ Φ(−t) is a polynomial, so that the tail keeps its digits; of as many terms as a result has digits. What the
+// GPU's functions would return as a denormal they return as 0, so that below 2⁻¹¹⁸ a result has fewer digits or is 0.
+#pragma once
+
+#include <limits>
+
+#include "kernels/gelu.h"
+
+namespace fastlane::bits16 {
+
+#if defined(__CUDA_ARCH__)
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#else
+inline float without_denormals(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? 0 : x; }
+inline float exp2_approx(float x) { return without_denormals(std::exp2(x)); }
+inline float reciprocal_approx(float x) { return without_denormals(1 / x); }
+#endif
+
+// Where Φ(−t) and φ(t), and where σ(−2u(t)), have become 0. Clamping there keeps ∞ from becoming ∞ · 0; written so
+// that NaN stays.
+constexpr float kTailEnd = 13.2f, kLogisticEnd = 12;
+FASTLANE_HOST_DEVICE inline float at_most(float z, float limit) { return z > limit ? limit : z; }
+FASTLANE_HOST_DEVICE inline float at_least(float z, float limit) { return z < limit ? limit : z; }
+
+FASTLANE_HOST_DEVICE inline float polynomial(float, float last) { return last; }
+template <class... Rest>
+FASTLANE_HOST_DEVICE float polynomial(float t, float first, Rest... rest) {
+  return std::fma(polynomial(t, rest...), t, first);
+}
+
+// For each kind of result: log₂ Φ(−t) for 0 ≤ t ≤ kTailEnd, with minimax coefficients. The errors are the largest
+// relative ones of gelu, and of gelu′ against Φ + |z| φ.
+//
+// 5.2e-4; half a unit is at least 2e-3.
+struct Bfloat16Tail {
+  static FASTLANE_HOST_DEVICE float log2(float t) {
+    return polynomial(t, -1.00072908f, -1.14341259f, -0.472251445f, -0.0447753929f, 0.00554739079f, -0.000429960288f,
+                      1.85255522e-05f, -3.36470492e-07f);
+  }
+};
+// 2e-5 up to t = 6, where float16 ends; half a unit is at least 2.4e-4.
+struct Float16Tail {
+  static FASTLANE_HOST_DEVICE float log2(float t) {
+    return polynomial(t, -1.0000211f, -1.15092182f, -0.459242076f, -0.0532473847f, 0.00819277577f, -0.000858614338f,
+                      5.34442624e-05f, -1.47141236e-06f);
+  }
+};
+// 6e-5 up to t = 6, 3e-4 up to 10, 6e-4 beyond; half a unit of TF32 is at least 2.4e-4, and gelu at −t enlarges the
+// one in its z about t²-fold.
+struct Tf32Tail {
+  static FASTLANE_HOST_DEVICE float log2(float t) {
+    return polynomial(t, -1.00007367f, -1.15030038f, -0.460419029f, -0.0524671637f, 0.00798706058f, -0.000847749005f,
+                      5.79579028e-05f, -2.26575753e-06f, 3.81983831e-08f);
+  }
+};
+
+template <class Tail>
+FASTLANE_HOST_DEVICE float gelu(float z) {
+  const float t = at_most(std::fabs(z), kTailEnd);
+  return std::fma(-t, exp2_approx(Tail::log2(t)), std::fmax(z, 0.0f));
+}
+
+template <class Tail>
+FASTLANE_HOST_DEVICE float gelu_derivative(float z) {
+  constexpr float kScale = static_cast<float>(-0.5 * gelu_constants::log2_e);
+  constexpr float kLog2InvSqrt2Pi = -1.3257480647361593f;
+  const float t = at_most(std::fabs(z), kTailEnd);
+  const float density = exp2_approx(std::fma(kScale * t, t, kLog2InvSqrt2Pi));
+  const float below = std::fma(-t, density, exp2_approx(Tail::log2(t)));
+  return z < 0 ? below : 1 - below;
+}
+
+// −2u(z) log₂ e
+FASTLANE_HOST_DEVICE inline float logistic_exponent(float z, float square) {
+  constexpr double kLinear = -gelu_constants::two_sqrt_2_over_pi * gelu_constants::log2_e;
+  constexpr double kCubic = kLinear * gelu_constants::tanh_cubic;
+  return std::fma(square, static_cast<float>(kCubic), static_cast<float>(kLinear)) * z;
+}
+
+FASTLANE_HOST_DEVICE inline float gelu_tanh(float z) {
+  const float c = at_least(z, -kLogisticEnd);
+  return c * reciprocal_approx(exp2_approx(logistic_exponent(c, c * c)) + 1);
+}
+
+FASTLANE_HOST_DEVICE inline float gelu_tanh_derivative(float z) {
+  constexpr double kLinear = gelu_constants::two_sqrt_2_over_pi, kCubic = 3 * kLinear * gelu_constants::tanh_cubic;
+  const float c = at_most(at_least(z, -kLogisticEnd), kLogisticEnd), square = c * c;
+  const float sigma = reciprocal_approx(exp2_approx(logistic_exponent(c, square)) + 1);
+  const float slope = c * std::fma(square, static_cast<float>(kCubic), static_cast<float>(kLinear));
+  return sigma * std::fma(slope, 1 - sigma, 1.0f);
+}
+
+}  // namespace fastlane::bits16

@@ -1,0 +1,25 @@
+// The passes around a library's GEMM on a CUDA GPU. They run on the given stream of the current device and wait for
+// nothing. A failed launch throws std::runtime_error with its file and line.
+#pragma once
+
+#include <cstddef>
+
+#include "kernels/problem.h"
+
+struct CUstream_st;
+
+namespace fastlane::cuda {
+
+using Stream = CUstream_st*;
+
+// The epilogue of a GEMM in one pass over its product, m × n, which may lie in z or out.
+void epilogue(const GemmProblem& problem, const ConstRowMajor& product, Stream stream);
+
+// dz, and db in a fixed order of additions. `workspace` has as many bytes as asked for, aligned to 8.
+size_t preactivation_grad_workspace(const PreActivationGradProblem& problem);
+void preactivation_grad(const PreActivationGradProblem& problem, void* workspace, Stream stream);
+
+// The sums of `rows` rows of partial sums, float or double by dtype, in a fixed order; `sums` has `cols` elements.
+void sum_rows(const ConstRowMajor& partial, int64_t rows, int64_t cols, DType dtype, void* sums, Stream stream);
+
+}  // namespace fastlane::cuda

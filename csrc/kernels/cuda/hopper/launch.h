@@ -1,0 +1,14 @@
+// The seam between the choice of a Hopper kernel and the files that hold them, one for each dtype and kind.
+#pragma once
+
+#include "kernels/cuda/hopper/hopper.h"
+
+namespace fastlane::cuda {
+
+using HopperLaunch = bool(const GemmProblem&, HopperTile, int multiprocessors, Stream);
+
+HopperLaunch hopper_forward_bf16, hopper_forward_f16, hopper_forward_tf32;
+HopperLaunch hopper_dgrad_bf16, hopper_dgrad_f16;
+HopperLaunch hopper_through_activation_bf16, hopper_through_activation_f16;
+
+}  // namespace fastlane::cuda

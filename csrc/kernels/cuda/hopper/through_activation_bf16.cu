@@ -1,0 +1,9 @@
+#include "kernels/cuda/hopper/gemm.cuh"
+
+namespace fastlane::cuda {
+
+bool hopper_through_activation_bf16(const GemmProblem& problem, HopperTile tile, int multiprocessors, Stream stream) {
+  return hopper::run_through_activation<cutlass::bfloat16_t>(problem, tile, multiprocessors, stream);
+}
+
+}  // namespace fastlane::cuda

@@ -1,9 +1,0 @@
-#include "hopper_gemm.cuh"
-
-namespace fastlane::cuda {
-
-bool hopper_forward_bf16(const GemmProblem& problem, HopperTile tile, int multiprocessors, Stream stream) {
-  return hopper::run_forward<cutlass::bfloat16_t>(problem, tile, multiprocessors, stream);
-}
-
-}  // namespace fastlane::cuda

@@ -1,0 +1,14 @@
+// A narrow stack on CUDA: one kernel forward; backward one for every dz, and two for every dW and db.
+#pragma once
+
+#include "kernels/problem.h"
+
+namespace fastlane {
+
+bool cuda_is_one_kernel(const StackProblem& p);
+
+// What a layer's z holds here is its output (kernels/cuda/narrow/stack.h).
+void cuda_stack_forward(const StackProblem& p);
+void cuda_stack_backward(const StackProblem& p);
+
+}  // namespace fastlane

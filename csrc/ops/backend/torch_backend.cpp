@@ -1,0 +1,94 @@
+// A CPU without vector kernels of ours: the library's products, and torch's own vectorised operators for the passes
+// around them.
+#include <ATen/ops/add.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/sum.h>
+
+#include "ops/composition.h"
+#include "ops/dense/layer_calls.h"
+
+namespace fastlane {
+namespace {
+
+at::ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::f64: return at::kDouble;
+    case DType::bf16: return at::kBFloat16;
+    case DType::f16: return at::kHalf;
+    case DType::f32: break;
+  }
+  return at::kFloat;
+}
+
+at::Tensor tensor(const void* data, at::IntArrayRef sizes, at::IntArrayRef strides, DType dtype) {
+  return at::from_blob(const_cast<void*>(data), sizes, strides, at::TensorOptions(scalar_type(dtype)));
+}
+
+// oneDNN, which torch asks for GELU, refuses rows that share memory.
+at::Tensor operand(const ConstRowMajor& m, int64_t rows, int64_t cols, DType dtype) {
+  const at::Tensor t = tensor(m.data, {rows, cols}, {m.row_stride, 1}, dtype);
+  return m.row_stride < cols ? t.contiguous() : t;
+}
+at::Tensor result(const RowMajor& m, int64_t rows, int64_t cols, DType dtype) {
+  return tensor(m.data, {rows, cols}, {m.row_stride, 1}, dtype);
+}
+
+Path leave_gemm(const GemmProblem&) { return Path::library; }
+Path leave_layer_backward(const LayerBackwardProblem&) { return Path::library; }
+bool take_no_dgrad(const GemmProblem&) { return false; }
+Path leave_mlp_forward(const MlpProblem&) { return Path::library; }
+Path leave_mlp_backward(const MlpBackwardProblem&) { return Path::library; }
+bool is_never_one_kernel(const StackProblem&) { return false; }
+void no_stack_kernel(const StackProblem&) { TORCH_INTERNAL_ASSERT(false, "a stack goes layer by layer here"); }
+
+// run_forward leaves the bias to the product, and z is where that lies.
+void epilogue(const GemmProblem& p, const ConstRowMajor& product) {
+  TORCH_INTERNAL_ASSERT(!p.bias && (!p.z.data || p.z.data == product.data));
+  const OwnCalls own_calls;
+  const at::Tensor z = operand(product, p.m, p.n, p.dtype);
+  at::Tensor out = result(p.out, p.m, p.n, p.dtype);
+  const at::Tensor addend =
+      p.addend.data ? tensor(p.addend.data, {p.m, p.n}, {p.addend.row_stride, 1}, p.dtype) : at::Tensor();
+  if (p.activation != Activation::none) {
+    // gelu_out writes elsewhere if the rows of a float32 or bfloat16 result are apart (torch 2.13).
+    if (out.is_contiguous()) {
+      at::gelu_out(out, z, composition::approximate(p.activation));
+    } else {
+      out.copy_(at::gelu(z, composition::approximate(p.activation)));
+    }
+    if (addend.defined()) out.add_(addend);
+  } else if (addend.defined()) {
+    at::add_out(out, z, addend);
+  } else if (p.out.data != product.data) {
+    out.copy_(z);
+  }
+}
+
+void preactivation_grad(const PreActivationGradProblem& p) {
+  const OwnCalls own_calls;
+  at::Tensor dz = operand(p.dy, p.rows, p.cols, p.dtype);
+  if (p.activation != Activation::none) {
+    const at::Tensor dy = dz, z = operand(p.z, p.rows, p.cols, p.dtype);
+    dz = p.dz.data ? result(p.dz, p.rows, p.cols, p.dtype) : at::empty({p.rows, p.cols}, dy.options());
+    at::gelu_backward_out(dz, dy, z, composition::approximate(p.activation));
+  } else if (p.dz.data && p.dz.data != p.dy.data) {
+    result(p.dz, p.rows, p.cols, p.dtype).copy_(dz);
+  }
+  if (!p.db) return;
+  at::Tensor db = tensor(p.db, {p.cols}, {1}, p.dtype);
+  at::sum_out(db, dz, /*dim=*/0);
+}
+
+}  // namespace
+
+const Backend& torch_backend() {
+  static constexpr Backend backend{leave_gemm,          leave_layer_backward, leave_gemm,      take_no_dgrad,
+                                   leave_mlp_forward,   leave_mlp_backward,   epilogue,        preactivation_grad,
+                                   is_never_one_kernel, no_stack_kernel,      no_stack_kernel, Path::torch};
+  return backend;
+}
+
+}  // namespace fastlane

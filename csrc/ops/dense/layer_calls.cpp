@@ -1,0 +1,197 @@
+#include "ops/dense/layer_calls.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+namespace fastlane {
+namespace {
+
+int64_t leading_size(const at::Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return rows;
+}
+
+LayerBackwardProblem problem_of(const BackwardTensors& t, Activation activation) {
+  const auto rows_of = [](const at::Tensor& m) { return m.defined() ? row_major(m) : ConstRowMajor{}; };
+  const auto mutable_rows_of = [](const at::Tensor& m) { return m.defined() ? mutable_row_major(m) : RowMajor{}; };
+  const auto matrix_of = [](const at::Tensor& m) { return m.defined() ? matrix(m) : ConstMatrix{}; };
+  LayerBackwardProblem b;
+  b.rows = t.dy.size(0), b.out_features = t.dy.size(1);
+  if (t.weight.defined()) b.in_features = t.weight.size(1);
+  if (t.x.defined()) b.in_features = t.x.size(1);
+  b.dtype = dtype_of(t.dy), b.activation = activation;
+  b.dy = rows_of(t.dy), b.z = rows_of(t.z), b.shortcut_grad = rows_of(t.grad_shortcut);
+  b.x = matrix_of(t.x), b.weight = matrix_of(t.weight);
+  b.dx = mutable_rows_of(t.dx), b.dweight = mutable_rows_of(t.dweight), b.dweight_transposed = t.dweight_transposed;
+  if (t.db.defined()) b.db = t.db.mutable_data_ptr();
+  return b;
+}
+
+Path run_dgrad(const GemmProblem& p, const BackwardTensors& t, const at::Tensor& dz) {
+  const Path path = backend_of(dz).dgrad(p);
+  if (path != Path::library) return path;
+  const OwnCalls own_calls;
+  at::Tensor dx = t.dx;
+  if (t.grad_shortcut.defined()) {
+    at::addmm_out(dx, t.grad_shortcut, dz, t.weight);
+  } else {
+    at::mm_out(dx, dz, t.weight);
+  }
+  return path;
+}
+
+// dx and, in dgrad's epilogue, dz and db of the layer before. The library, with nothing done, where no kernel has
+// that.
+Path run_fused_through(const GemmProblem& dgrad, const BackwardTensors& t, NetworkLayer& before) {
+  const Backend& backend = backend_of(t.dx);
+  void* const db = before.db.defined() ? before.db.mutable_data_ptr() : nullptr;
+  GemmProblem p = through_activation(dgrad, before.activation, row_major(before.z), db);
+  if (before.needs_dh) p.unscaled = dgrad.out;
+  if (!backend.takes_dgrad(p)) return Path::library;
+  at::Tensor dz = before.needs_dh ? at::empty(t.dx.sizes(), t.dx.options()) : t.dx;
+  p.out = mutable_row_major(dz);
+  const Path path = backend.dgrad(p);
+  if (path != Path::library) before.dz = std::move(dz);
+  return path;
+}
+
+// dx, and dz and db of the layer before: in dgrad's epilogue, or by a pass in place. Where dx stays needed, the layer
+// before makes that pass, when the memory of this one is free again.
+Path run_dgrad_through(const GemmProblem& dgrad, const BackwardTensors& t, const at::Tensor& dz,
+                       NetworkLayer& before) {
+  Path path = run_fused_through(dgrad, t, before);
+  if (path != Path::library) return path;
+  path = run_dgrad(dgrad, t, dz);
+  if (before.needs_dh) return path;
+  before.dz = t.dx;
+  PreActivationGradProblem p;
+  p.rows = dgrad.m, p.cols = dgrad.n, p.dtype = dgrad.dtype, p.activation = before.activation;
+  p.dy = row_major(t.dx), p.z = row_major(before.z), p.dz = mutable_row_major(before.dz);
+  if (before.db.defined()) p.db = before.db.mutable_data_ptr();
+  backend_of(dz).preactivation_grad(p);
+  return path;
+}
+
+// Product by product, around one elementwise pass.
+Path run_backward_in_parts(const LayerBackwardProblem& b, const BackwardTensors& t, NetworkLayer* before) {
+  at::Tensor dz = forms_dz(b) ? at::empty({b.rows, b.out_features}, t.dy.options()) : t.dy;
+  run_preactivation_grad(b, forms_dz(b) ? dz.mutable_data_ptr() : nullptr, backend_of(t.dy).preactivation_grad);
+  Path path = Path::library;
+  if (t.dx.defined()) {
+    const GemmProblem dgrad = dgrad_gemm(shape_of(b), matrix(dz), b.weight, b.shortcut_grad, b.dx);
+    const bool goes_on = before && before->activation != Activation::none;
+    path = goes_on ? run_dgrad_through(dgrad, t, dz, *before) : run_dgrad(dgrad, t, dz);
+  }
+  at::Tensor dweight = t.dweight;
+  if (!dweight.defined()) return path;
+  const OwnCalls own_calls;
+  if (b.dweight_transposed) {
+    at::mm_out(dweight, t.x.t(), dz);
+  } else {
+    at::mm_out(dweight, dz.t(), t.x);
+  }
+  return path;
+}
+
+Path run_one_backward(const BackwardTensors& t, Activation activation, NetworkLayer* before) {
+  const LayerBackwardProblem b = problem_of(t, activation);
+  const Path path = backend_of(t.dy).layer_backward(b);
+  return path == Path::library ? run_backward_in_parts(b, t, before) : path;
+}
+
+}  // namespace
+
+DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble: return DType::f64;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    default: return DType::f32;
+  }
+}
+
+at::Tensor flatten_leading(const at::Tensor& t) {
+  return t.dim() == 2 ? t : t.reshape({leading_size(t), t.size(-1)});
+}
+
+at::Tensor with_unit_column_stride(const at::Tensor& t) {
+  return t.stride(1) == 1 || t.size(1) <= 1 ? t : t.contiguous();
+}
+
+at::Tensor empty_output(const at::Tensor& x, int64_t features) {
+  at::DimVector sizes(x.sizes().begin(), x.sizes().end() - 1);
+  sizes.push_back(features);
+  return at::empty(sizes, x.options());
+}
+
+WeightGradient::WeightGradient(int64_t out_features, int64_t in_features, bool column_major,
+                               const at::TensorOptions& options)
+    : storage(column_major ? at::empty({in_features, out_features}, options)
+                           : at::empty({out_features, in_features}, options)),
+      transposed(column_major) {
+  gradient = column_major ? storage.t() : storage;
+}
+
+at::Tensor flatten_residual(const at::Tensor& residual, const at::Tensor& x, int64_t out_features) {
+  at::DimVector sizes(x.sizes().begin(), x.sizes().end() - 1);
+  sizes.push_back(out_features);
+  return with_unit_column_stride(flatten_leading(residual.expand(sizes)));
+}
+
+Operands flatten_operands(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& residual) {
+  Operands o;
+  o.x = flatten_leading(x);
+  o.weight = weight;
+  if (bias) o.bias = bias->contiguous();
+  if (residual) o.residual = flatten_residual(*residual, x, weight.size(0));
+  o.shape = {o.x.size(0), o.x.size(1), weight.size(0), dtype_of(x)};
+  return o;
+}
+
+at::Tensor computed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  const Operands o = flatten_operands(x, weight, bias, std::nullopt);
+  at::Tensor z = at::empty({o.shape.rows, o.shape.out_features}, x.options());
+  run_forward(o, Activation::none, {}, z);
+  return z;
+}
+
+Path run_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated) {
+  const void* bias = o.bias.defined() ? o.bias.const_data_ptr() : nullptr;
+  const ConstRowMajor residual = o.residual.defined() ? row_major(o.residual) : ConstRowMajor{};
+  GemmProblem p = forward_gemm(o.shape, matrix(o.x), matrix(o.weight), bias, activation, residual,
+                               z.defined() ? mutable_row_major(z) : RowMajor{}, mutable_row_major(activated));
+  const Path path = backend_of(o.x).gemm(p);
+  if (path != Path::library) return path;
+  at::Tensor product = z.defined() ? z : activated;
+  {
+    const OwnCalls own_calls;
+    if (o.bias.defined()) {
+      // A 16-bit product is rounded when it is stored, so the bias comes before.
+      at::addmm_out(product, o.bias, o.x, o.weight.t());
+      p.bias = nullptr;
+    } else {
+      at::mm_out(product, o.x, o.weight.t());
+    }
+  }
+  const bool is_finished =
+      p.out.data == product.const_data_ptr() && activation == Activation::none && !p.addend.data && !p.bias;
+  if (!is_finished) backend_of(o.x).epilogue(p, row_major(product));
+  return path;
+}
+
+Path run_backward(const BackwardTensors& t, Activation activation) {
+  return run_one_backward(t, activation, nullptr);
+}
+
+Path run_backward(BackwardTensors t, const NetworkLayer& layer, const at::Tensor& dh, NetworkLayer* before) {
+  t.dy = layer.dz.defined() ? layer.dz : dh;
+  if (layer.dz.defined()) return run_one_backward(t, Activation::none, before);
+  t.db = layer.db;
+  if (layer.activation != Activation::none) t.z = layer.z;
+  return run_one_backward(t, layer.activation, before);
+}
+
+}  // namespace fastlane

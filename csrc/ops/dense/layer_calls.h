@@ -1,0 +1,83 @@
+// One layer on 2-D tensors: what the operators are made of.
+#pragma once
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+
+#include "kernels/layer.h"
+#include "ops/checks/checks.h"
+#include "ops/dense/backend.h"
+
+namespace fastlane {
+
+DType dtype_of(const at::Tensor& t);
+
+// (..., cols) → (rows, cols): a view where the strides allow it, otherwise a copy.
+at::Tensor flatten_leading(const at::Tensor& t);
+
+// The epilogue and the elementwise pass read rows of unit stride.
+at::Tensor with_unit_column_stride(const at::Tensor& t);
+
+inline ConstMatrix matrix(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+inline ConstRowMajor row_major(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
+inline RowMajor mutable_row_major(const at::Tensor& t) { return {t.mutable_data_ptr(), t.stride(0)}; }
+
+// The leading sizes of x, then `features`; contiguous.
+at::Tensor empty_output(const at::Tensor& x, int64_t features);
+
+// The gradient of a weight, in the weight's own layout, and the storage of it that a kernel writes by rows.
+struct WeightGradient {
+  at::Tensor gradient, storage;
+  bool transposed = false;
+
+  WeightGradient() = default;
+  WeightGradient(int64_t out_features, int64_t in_features, bool column_major, const at::TensorOptions& options);
+};
+
+struct Operands {
+  at::Tensor x, weight, bias, residual;  // 2-D, 2-D, contiguous 1-D, 2-D with unit column stride
+  LayerShape shape;
+};
+
+Operands flatten_operands(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                          const OptionalTensor& residual);
+
+// Expanded to (leading sizes of x..., out_features), then flattened, with unit column stride.
+at::Tensor flatten_residual(const at::Tensor& residual, const at::Tensor& x, int64_t out_features);
+
+// x Wᵀ + b, (rows, out_features).
+at::Tensor computed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias);
+
+// An ATen call inside an operator is not the user's, to be cast or differentiated.
+struct OwnCalls {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
+// `activated` receives act(z) + residual: a whole tensor, or a slice of the concatenation's rows. Returns how.
+Path run_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated);
+
+// The operands and results of a backward as 2-D tensors; undefined where not needed.
+struct BackwardTensors {
+  at::Tensor dy, z, x, weight, grad_shortcut;
+  at::Tensor dx, dweight, db;
+  bool dweight_transposed = false;
+};
+
+Path run_backward(const BackwardTensors& t, Activation activation);
+
+// What the layer after it has to know of a network's layer, to form its dz = dh ⊙ act′(z) and db where it forms dh,
+// the gradient of its output.
+struct NetworkLayer {
+  Activation activation = Activation::none;
+  at::Tensor z, db;  // db is undefined where not needed
+  bool needs_dh = false;  // beside dz, for its shortcut; otherwise dz lies in dh's memory
+  at::Tensor dz;  // defined once formed; db is written then
+};
+
+// The backward of `layer`, of which `t` has the rest: from dz where that was formed, otherwise from dh. Where there
+// is a layer before it whose gradients are needed, t.dx is that one's dh, and its dz may be formed.
+Path run_backward(BackwardTensors t, const NetworkLayer& layer, const at::Tensor& dh, NetworkLayer* before = nullptr);
+
+}  // namespace fastlane

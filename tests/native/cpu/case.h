@@ -1,0 +1,189 @@
+// A case of the sweep: what it draws, its calls with one thread and with three, and the check of its results.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+
+#include "kernels/cpu/dispatch.h"
+#include "operands.h"
+#include "reference.h"
+
+namespace sweep {
+
+constexpr Activation kActivations[] = {Activation::none, Activation::gelu, Activation::gelu_tanh};
+constexpr int64_t kThreads[] = {1, 3};
+
+enum class Kind { normal, integers, denormals, one_denormal };
+constexpr const char* kKinds[] = {"normal", "integers", "denormals", "one_denormal"};
+
+struct CachesChoice {
+  const char* name;
+  Caches caches;
+};
+
+struct Case {
+  int64_t number;
+  Rng rng;
+  DType dtype;
+  Format format;
+  Activation activation;
+  Kind kind = Kind::normal;
+  Real roundoff;  // of the computation; 0 where integers leave nothing to round
+  CachesChoice caches;
+  std::string title, text;
+
+  Case(const char* function, int64_t case_number)
+      : number(case_number),
+        rng(static_cast<uint64_t>(case_number)),
+        dtype(static_cast<DType>(case_number % 4)),
+        format(format_of(dtype)),
+        activation(kActivations[case_number / 4 % 3]) {
+    const CachesChoice choices[] = {
+        {"machine", fastlane::caches()}, {"tiny", {4 << 10, 8 << 10}}, {"huge", {64 << 20, 1 << 30}}};
+    caches = choices[rng.below(3)];
+    if (rng.one_in(2)) {
+      constexpr Kind special[] = {Kind::integers, Kind::denormals, Kind::one_denormal};
+      kind = rng.pick(special);
+      if (kind == Kind::integers && activation != Activation::none) kind = Kind::denormals;
+    }
+    roundoff = kind == Kind::integers ? 0 : format.compute_roundoff;
+    constexpr const char* activations[] = {"none", "gelu", "gelu_tanh"};
+    text = std::string(function) + " " + format.name + " " + activations[static_cast<int>(activation)] + " " +
+           kKinds[static_cast<int>(kind)] + " caches=" + caches.name;
+    title = "case " + std::to_string(number) + ", " + function + " " + format.name;
+  }
+
+  std::string line() const { return std::string(kernels().isa) + ": case " + std::to_string(number) + ": " + text; }
+  void describe(const char* name, int64_t value) { text += std::string(" ") + name + "=" + std::to_string(value); }
+
+  Operand absent(const char* name) {
+    text += std::string(" ") + name + "=absent";
+    return {};
+  }
+  Operand operand(const char* name, int64_t rows, int64_t cols, const Strides& strides) {
+    Operand o(dtype, rows, cols, strides, rng);
+    text += std::string(" ") + name + "=" + o.text;
+    return o;
+  }
+  Operand input(const char* name, int64_t rows, int64_t cols, const Strides& strides, Real scale,
+                Kind values = Kind::normal) {
+    Operand o = operand(name, rows, cols, strides);
+    if (kind == Kind::integers) values = kind;
+    o.fill([&](int64_t, int64_t) -> Real {
+      switch (values) {
+        case Kind::integers: return static_cast<Real>(rng.below(7) - 3);
+        case Kind::one_denormal:
+          return (rng.one_in(2) ? 1 : -1) * (Real{1.5} + rng.uniform() / 2) * format.min_normal;
+        default: return rng.normal() * scale;
+      }
+    });
+    if (values == Kind::one_denormal && rows > 0 && cols > 0) {
+      const bool last = rng.one_in(2);
+      const int64_t row = last ? rows - 1 : rng.below(rows), col = last ? cols - 1 : rng.below(cols);
+      const auto others = o.values;
+      o.values.clear();
+      o.fill([&](int64_t i, int64_t j) {
+        return i == row && j == col ? format.min_normal / 2 : others[static_cast<size_t>(i * cols + j)];
+      });
+    }
+    return o;
+  }
+};
+
+// The case in which a sanitizer may stop the program, and the largest error of those before.
+inline const Case* running = nullptr;
+struct LargestError {
+  Real error = 0;  // in units of the tolerance
+  std::string where;
+};
+inline LargestError largest;
+
+[[noreturn]] inline void fail(const Case& c, const std::string& what) {
+  std::printf("%s: %s\n", c.line().c_str(), what.c_str());
+  std::exit(1);
+}
+
+// A result, once for each number of threads; leading dimension and alignment differ, the bits must not.
+class Output {
+ public:
+  Output(Case& c, const char* name, int64_t rows, int64_t cols, bool present) : case_(c), name_(name) {
+    for (Operand& o : operands_)
+      o = present ? c.operand(name, rows, cols, layout(c.rng.below(2), rows, cols, c.rng)) : c.absent(name);
+  }
+
+  const Operand& of_run(size_t run) const { return operands_[run]; }
+  bool present() const { return operands_[0].memory != nullptr; }
+
+  void check_untouched() const {
+    for (const Operand& o : operands_)
+      if (present() && std::any_of(o.memory->begin(), o.memory->end(), [](char byte) { return byte != '\xff'; }))
+        fail(case_, name_ + ": written by a kernel that says it did nothing");
+  }
+
+  void check(const Approx& expected) const {
+    if (!present()) return;
+    for (const Operand& o : operands_)
+      if (!o.gaps_untouched()) fail(case_, name_ + ": written outside of its elements");
+    const Operand &first = operands_[0], &second = operands_[1];
+    for (int64_t i = 0; i < first.rows; ++i)
+      for (int64_t j = 0; j < first.cols; ++j) {
+        const auto element = static_cast<size_t>(i * first.cols + j);
+        check_element(i, j, expected.value[element], expected.error[element]);
+        if (std::memcmp(first.at(i, j), second.at(i, j), static_cast<size_t>(case_.format.size)) != 0)
+          fail(case_, at(i, j) + ": other bits with 3 threads than with 1");
+      }
+  }
+
+ private:
+  std::string at(int64_t row, int64_t col) const {
+    return name_ + "[" + std::to_string(row) + "," + std::to_string(col) + "]";
+  }
+
+  void check_element(int64_t row, int64_t col, Real expected, Real tolerance) const {
+    const Real got = operands_[0].read(row, col);
+    const Real rounding = case_.format.roundoff * std::fabs(expected) + case_.format.min_denormal / 2;
+    const Real error = std::fabs(got - expected) - rounding;
+    if (!(error <= tolerance)) {
+      char numbers[160];
+      std::snprintf(numbers, sizeof numbers, ": got %.9Lg, expected %.9Lg, off by %.3Lg, tolerance %.3Lg", got,
+                    expected, std::fabs(got - expected), tolerance + rounding);
+      fail(case_, at(row, col) + numbers);
+    }
+    if (error > largest.error * tolerance) largest = {error / tolerance, case_.title + ", " + name_};
+  }
+
+  const Case& case_;
+  std::string name_;
+  Operand operands_[2];
+};
+
+// Each thread takes every third task, the last ones first; the caller is one of them, as in torch's pool.
+inline void run_on_three(int64_t tasks, Parallel::Body body, void* context) {
+  const auto share = [=](int64_t thread) {
+    for (int64_t task = tasks - 1 - thread; task >= 0; task -= 3) body(context, task, task + 1);
+  };
+  std::thread second(share, 1), third(share, 2);
+  share(0);
+  second.join();
+  third.join();
+}
+
+// Each call has its own thread: there work memory starts empty and ends where this call's need ends.
+template <class Call>
+void run_twice(const Case& c, Call call) {
+  running = &c;
+  for (size_t run = 0; run < 2; ++run) {
+    Parallel parallel;
+    parallel.threads = kThreads[run];
+    parallel.run = run_on_three;
+    parallel.caches = c.caches.caches;
+    std::thread([&] { call(run, parallel); }).join();
+  }
+  running = nullptr;
+}
+
+}  // namespace sweep

@@ -1,0 +1,82 @@
+"""The include rules of csrc/README.md: read from its table, and held by every file."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+ROW = re.compile(r"^\| `([^`]+)` \|[^|]*\|([^|]*)\|$", re.MULTILINE)
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
+# What a row calls by one name.
+LIBRARIES = {
+    "torch": ("ATen/", "c10/", "torch/"),
+    "Python": ("pybind11/", "Python.h"),
+    "CUDA": ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"),
+    "CUTLASS": ("cutlass/", "cute/"),
+    "immintrin.h": ("immintrin.h",),
+    "POSIX": ("sys/", "unistd.h"),
+}
+
+
+def sources():
+    suffixes = {".h", ".cpp", ".cu", ".cuh"}
+    return [path for path in sorted(CSRC.rglob("*")) if path.suffix in suffixes]
+
+
+def rules():
+    rows = {}
+    for folder, allowed in ROW.findall((CSRC / "README.md").read_text()):
+        rows[folder] = {name.strip(" `") for name in allowed.split(",") if name.strip()}
+    return rows
+
+
+def folder_of(path):
+    return path.parent.relative_to(CSRC).as_posix()
+
+
+def includes_of(path):
+    """(whether it is a file of ours, what is included)"""
+    for quote, name in INCLUDE.findall(path.read_text()):
+        yield quote == '"' and (CSRC / name).is_file(), name
+
+
+def library_of(name):
+    """The row's name of what is no header of the C++ standard library."""
+    for library, starts in LIBRARIES.items():
+        if name.startswith(starts):
+            return library
+    return None if re.fullmatch(r"[a-z_]+", name) else name
+
+
+def test_every_folder_has_a_row():
+    assert {folder_of(path) for path in sources()} == set(rules())
+
+
+def test_files_include_what_their_folder_may():
+    wrong, seen = [], 0
+    for path in sources():
+        allowed = rules()[folder_of(path)] | {folder_of(path)}
+        for is_ours, name in includes_of(path):
+            seen += 1
+            wanted = Path(name).parent.as_posix() if is_ours else library_of(name)
+            if wanted is not None and wanted not in allowed:
+                wrong.append(f"{path.relative_to(CSRC)} includes {name}")
+    assert seen > 200 and wrong == []
+
+
+def test_no_file_includes_itself_by_way_of_others():
+    edges = {path: [CSRC / name for is_ours, name in includes_of(path) if is_ours] for path in sources()}
+    done, open_files = set(), []
+
+    def visit(path):
+        assert path not in open_files, [str(p.relative_to(CSRC)) for p in (*open_files, path)]
+        if path in done:
+            return
+        open_files.append(path)
+        for included in edges[path]:
+            visit(included)
+        done.add(open_files.pop())
+
+    for path in edges:
+        visit(path)
+    assert len(done) == len(edges)
