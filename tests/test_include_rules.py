@@ -1,7 +1,12 @@
 """The include rules of csrc/README.md: read from its table, and held by every file."""
 
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -80,3 +85,20 @@ def test_no_file_includes_itself_by_way_of_others():
     for path in edges:
         visit(path)
     assert len(done) == len(edges)
+
+
+@pytest.mark.slow
+def test_each_header_of_the_kernels_opens_alone(tmp_path):
+    """As an editor reads one: without an ISA file around it, for the scalar set."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    headers = [path for path in (CSRC / "kernels").rglob("*.h") if "cuda/hopper" not in path.as_posix()]
+    headers = [path for path in headers if not re.match("vec_avx", path.name)]
+    assert len(headers) > 25
+    for header in headers:
+        source = tmp_path / f"{header.stem}.cpp"
+        source.write_text(f'#include "{header.relative_to(CSRC).as_posix()}"\n')
+        command = [compiler, "-std=c++17", "-fsyntax-only", "-Wall", "-Wno-unused-function", f"-I{CSRC}", str(source)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0 and not result.stderr, f"{header.name}: {result.stderr[:500]}"
