@@ -77,8 +77,6 @@ inline std::tuple<at::Tensor, at::Tensor> call_mlp_forward(
   return op.call(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation);
 }
 
-using MlpGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
 inline MlpGradients call_mlp_backward(const at::Tensor& grad, const OptionalTensor& z, const OptionalTensor& x,
                                       const OptionalTensor& fc1_weight, const OptionalTensor& fc1_bias,
                                       const OptionalTensor& fc2_weight, const OptionalTensor& grad_shortcut,
