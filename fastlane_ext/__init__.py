@@ -1,11 +1,11 @@
 """fastlane_ext: ``shortcut + GELU(x Wᵀ + b)`` as one fused PyTorch operation, forward and backward."""
 
 from . import reference
-from ._activations import register_activation
 from ._info import build_info, cpu_isa, reset_stats, stats
 from ._load import build_record as _build_record
 from .functional import linear_gelu_concat, linear_gelu_residual, mlp_residual, residual_stack
 from .fusion import FusionReport, disabled, explain, fuse, unfuse
+from .fusion.activations import register_activation
 from .gradients import GradientReport, gradient_report, print_gradients
 from .modules import LinearGELUResidual, ResidualMLP
 from .networks import DeepNeuralNet, ExampleDeepNeuralNetwork, ImprovedResidualNetwork, ResidualNetwork

@@ -8,7 +8,6 @@ who watches all calls (hooks for all modules, modes). Anything unusual has to be
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -48,11 +47,6 @@ def constant_while_traced(function: Any) -> Any:
     return function
 
 
-def original_class(kind: type) -> type:
-    """The class that a class made by `fuse` stands for, or ``kind`` itself."""
-    return getattr(kind, "_fastlane_original", kind) if getattr(kind, "_fastlane_class", None) is kind else kind
-
-
 def class_name(kind: type) -> str:
     """The class's name, with its module unless that is torch.nn: an adapter may be called Linear too."""
     return kind.__name__ if kind.__module__.startswith("torch.nn.") else f"{kind.__module__}.{kind.__name__}"
@@ -81,10 +75,12 @@ class Known(NamedTuple):
     reason: str | None
 
 
-def _known(
+def know(
     kind: type[nn.Module], module: str, reads: tuple[tuple[str, str, str], ...] = (), own: tuple[str, ...] = ()
 ) -> Known:
-    """``reads``: for each function that the forward calls, the name of its module in the forward's globals, its own,
+    """What is found of ``kind`` now, whose forward was written in ``module``.
+
+    ``reads``: for each function that the forward calls, the name of its module in the forward's globals, its own,
     and the module where it was written. ``own``: methods of the class on which the forward relies.
     """
     reason = why_own_call(kind)
@@ -104,23 +100,23 @@ def _known(
     return Known(kind, collected(facts), reason)
 
 
-def _known_of_torch() -> dict[type[nn.Module], Known]:
+def _torchs() -> dict[type[nn.Module], Known]:
     linear, gelu = ("F", "linear", "torch._C._nn"), ("F", "gelu", "torch._C._nn")
     dropout = ("F", "dropout", F.__name__)
     made = (
-        _known(nn.Linear, "torch.nn.modules.linear", (linear,)),
-        _known(nn.Identity, "torch.nn.modules.linear"),
-        _known(nn.GELU, "torch.nn.modules.activation", (gelu,)),
-        _known(nn.Dropout, "torch.nn.modules.dropout", (dropout,)),
-        _known(nn.Sequential, "torch.nn.modules.container", own=("__iter__",)),
+        know(nn.Linear, "torch.nn.modules.linear", (linear,)),
+        know(nn.Identity, "torch.nn.modules.linear"),
+        know(nn.GELU, "torch.nn.modules.activation", (gelu,)),
+        know(nn.Dropout, "torch.nn.modules.dropout", (dropout,)),
+        know(nn.Sequential, "torch.nn.modules.container", own=("__iter__",)),
     )
     return {known.kind: known for known in made}
 
 
-_KNOWN = _known_of_torch()
+KNOWN = _torchs()
 """As they were when this package was imported: somebody may assign others to the classes."""
 
-_NOT_TORCHS = next((f"{known.kind.__name__} {known.reason}" for known in _KNOWN.values() if known.reason), None)
+_NOT_TORCHS = next((f"{known.kind.__name__} {known.reason}" for known in KNOWN.values() if known.reason), None)
 """What was not torch's own even then. No formula holds if there is any."""
 
 GELU = F.gelu
@@ -136,34 +132,12 @@ FORMULA = (
 """What eager's layers compute with. Whoever replaces any of it means every layer of the model."""
 NETWORK = collected(
     [
-        *(fact for known in _KNOWN.values() for fact in known.facts if known.kind is not nn.Dropout),
+        *(fact for known in KNOWN.values() for fact in known.facts if known.kind is not nn.Dropout),
         *call_facts(nn.ModuleList, ("__iter__", "__getitem__", "__len__")),
         *FORMULA,
     ]
 )
 """What the networks of `fastlane_ext.reference` rest on."""
-
-
-def _conv1d() -> type[nn.Module] | None:
-    # A model with such layers has imported it; nobody else shall.
-    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-
-
-def known(kind: type) -> Known | None:
-    """What is known of ``kind``: one of torch's plain classes or transformers' ``Conv1D``; None for any other."""
-    if kind not in _KNOWN and kind is _conv1d():
-        _KNOWN[kind] = _known(kind, "transformers.pytorch_utils", (("torch", "addmm", "torch"),))
-    return _KNOWN.get(kind)
-
-
-def linear_class(kind: type) -> type[nn.Module] | None:
-    """``nn.Linear`` or ``Conv1D`` if ``kind`` is exactly one of them, fused or not."""
-    kind = original_class(kind)
-    return kind if kind is nn.Linear or (kind is _conv1d() and kind is not None) else None
-
-
-def is_linear(module: nn.Module | None) -> bool:
-    return linear_class(type(module)) is not None
 
 
 def why_touched(module: nn.Module) -> str | None:
@@ -259,7 +233,7 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
     return why_touched(module)
 
 
-def _parameter(linear: nn.Module, name: str) -> Any:
+def parameter_of(linear: nn.Module, name: str) -> Any:
     """What the layer's forward finds under the name: an attribute goes before a parameter (data-parallel replicas keep
     theirs so). A buffer counts as absent.
     """
@@ -271,10 +245,12 @@ def _parameter(linear: nn.Module, name: str) -> Any:
     return parameters.get(name, ABSENT) if type(parameters) in PLAIN_DICTS else ABSENT
 
 
-def why_parameters_unfit(linear: nn.Module) -> str | None:
-    """None if the layer's weight and bias are plain tensors that the kernels take, else why not."""
+def why_parameters_unfit(linear: nn.Module, transposed: bool = False) -> str | None:
+    """None if the layer's weight and bias are plain tensors that the kernels take, else why not. ``transposed``: the
+    weight is stored (in, out).
+    """
     for name in ("weight", "bias"):
-        tensor = _parameter(linear, name)
+        tensor = parameter_of(linear, name)
         if tensor is None and name == "bias":
             continue
         if type(tensor) not in PLAIN_TENSORS:
@@ -283,8 +259,8 @@ def why_parameters_unfit(linear: nn.Module) -> str | None:
             return f"has a {name} of layout {tensor.layout}"
         if tensor.dtype not in KERNEL_DTYPES:
             return f"has a {name} of {tensor.dtype}"
-    weight, bias = _parameter(linear, "weight"), _parameter(linear, "bias")
-    out_features = weight.shape[0 if linear_class(type(linear)) is nn.Linear else -1] if weight.dim() == 2 else None
+    weight, bias = parameter_of(linear, "weight"), parameter_of(linear, "bias")
+    out_features = weight.shape[-1 if transposed else 0] if weight.dim() == 2 else None
     if out_features is None or (bias is not None and bias.shape != (out_features,)):
         # F.linear takes a weight of one dimension, and broadcasts a bias.
         return "has parameters of other shapes than a linear layer's"
@@ -294,9 +270,3 @@ def why_parameters_unfit(linear: nn.Module) -> str | None:
 def why_not_plain_linear(module: nn.Module) -> str | None:
     """None if ``module`` is an nn.Linear to which `why_not_plain` has no objection, with plain parameters."""
     return why_not_plain(module, nn.Linear) or why_parameters_unfit(module)
-
-
-def weight_and_bias(module: nn.Module, transposed: bool) -> tuple[Tensor, Tensor | None]:
-    """The parameters of a linear layer, the weight as ``(out_features, in_features)``."""
-    weight = _parameter(module, "weight")
-    return (weight.t() if transposed else weight), _parameter(module, "bias")

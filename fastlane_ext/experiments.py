@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import functional, networks, reference
 from ._arguments import bad, check_choice, check_layer_sizes
-from ._formulas import gelu64
+from ._gelu64 import gelu64
 from .gradients import GradientReport, ShortcutDemo, gradient_report, print_gradients, seeded, shortcut_demo
 
 __all__ = ["EXPERIMENTS", "Block", "Result", "any_rank", "example", "projection", "published", "run", "worked"]

@@ -11,7 +11,7 @@ from test_fuse import NamedMlp, fused_calls
 from torch import nn
 
 import fastlane_ext as fl
-from fastlane_ext._activations import Activation, form_of_values, read_activation
+from fastlane_ext.fusion.activations import Activation, form_of_values, read_activation
 
 pytestmark = pytest.mark.filterwarnings("ignore:fuse. nothing runs fused")
 
@@ -301,9 +301,9 @@ def test_an_attribute_that_gelu_does_not_read(value):
 
 
 def test_the_grid_is_torchs_own(monkeypatch):
-    from fastlane_ext import _activations
+    from fastlane_ext.fusion import activations
 
-    _activations._grid.cache_clear()
+    activations._grid.cache_clear()
     monkeypatch.setattr(F, "gelu", lambda x, approximate="none": 0.5 * x * (1 + torch.tanh(0.8 * x)))
     assert read_activation(Act(plain)).form == "gelu_tanh"
     monkeypatch.undo()

@@ -161,7 +161,7 @@ def test_a_sum_by_function(make):
 
 def test_many_other_children_cost_no_more_than_eager():
     """Snapshots of the children would grow with their number's square."""
-    from fastlane_ext._execute import _Lookup
+    from fastlane_ext.fusion.execute import _Lookup
 
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), *[nn.ReLU() for _ in range(50)])
     fl.fuse(model).assert_fused(1)

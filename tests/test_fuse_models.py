@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastlane_ext as fl
-from fastlane_ext._plain import is_linear
+from fastlane_ext.fusion.linears import is_linear
 
 pytestmark = pytest.mark.any_isa
 

@@ -298,10 +298,10 @@ def test_torchs_own_classes_get_another_forward(kind, monkeypatch):
 
 def test_under_a_device_or_a_fake_mode():
     """Nothing of the caller's mode stays behind."""
-    from fastlane_ext import _activations
+    from fastlane_ext.fusion import activations
 
     for mode in (torch.device("meta"), FakeTensorMode()):
-        _activations._grid.cache_clear()
+        activations._grid.cache_clear()
         with mode:
             fl.fuse(nn.Sequential(nn.Linear(8, 8), nn.GELU())).assert_fused(1)
         model = nn.Sequential(nn.Linear(8, 8), nn.GELU())

@@ -8,6 +8,7 @@ import multiprocessing
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import fx, nn
 
 import fastlane_ext as fl
 from fastlane_ext import fused_classes
+from fastlane_ext.fusion import classes
 
 LOAD = "import pickle, sys; model = pickle.load(sys.stdin.buffer); print(type(model).__name__)"
 IN_MAIN = """
@@ -157,7 +159,7 @@ def test_ways_of_its_own(kind, way):
     plain = way(model)
     fl.fuse(model).assert_fused(1)
     other = way(model)
-    assert isinstance(other, kind) and vars(other).keys() - {fused_classes.PLAN} == vars(plain).keys()
+    assert isinstance(other, kind) and vars(other).keys() - {classes.PLAN} == vars(plain).keys()
     assert {n: v for n, v in vars(other).items() if n in ("cached", "made_with")} == {
         n: v for n, v in vars(plain).items() if n in ("cached", "made_with")
     }
@@ -275,7 +277,7 @@ def test_loaded_and_first_called_in_a_transform():
 
 def test_loaded_and_first_traced():
     model, x = nn.Sequential(loaded(), nn.Tanh()), torch.randn(2, 12)
-    model[0].__dict__[fused_classes.PLAN] = fused_classes.Unread()
+    model[0].__dict__[classes.PLAN] = classes.Unread()
     fx.symbolic_trace(model)
     fl.reset_stats()
     model(x)
@@ -312,17 +314,32 @@ def test_jagged_tensors_in_a_graph():
 
 
 def test_the_name_under_which_earlier_versions_pickled_a_fused_class():
-    assert getattr(fused_classes, "torch:nn:modules:container|Sequential") is fused_classes.fused_class(nn.Sequential)
+    assert getattr(fused_classes, "torch:nn:modules:container|Sequential") is classes.fused_class(nn.Sequential)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         fused_classes.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["fused_with_a_plan", "fused_by_remake"])
+def test_a_model_that_an_earlier_version_pickled(name):
+    """The first file was written by the last version that pickled plans, the second by the last one that kept classes
+    in fused_classes.py and plans in _plan.py.
+    """
+    data = (Path(__file__).parent / "support" / "pickles" / f"{name}.pkl").read_bytes()
+    assert b"fastlane_ext.fused_classes" in data and b"fastlane_ext._plan" in data
+    model, x = pickle.loads(data), torch.tensor([[1.0, -2.0]])
+    torch.testing.assert_close(model(x), nn.Sequential.forward(model, x))
+    assert fused_calls() == 1 and type(model) is classes.fused_class(nn.Sequential)
+    again = pickle.dumps(model)
+    assert b"fastlane_ext.fused_classes" not in again and b"fastlane_ext._plan" not in again
+    assert fl.unfuse(model) == 1
 
 
 def test_a_plan_that_an_earlier_version_pickled():
     model, x = NamedMlp(), torch.randn(2, 12)
     fl.fuse(model)
-    plan = model.__dict__[fused_classes.PLAN]
+    plan = model.__dict__[classes.PLAN]
     old = object.__new__(type(plan))
     old.__setstate__({"inputs": plan.inputs, "steps": plan.steps})
-    model.__dict__[fused_classes.PLAN] = old
+    model.__dict__[classes.PLAN] = old
     model(x)
     assert fused_calls() == 1

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlane_ext as fl
-from fastlane_ext import _plain, fused_classes, reference
+from fastlane_ext import _plain, reference
 from fastlane_ext._load import library
+from fastlane_ext.fusion.classes import PLAN
 
 LINEAR, GELU, LINEAR_FORWARD = F.linear, F.gelu, nn.Linear.forward
 
@@ -52,7 +53,7 @@ class Subject:
             return library.run_plain_network(self.fused, x) is not None
         if isinstance(self.fused, reference.ResidualMLP):
             return library.run_plain_residual_mlp(self.fused, x) is not None
-        plan = vars(self.fused).get(fused_classes.PLAN)
+        plan = vars(self.fused).get(PLAN)
         return None if plan is None else library.is_as_planned(self.fused, plan.checks)
 
 
@@ -312,11 +313,11 @@ def test_a_layer_with_a_weight_of_its_own(monkeypatch):
     fl.reset_stats()
 
 
-@pytest.mark.parametrize("kind", list(_plain._KNOWN), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", list(_plain.KNOWN), ids=lambda kind: kind.__name__)
 def test_what_torch_defined_is_known_to_be_torchs(kind):
-    known = _plain.known(kind)
+    known = _plain.KNOWN[kind]
     assert known.reason is None and library.hold(known.facts)
-    remade = _plain._known(kind, "somewhere.else")
+    remade = _plain.know(kind, "somewhere.else")
     assert "that is not the one of somewhere.else" in remade.reason
 
 
@@ -326,7 +327,7 @@ def test_both_checks_of_facts_agree(monkeypatch):
     for name in OF_CLASSES:
         with monkeypatch.context() as patch:
             ODDITIES[name](None, patch)
-            for known in _plain._KNOWN.values():
+            for known in _plain.KNOWN.values():
                 assert library.hold(known.facts) == hold_slowly(known.facts)
             assert library.hold(_plain.NETWORK) is hold_slowly(_plain.NETWORK) is False
     assert library.hold(_plain.NETWORK)

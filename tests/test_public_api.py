@@ -6,7 +6,8 @@ import inspect
 import pytest
 
 import fastlane_ext
-from fastlane_ext import _activations, _arguments, _info, functional, fusion, reference
+from fastlane_ext import _arguments, _info, functional, fusion, reference
+from fastlane_ext.fusion import activations
 
 FUNCTIONS = {
     "linear_gelu_residual": "x, weight, bias, residual, activation, recompute",
@@ -42,7 +43,7 @@ def test_public_names_have_docstring_example_and_types(name):
         assert parameter.name == "self" or parameter.annotation is not inspect.Parameter.empty, parameter
 
 
-@pytest.mark.parametrize("module", [functional, fusion, _activations, _info, _arguments], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [functional, fusion, activations, _info, _arguments], ids=lambda m: m.__name__)
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module, extraglobs={"torch": __import__("torch")}).failed == 0
     fastlane_ext.reset_stats()  # one example shows how fused operations are disabled

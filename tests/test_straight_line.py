@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from fastlane_ext._straight_line import count_calls, why_not_straight
+from fastlane_ext.fusion.bytecode import count_calls, why_not_straight
 
 pytestmark = pytest.mark.any_isa
 

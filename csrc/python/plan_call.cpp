@@ -9,11 +9,11 @@ namespace {
 
 using namespace python;
 
-// fastlane_ext._plan.Role.
+// fastlane_ext.fusion.plan.Role.
 enum class Role { linear, transposed_linear, activation, dropout };
-// The fields of fastlane_ext._plan.Child.
+// The fields of fastlane_ext.fusion.plan.Child.
 enum ChildField : Py_ssize_t { kName, kRole, kKind, kState, kOfClass, kFields };
-// The fields of fastlane_ext._plan.Plan.checks, tuples all of them but for an order of None.
+// The fields of fastlane_ext.fusion.plan.Plan.checks, tuples all of them but for an order of None.
 enum CheckField : Py_ssize_t { kFacts, kClass, kLookups, kNames, kOrder, kConstants, kChildren, kCheckFields };
 
 // Borrowed; null where absent.
@@ -29,7 +29,7 @@ bool is_equal(PyObject* a, PyObject* b) {
   return equal == 1;
 }
 
-// `value` is a fastlane_ext._activations.Partial.
+// `value` is a fastlane_ext.fusion.activations.Partial.
 bool is_same_partial(PyObject* now, PyObject* value) {
   static PyObject* const kind = py::object(py::module_::import("functools").attr("partial")).release().ptr();
   if (reinterpret_cast<PyObject*>(Py_TYPE(now)) != kind || PyTuple_GET_SIZE(value) != 3) return false;
@@ -43,7 +43,7 @@ bool is_constant(PyObject* value) {
   return PyUnicode_CheckExact(value) || PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value);
 }
 
-// fastlane_ext._activations.is_same;
+// fastlane_ext.fusion.activations.is_same;
 bool is_same(PyObject* now, PyObject* value) {
   if (!now) return false;
   if (PyTuple_Check(value)) return is_same_partial(now, value);

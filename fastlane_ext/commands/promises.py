@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastlane_ext
 from fastlane_ext import experiments, reference
-from fastlane_ext._formulas import gelu64
+from fastlane_ext._gelu64 import gelu64
 from fastlane_ext.bench.machine import torch_threads
 
 DTYPES = {

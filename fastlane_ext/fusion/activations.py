@@ -1,6 +1,6 @@
 """Which form of GELU a module or function computes, found by what it computes and not by its name.
 
-A module counts as a GELU where its code can do nothing but arithmetic (_outside.py), and its values and its slope agree
+A module counts as a GELU where its code can do nothing but arithmetic (reads.py), and its values and its slope agree
 with GELU's on a grid, for several ranks. In doubt it is none.
 """
 
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ._arguments import bad, check_choice
-from ._facts import Facts, collected
-from ._formula import why_no_formula
-from ._outside import CONSTANTS, Evidence, why_not_closed
-from ._plain import GELU, call_facts, known, why_own_call
+from .._arguments import bad, check_choice
+from .._facts import Facts, collected
+from .._plain import GELU, call_facts, why_own_call
+from .formula import why_no_formula
+from .known import known
+from .reads import CONSTANTS, Evidence, why_not_closed
 
 _FORMS = ("gelu", "gelu_tanh")
 _OF_APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh"}

@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 from torch.utils._contextlib import _DecoratorContextManager
 
-from ._arguments import bad, check_flag
-from ._load import library
-from ._measure import measured as _measured
-from ._plain import original_class
-from ._report import FusionReport, PassedOver, Site
-from ._search import FUSED_NETWORKS, Search
-from .fused_classes import PLAN, why_forward_replaced
+from .._arguments import bad, check_flag
+from .._load import library
+from .classes import PLAN, why_forward_replaced
+from .known import original_class
+from .measure import measured as _measured
+from .report import FusionReport, PassedOver, Site
+from .search import FUSED_NETWORKS, Search
 
 __all__ = ["FusionReport", "PassedOver", "Site", "disabled", "explain", "fuse", "unfuse"]
 

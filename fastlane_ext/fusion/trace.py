@@ -1,7 +1,7 @@
 """A container's forward, run once with stand-ins for the container and its inputs.
 
 Nothing of the model is called or changed: a child called on a stand-in is written down, and so are sums and
-F.gelu. Straight lines alone are followed (_straight_line.py), and each of their calls has to be written down, so
+F.gelu. Straight lines alone are followed (bytecode.py), and each of their calls has to be written down, so
 that nothing can happen in a forward that its record does not show: no branch, no context such as
 ``torch.no_grad()``, nothing in place, no helper.
 """
@@ -18,11 +18,12 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from ._activations import form_of_function
-from ._facts import ABSENT, Fact, comes_from, lookup, of_class
-from ._outside import CONSTANTS, Read, reads_of, why_not_fixed
-from ._plain import GELU, SUMS, is_of_fx, known, original_class
-from ._straight_line import count_calls, why_not_straight
+from .._facts import ABSENT, Fact, comes_from, lookup, of_class
+from .._plain import GELU, SUMS, is_of_fx
+from .activations import form_of_function
+from .bytecode import count_calls, why_not_straight
+from .known import known, original_class
+from .reads import CONSTANTS, Read, reads_of, why_not_fixed
 
 
 class Refused(Exception):

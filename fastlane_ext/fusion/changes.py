@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ._activations import is_same
-from ._facts import ABSENT
-from ._plain import PLAIN_DICTS, class_name, linear_class, why_parameters_unfit, why_touched, why_watched
-from ._plan import Child, Plan, Role, why_class_changed, why_traced_class_changed
+from .._facts import ABSENT
+from .._plain import PLAIN_DICTS, class_name, why_parameters_unfit, why_touched, why_watched
+from .activations import is_same
+from .linears import linear_class
+from .plan import Child, Plan, Role, why_class_changed, why_traced_class_changed
 
 _ACTIVE = "is active"
 
@@ -20,7 +21,7 @@ def _why_child_changed(child: nn.Module | None, found: Child) -> str | None:
         return f"is a {class_name(kind)}, not a{' plain' if is_linear else ''} {class_name(found.kind)}"
     reason = why_touched(child)
     if reason is None and is_linear:
-        reason = why_parameters_unfit(child)
+        reason = why_parameters_unfit(child, found.role == Role.TRANSPOSED_LINEAR)
     own = child.__dict__
     for name, value in found.state:
         if reason is None and not is_same(own.get(name, ABSENT), value):

@@ -1,14 +1,15 @@
-"""Reads a plan from the record of a container's forward (_trace.py). Nothing is concluded from a class's name."""
+"""Reads a plan from the record of a container's forward (trace.py). Nothing is concluded from a class's name."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from ._activations import Activation, read_activation
-from ._facts import collected
-from ._plain import is_linear, known, linear_class, original_class
-from ._plan import DROPOUTS, Add, Call, Child, Fused, Gelu, Linear, Plan, Role, last_uses
-from ._trace import Node, Refused, follow, is_sequential
+from .._facts import collected
+from .activations import Activation, read_activation
+from .known import known, original_class
+from .linears import is_linear, is_transposed, linear_class
+from .plan import DROPOUTS, Add, Call, Child, Fused, Gelu, Linear, Plan, Role, last_uses
+from .trace import Node, Refused, follow, is_sequential
 
 __all__ = ["other_activation", "read_plan"]
 
@@ -115,7 +116,7 @@ class _Reader:
         return passed, user
 
     def _linear(self, node: Node) -> Linear:
-        return Linear(node.name, linear_class(type(self._child(node))) is not nn.Linear)
+        return Linear(node.name, is_transposed(self._child(node)))
 
     def _fused_from(self, linear: Node) -> Fused | None:
         nodes, fc2, activation, residual = [linear], None, None, None

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import functional
-from ._activations import outside_modes
-from ._load import library
-from ._plain import linear_class, weight_and_bias
+from .. import functional
+from .._load import library
+from .activations import outside_modes
+from .linears import is_transposed, weight_and_bias
 
 LEAST_RATIO = 1.05
 
@@ -28,7 +28,7 @@ def why_not_faster(linear: nn.Module, measure: Measure) -> tuple[str | None, dic
     """None if the fused operation is at least 5 % faster for this layer, else why it stays the library's; and the
     times, if ``measure`` (`measured`) was asked.
     """
-    weight, bias = weight_and_bias(linear, linear_class(type(linear)) is not nn.Linear)
+    weight, bias = weight_and_bias(linear, is_transposed(linear))
     if type(weight) is FakeTensor:
         return "has no data to be measured with", None
     if weight.device.type != "cpu":

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ._facts import ABSENT, Fact, comes_from, contents, lookup, of_class, of_function, of_item
-from ._straight_line import why_not_straight
+from .._facts import ABSENT, Fact, comes_from, contents, lookup, of_class, of_function, of_item
+from .bytecode import why_not_straight
 
 _READS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF")
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR")

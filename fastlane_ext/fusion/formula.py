@@ -112,7 +112,7 @@ class Formula:
 
 def why_no_formula(call: Callable[[Any], Any]) -> str | None:
     """None if ``call`` computes such a formula of its input, else what it does beside that. Only code that is known to
-    be arithmetic and nothing else (_outside.py) may be called so.
+    be arithmetic and nothing else (reads.py) may be called so.
     """
     try:
         found = call(Formula(1))

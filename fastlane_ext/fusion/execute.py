@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _facts
-from ._changes import why_changed
-from ._load import library
-from ._plain import is_plain_tensor, known, weight_and_bias, why_touched
-from ._plan import Add, Call, Fused, Gelu, Plan
-from .functional import linear_gelu_residual, mlp_residual, record_fallback
+from .. import _facts
+from .._load import library
+from .._plain import is_plain_tensor, why_touched
+from ..functional import linear_gelu_residual, mlp_residual, record_fallback
+from .changes import why_changed
+from .known import known
+from .linears import weight_and_bias
+from .plan import Add, Call, Fused, Gelu, Plan
 
 
 def _run_fused(children: dict[str, nn.Module], step: Fused, values: list[Any]) -> Tensor:

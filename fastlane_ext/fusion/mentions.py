@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._activations import form_of_module
-from ._facts import ABSENT, lookup
-from ._plain import is_linear, known, original_class
+from .._facts import ABSENT, lookup
+from .activations import form_of_module
+from .known import known, original_class
+from .linears import is_linear
 
 _OF_GELU = frozenset({"erf", "erfc", "ndtr", "cdf"})
 _CONSTANTS = (0.044715, 0.7978845608)  # of the tanh form, and √(2/π) as many write it

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from ._text import for_stream
+from .._text import for_stream
 
 
 class PassedOver(NamedTuple):

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import modules, networks, reference
-from ._activations import read_activation
-from ._changes import why_changed
-from ._facts import ABSENT, lookup
-from ._measure import Measure, why_not_faster
-from ._mentions import has_linear, looks_linear, mentions_gelu, says_gelu
-from ._plain import class_name, is_linear, known, linear_class, original_class, why_parameters_unfit, why_touched
-from ._plan import Plan
-from ._read_plan import other_activation, read_plan
-from ._report import PassedOver, Site
-from ._trace import Refused
-from .fused_classes import PLAN, fused_class, plan_of, why_forward_replaced, why_no_class
+from .. import modules, networks, reference
+from .._facts import ABSENT, lookup
+from .._plain import class_name, why_parameters_unfit, why_touched
+from .activations import read_activation
+from .changes import why_changed
+from .classes import PLAN, fused_class, plan_of, why_forward_replaced, why_no_class
+from .known import known, original_class
+from .linears import is_linear, is_transposed, linear_class
+from .measure import Measure, why_not_faster
+from .mentions import has_linear, looks_linear, mentions_gelu, says_gelu
+from .plan import Plan
+from .read_plan import other_activation, read_plan
+from .report import PassedOver, Site
+from .trace import Refused
 
 FUSED_NETWORKS: dict[type[nn.Module], type[nn.Module]] = {
     reference.ExampleDeepNeuralNetwork: networks.ExampleDeepNeuralNetwork,
@@ -172,7 +174,8 @@ class Search:
         if PLAN in module.__dict__:
             self._add(name, module, "Linear", why_touched(module))
             return
-        reason = known(linear_class(type(module))).reason or why_touched(module) or why_parameters_unfit(module)
+        reason = known(linear_class(type(module))).reason or why_touched(module)
+        reason = reason or why_parameters_unfit(module, is_transposed(module))
         self.refused += reason is not None
         reason = reason or self._left_out(name, module)
         times = None
