@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastlane_ext._text import seconds, size
+
 START, END = "<!-- benchmark table start -->", "<!-- benchmark table end -->"
 NETWORKS_START, NETWORKS_END = "<!-- networks table start -->", "<!-- networks table end -->"
 MODELS_START, MODELS_END = "<!-- models table start -->", "<!-- models table end -->"
@@ -134,20 +136,6 @@ def choose(document: Document, suite: str | None, threads: Sequence[int] | None)
     return {**document, "rows": rows}
 
 
-def _seconds(value: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value * 1e9:.3g} ns"
-
-
-def _bytes(value: int) -> str:
-    for unit, shift in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if value >= 1 << shift:
-            return f"{value / (1 << shift):.3g} {unit}"
-    return f"{value} B"
-
-
 def _ratio(row: Document, name: str) -> str:
     value = row["over_fused"].get(name)
     if value is None:
@@ -158,14 +146,14 @@ def _ratio(row: Document, name: str) -> str:
 
 def _part_of_limit(row: Document) -> str:
     """Of what bounds the case, and always of the multiply-add peak."""
-    seconds = row["results"]["fused"].get("median_s")
-    if seconds is None:
+    took = row["results"]["fused"].get("median_s")
+    if took is None:
         return "–"
     limit = row["limit"]
-    of_peak = f"{limit['flops'] / limit['flops_per_s'] / seconds:.0%} of FMA peak"
+    of_peak = f"{limit['flops'] / limit['flops_per_s'] / took:.0%} of FMA peak"
     if limit["bound_by"] == "multiply-adds":
         return of_peak
-    return f"{limit['seconds'] / seconds:.0%} of {limit['bound_by']}, {of_peak}"
+    return f"{limit['seconds'] / took:.0%} of {limit['bound_by']}, {of_peak}"
 
 
 def _version(document: Document) -> str:
@@ -204,10 +192,10 @@ def markdown(document: Document) -> str:
             row["dtype"],
             str(row["threads"]),
             row["mode"],
-            _seconds(fused["median_s"]) if "median_s" in fused else "–",
+            seconds(fused["median_s"]) if "median_s" in fused else "–",
             *(_ratio(row, name) for name in RIVALS),
             _part_of_limit(row),
-            " → ".join("–" if peak is None else _bytes(peak) for peak in peaks),
+            " → ".join("–" if peak is None else size(peak) for peak in peaks),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines + _facts(document["rows"]) + _absences(document["rows"])) + "\n"
@@ -222,7 +210,7 @@ def _facts(rows: Sequence[Document]) -> list[str]:
             lines.append(f"- {place}: before, the MLPs had {row['mlp_share']:.0%} of the forward's time.")
         if "held_bytes" in row:
             eager, fused = row["held_bytes"]["eager"], row["held_bytes"]["fused"]
-            held = f"{_bytes(eager)} → {_bytes(fused)}, {fused / eager:.2f} of it"
+            held = f"{size(eager)} → {size(fused)}, {fused / eager:.2f} of it"
             lines.append(f"- {place}: held for backward, eager → fused: {held}.")
     return ["", *lines] if lines else []
 

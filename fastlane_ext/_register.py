@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._load import library
+from .reference import activate
 
 
 def _batch_first(tensor: Tensor, dim: int | None) -> Tensor:
@@ -18,12 +19,6 @@ def _aligned(tensor: Tensor, dim: int | None, rank: int) -> Tensor:
         return tensor
     tensor = tensor.movedim(dim, 0)
     return tensor.reshape(tensor.shape[0], *[1] * (rank - tensor.dim() + 1), *tensor.shape[1:])
-
-
-def _activate(z: Tensor, activation: str) -> Tensor:
-    if activation == "none":
-        return z
-    return torch.nn.functional.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _logical_rank(x: Tensor, x_dim: int | None) -> int:
@@ -48,7 +43,7 @@ def _batched_layer(in_dims, x, weight, bias, activation):
         z = torch.matmul(x, weight.mT)
     if bias is not None:
         z = z + _aligned(bias, bias_dim, rank)
-    return _activate(z, activation)
+    return activate(z, activation)
 
 
 def _vmap_residual(info, in_dims, x, weight, bias=None, residual=None, *, activation="gelu", recompute=False):

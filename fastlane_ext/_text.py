@@ -1,13 +1,16 @@
-"""Text for streams that cannot encode all of it: an ASCII terminal gets "us" and "->", not a traceback."""
+"""Text for people: columns, units, and what a stream can encode.
+
+An ASCII terminal gets "us" and "->", not a traceback.
+"""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-__all__ = ["for_stream", "tolerant"]
+__all__ = ["aligned", "for_stream", "seconds", "size", "tolerant"]
 
 _HANDLER = "fastlane_ascii"
 _SPELLED = {
@@ -100,3 +103,37 @@ def tolerant(stream: Any) -> Iterator[None]:
         # Reconfiguring flushes, which a full disk refuses; whoever wrote has been told.
         with contextlib.suppress(OSError, ValueError):
             stream.reconfigure(errors=errors)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """A line a row, with columns as wide as their longest cell; the first ``left`` are aligned left, the others right.
+
+    >>> aligned([["name", "size"], ["x", "10"]], left=1)
+    ['name  size', 'x       10']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def seconds(value: float) -> str:
+    """A time for people: ``1.23 ms``."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def size(value: int) -> str:
+    """A number of bytes for people: ``1.5 MiB``."""
+    if value >= 1 << 80:
+        return f"2^{value.bit_length() - 1} B"
+    for unit, shift in (("EiB", 60), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if value >= 1 << shift:
+            return f"{value / (1 << shift):.3g} {unit}"
+    return f"{value} B"

@@ -8,12 +8,9 @@ or eval mode stay as they were, and no optimizer steps. `_differentiate` says ho
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TextIO
 
 import torch
@@ -24,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import networks, reference
 from ._arguments import bad, check_choice, check_layer_sizes, check_seed, check_tensor
 from ._differentiate import check_model, differentiate, untouched, whole
+from ._gradient_report import GradientComparison, GradientReport, GradientRow
 
 __all__ = [
     "GradientComparison",
@@ -158,24 +156,6 @@ def print_gradients(
             print(f"{name} has gradient mean of {value if style == 'full' else f'{value:.6e}'}", file=file)
 
 
-@dataclass(frozen=True)
-class GradientRow:
-    """One parameter's gradient in figures; all None but name and shape if it has no gradient.
-
-    A gradient with NaN or infinity in it gives NaN or infinity in the figures; ``nonfinite_fraction`` says
-    how much of it. ``ratio`` is |g|/|w| by L2 norms: infinite where w is all zeros, NaN where both are.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    mean_abs: float | None = None
-    l2: float | None = None
-    max_abs: float | None = None
-    zero_fraction: float | None = None
-    nonfinite_fraction: float | None = None
-    ratio: float | None = None
-
-
 def _row(name: str, parameter: Tensor, grad: Tensor | None) -> GradientRow:
     shape = tuple(parameter.shape)
     if grad is None:
@@ -195,111 +175,6 @@ def _row(name: str, parameter: Tensor, grad: Tensor | None) -> GradientRow:
         nonfinite_fraction=(~torch.isfinite(grad)).sum().item() / size,
         ratio=norm / weight if weight else math.inf if norm > 0 else math.nan,
     )
-
-
-def _text_table(heading: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    cells = [list(heading), *([_cell(value) for value in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4e}" if isinstance(value, float) else str(value)
-
-
-def _to_json(values: Mapping[str, Any]) -> str:
-    """JSON proper has no NaN or infinity: null stands for them."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: clean(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [clean(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(clean(values), indent=2, allow_nan=False)
-
-
-@dataclass(frozen=True)
-class GradientComparison:
-    """Two reports side by side, by parameter name: rows of (name, first, second, second / first)."""
-
-    labels: tuple[str, str]
-    rows: tuple[tuple[str, float | None, float | None, float | None], ...]
-
-    def __str__(self) -> str:
-        return _text_table(["parameter", *self.labels, "ratio"], self.rows)
-
-    def to_json(self) -> str:
-        """``{"labels": [...], "rows": [{"name", "first", "second", "ratio"}]}``; null for NaN, infinity."""
-        rows = [dict(zip(("name", "first", "second", "ratio"), row, strict=True)) for row in self.rows]
-        return _to_json({"labels": self.labels, "rows": rows})
-
-
-@dataclass(frozen=True)
-class GradientReport:
-    """The loss and one `GradientRow` a parameter; ``str()`` is a table in plain text."""
-
-    loss: float
-    rows: tuple[GradientRow, ...]
-
-    def __str__(self) -> str:
-        heading = ["parameter", "shape", "mean |g|", "L2", "max |g|", "zero", "non-finite", "|g|/|w|"]
-
-        def percent(fraction: float | None) -> str | None:
-            return None if fraction is None else f"{fraction:.1%}"
-
-        def cells(row: GradientRow) -> list[object]:
-            shape = "x".join(map(str, row.shape)) or "scalar"
-            fractions = percent(row.zero_fraction), percent(row.nonfinite_fraction)
-            return [row.name, shape, row.mean_abs, row.l2, row.max_abs, *fractions, row.ratio]
-
-        return _text_table(heading, [cells(row) for row in self.rows])
-
-    def to_json(self) -> str:
-        """``{"loss": ..., "rows": [...]}``, valid JSON always.
-
-        NaN and infinity become null, and ``nonfinite_fraction`` says that they were there; a parameter
-        without a gradient has null there too.
-        """
-        return _to_json({"loss": self.loss, "rows": [asdict(row) for row in self.rows]})
-
-    def compare(self, other: GradientReport, labels: tuple[str, str] = ("first", "second")) -> GradientComparison:
-        """Mean |gradient| here and in ``other`` by parameter name, and how many times larger the other's is.
-
-        The models may differ: a parameter only one of them has shows "-" for the other.
-        """
-        if not isinstance(other, GradientReport):
-            raise bad(
-                "other", f"a {type(other).__name__}", "a GradientReport", "make one with gradient_report", TypeError
-            )
-        mine = {row.name: row.mean_abs for row in self.rows}
-        theirs = {row.name: row.mean_abs for row in other.rows}
-        rows = []
-        for name in {**mine, **theirs}:
-            a, b = mine.get(name), theirs.get(name)
-            ratio = None if a is None or b is None else b / a if a else math.inf if b > 0 else math.nan
-            rows.append((name, a, b, ratio))
-        return GradientComparison(labels, tuple(rows))
-
-    def plot(self, path: str | os.PathLike[str], *, title: str = "Mean |gradient| by parameter") -> None:
-        """Save log-scale bars of mean |gradient|, first layer on top, weights dark and other parameters pale.
-
-        Zero, no gradient and non-finite values have no bar on a log scale; they are written out instead.
-
-        Raises:
-            ImportError: matplotlib is missing; the message has the command that installs it.
-            OSError, ValueError: the picture cannot be written, as a whole or in the format that ``path`` ends in.
-        """
-        from .plots import plot_report
-
-        plot_report(self, path, title=title)
 
 
 def gradient_report(

@@ -8,16 +8,14 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ._arguments import bad
 from ._files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .gradients import GradientReport
 
 __all__ = ["plot_gradients", "plot_report"]
 
@@ -26,7 +24,24 @@ _INK, _MUTED, _GRID = "#1a1a1a", "#6b6b6b", "#dddddd"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#7b5ea7")
 
 
-def plot_report(report: GradientReport, path: str | os.PathLike[str], *, title: str) -> None:
+class Row(Protocol):
+    """What a picture shows of a parameter: `fastlane_ext.gradients.GradientRow` has it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def mean_abs(self) -> float | None: ...
+
+
+class Report(Protocol):
+    """What a picture is of: `fastlane_ext.gradients.GradientReport` has it."""
+
+    @property
+    def rows(self) -> Sequence[Row]: ...
+
+
+def plot_report(report: Report, path: str | os.PathLike[str], *, title: str) -> None:
     """What `GradientReport.plot` does."""
     figure = _figure(7.5, 1.3 + 0.28 * len(report.rows))
     axes = figure.add_subplot()
@@ -50,7 +65,7 @@ def plot_report(report: GradientReport, path: str | os.PathLike[str], *, title: 
 
 
 def plot_gradients(
-    reports: Mapping[str, GradientReport],
+    reports: Mapping[str, Report],
     path: str | os.PathLike[str],
     *,
     title: str = "Shortcuts keep gradients from vanishing",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from .._text import for_stream
+from .._json import to_json
+from .._text import aligned, for_stream
 
 
 class PassedOver(NamedTuple):
@@ -81,11 +81,8 @@ class FusionReport:
         rows += [
             (s.name or "(model)", s.class_name, s.pattern, "yes" if s.fused else "no", s.reason) for s in self.sites
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
-        ]
-        text = "\n".join([line.rstrip() for line in lines if self.sites] + [self.summary()])
+        lines = aligned(rows, left=len(rows[0])) if self.sites else []
+        text = "\n".join([line.rstrip() for line in lines] + [self.summary()])
         return for_stream(text, sys.stdout)
 
     __repr__ = __str__
@@ -98,7 +95,7 @@ class FusionReport:
             "sites": [asdict(site) for site in self.sites],
             "passed_over": [module._asdict() for module in self.passed_over],
         }
-        return json.dumps(result, indent=2)
+        return to_json(result)
 
     def assert_fused(self, count: int) -> None:
         """AssertionError, with the table, unless exactly ``count`` sites run fused."""
