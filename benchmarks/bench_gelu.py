@@ -24,7 +24,9 @@ from typing import Any
 import report
 
 from fastlane_ext.bench import machine, suites
-from fastlane_ext.commands import CommandError, console, table, writable, write_json
+from fastlane_ext.cli.errors import CommandError
+from fastlane_ext.cli.files import writable, write_json
+from fastlane_ext.cli.output import console, table
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "gelu_throughput.cpp"

@@ -15,8 +15,9 @@ import torch
 from subprocesses import HANG_S
 
 import fastlane_ext
-from fastlane_ext import cli, commands, experiments
-from fastlane_ext.commands import bench, check, promises, train
+from fastlane_ext import _text, cli, experiments
+from fastlane_ext.cli import files, output
+from fastlane_ext.cli.commands import bench, check, promises, train
 
 FIRST_LINE = "layers.0.0.weight has gradient mean of 1.797181e-05"
 COMMANDS = ("gradients", "train", "bench", "check", "info")
@@ -311,22 +312,22 @@ def test_json_needs_no_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
-    commands.write_json({"a": [float("nan"), {"b": float("inf")}], "c": 1.5}, "-")
+    files.write_json({"a": [float("nan"), {"b": float("inf")}], "c": 1.5}, "-")
     assert json.loads(capsys.readouterr().out) == {"a": [None, {"b": None}], "c": 1.5}
 
 
 def test_units() -> None:
-    assert commands.seconds(0.00123) == "1.23 ms"
-    assert commands.seconds(5e-9) == "5 ns"
-    assert commands.size(3 << 19) == "1.5 MiB"
-    assert commands.size(12) == "12 B"
+    assert _text.seconds(0.00123) == "1.23 ms"
+    assert _text.seconds(5e-9) == "5 ns"
+    assert _text.size(3 << 19) == "1.5 MiB"
+    assert _text.size(12) == "12 B"
 
 
 def test_progress_off_a_terminal_is_plain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(commands, "PLAIN_NOTE_SECONDS", -1.0)
-    with commands.progress("work", 2, json_output=False) as note:
+    monkeypatch.setattr(output, "PLAIN_NOTE_SECONDS", -1.0)
+    with output.progress("work", 2, json_output=False) as note:
         note(1, "first")
-    with commands.progress("work", 2, json_output=True) as note:
+    with output.progress("work", 2, json_output=True) as note:
         note(1, "silent")
     streams = capsys.readouterr()
     assert (streams.out, streams.err) == ("", "work: 1 of 2 done; first\n")

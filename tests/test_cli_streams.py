@@ -19,8 +19,10 @@ import torch
 from test_cli import SMALL_TRAINING, fails
 
 import fastlane_ext
-from fastlane_ext import _files, _text, cli, commands, plots
-from fastlane_ext.commands import bench, gradients, info
+from fastlane_ext import _files, _text, cli, plots
+from fastlane_ext.cli import files, limits, output
+from fastlane_ext.cli.commands import bench, gradients, info
+from fastlane_ext.cli.errors import CommandError
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, which this system has not")
@@ -127,9 +129,9 @@ def test_json_keeps_every_character(encoding: str, streams: Any, tmp_path: Path)
     value = {"name": "µ → é \udcff"}
     out, _ = streams(encoding)
     with _text.tolerant(sys.stdout):
-        commands.write_json(value, "-")
+        files.write_json(value, "-")
     assert json.loads(out.text()) == value
-    commands.write_json(value, str(tmp_path / "a.json"))
+    files.write_json(value, str(tmp_path / "a.json"))
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == value
 
 
@@ -183,7 +185,7 @@ def test_closed_streams(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert cli.main(["info", "--json", str(path)]) == 0 and json.loads(path.read_text())["threads"]
     monkeypatch.setattr(sys, "stderr", None)
     assert cli.main(["info"]) == 2
-    with commands.progress("work", 1, json_output=False) as note:
+    with output.progress("work", 1, json_output=False) as note:
         note(1)
 
 
@@ -246,8 +248,8 @@ def test_a_folder_where_no_file_can_be_made(tmp_path: Path, monkeypatch: pytest.
     _files.write_whole(path, b"new")
     assert path.read_bytes() == b"new"
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(commands.CommandError, match="^--json: cannot write .*: no permission to write to "):
-        commands.writable("--json", str(path))
+    with pytest.raises(CommandError, match="^--json: cannot write .*: no permission to write to "):
+        files.writable("--json", str(path))
 
 
 # Pictures
@@ -324,13 +326,13 @@ def test_the_ends_of_the_range(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_memory_is_asked_for_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "memory", lambda: 1000)
-    with pytest.raises(commands.CommandError, match="^--sizes '1,64,1': needs about .* KiB of memory, this machine"):
+    monkeypatch.setattr(limits, "memory", lambda: 1000)
+    with pytest.raises(CommandError, match="^--sizes '1,64,1': needs about .* KiB of memory, this machine"):
         gradients.compute(sizes=[1, 64, 1])
-    monkeypatch.setattr(commands, "memory", lambda: None)
+    monkeypatch.setattr(limits, "memory", lambda: None)
     assert gradients.compute(sizes=[1, 2])["ok"]
     monkeypatch.undo()
-    assert commands.memory() is None or commands.memory() > 1 << 20
+    assert limits.memory() is None or limits.memory() > 1 << 20
 
 
 def test_an_error_of_the_system_is_one_line(

@@ -11,7 +11,7 @@ import torch
 import fastlane_ext
 from fastlane_ext.bench.machine import cpu_model
 
-from . import console, table
+from ..output import console, table
 
 VARIABLES = ("FASTLANE_CPU_ISA", "FASTLANE_PATH", "FASTLANE_DISABLE", "FASTLANE_STRICT")
 

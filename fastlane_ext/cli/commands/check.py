@@ -13,9 +13,11 @@ from typing import Any
 
 import fastlane_ext
 
-from . import CommandError, Note, console, promises, table
+from ..errors import CommandError
+from ..output import Note, console, table
+from . import promises
 
-_WORKER = "from fastlane_ext.commands.promises import worker; worker()"
+_WORKER = "from fastlane_ext.cli.commands.promises import worker; worker()"
 
 
 def available() -> list[str]:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from fastlane_ext._text import seconds, size
 from fastlane_ext.bench import suites
 from fastlane_ext.bench.contestants import NAMES
 
-from . import CommandError, Note, console, seconds, size, table
+from ..errors import CommandError
+from ..output import Note, console, table
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 REPEATS, QUICK_REPEATS = 15, 5

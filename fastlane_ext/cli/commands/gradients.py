@@ -11,10 +11,13 @@ from torch import Tensor, nn
 import fastlane_ext
 from fastlane_ext import experiments, gradients, plots
 from fastlane_ext._arguments import shortened
+from fastlane_ext._text import seconds
 from fastlane_ext.bench import machine, protocol
 from fastlane_ext.bench.contestants import stats_since
 
-from . import CommandError, cannot_write, fits, picture, seconds
+from ..errors import CommandError
+from ..files import cannot_write, picture
+from ..limits import fits
 
 # fp32 sums in another order, through a few layers: differences beyond this are no rounding.
 TOLERANCE = 1e-4

@@ -18,10 +18,14 @@ from torch import Tensor, nn
 import fastlane_ext
 from fastlane_ext import gradients, plots, reference
 from fastlane_ext._arguments import check_seed, shortened
+from fastlane_ext._text import seconds
 from fastlane_ext.bench import protocol
 from fastlane_ext.bench.contestants import stats_since
 
-from . import LARGEST, CommandError, Note, cannot_write, console, fits, need, picture, seconds, table
+from ..errors import CommandError, need
+from ..files import cannot_write, picture
+from ..limits import LARGEST, fits
+from ..output import Note, console, table
 
 SHORTCUTS = {"without": "none", "with": "identity"}
 CLASSES = 10

@@ -1,21 +1,21 @@
-"""The ``fastlane`` command: arguments in, one of ``fastlane_ext.commands`` out."""
+"""The arguments of ``fastlane``: what each command takes, and which file of commands/ runs it."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
-import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TextIO
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import fastlane_ext
-from fastlane_ext import commands
 from fastlane_ext._arguments import shortened
-from fastlane_ext._text import tolerant
 from fastlane_ext.experiments import EXPERIMENTS
 from fastlane_ext.reference import ACTIVATIONS
+
+from .errors import complain
+from .limits import LARGEST
+from .output import progress
 
 EPILOG = """\
 Exit status: 0 if all went well, 1 if something that was checked does not hold, 2 for a
@@ -28,7 +28,7 @@ FASTLANE_STRICT=1 raises where a call would leave the fused path. Each is read o
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        _complain(f"{self.prog}: {message}; see {self.prog} --help")
+        complain(f"{self.prog}: {message}; see {self.prog} --help")
         self.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -72,8 +72,8 @@ def _counts(text: str) -> list[int]:
 def _whole(option: str) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = _ints(text)
-        if len(value) != 1 or not 1 <= value[0] <= commands.LARGEST[option]:
-            raise _refused(text, f"a whole number from 1 to {commands.LARGEST[option]}")
+        if len(value) != 1 or not 1 <= value[0] <= LARGEST[option]:
+            raise _refused(text, f"a whole number from 1 to {LARGEST[option]}")
         return value[0]
 
     return parse
@@ -91,8 +91,8 @@ def _rate(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value <= commands.LARGEST["lr"]:
-        raise _refused(text, f"a positive number up to {commands.LARGEST['lr']:g}")
+    if not 0 < value <= LARGEST["lr"]:
+        raise _refused(text, f"a positive number up to {LARGEST['lr']:g}")
     return value
 
 
@@ -107,14 +107,14 @@ def _json_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _gradients(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
-    from fastlane_ext.commands import gradients
+    from .commands import gradients
 
     options = {name: getattr(args, name) for name in ("sizes", "seed", "activation", "style", "plot")}
     return gradients.compute(args.experiment, **options), gradients.render
 
 
 def _train(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
-    from fastlane_ext.commands import train
+    from .commands import train
 
     options = train.Options(
         epochs=args.epochs,
@@ -124,30 +124,30 @@ def _train(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str
         lr=args.lr,
         seed=args.seed,
     )
-    with commands.progress("train", train.steps(options), json_output=args.json is not None) as note:
+    with progress("train", train.steps(options), json_output=args.json is not None) as note:
         return train.compute(options, compiled=args.compile, plot=args.plot, note=note), train.render
 
 
 def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
-    from fastlane_ext.commands import bench
+    from .commands import bench
 
     planned = bench.jobs(args.suite, args.threads, dtype=args.dtype, quick=args.quick)
-    with commands.progress("bench", len(planned), json_output=args.json is not None) as note:
+    with progress("bench", len(planned), json_output=args.json is not None) as note:
         result = bench.compute(planned, repeats=args.repeats, quick=args.quick, compiled=args.compile, note=note)
     return result, bench.render
 
 
 def _check(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
-    from fastlane_ext.commands import check
+    from .commands import check
 
     isas = args.isa or check.available()
-    with commands.progress("check", check.steps(isas), json_output=args.json is not None) as note:
+    with progress("check", check.steps(isas), json_output=args.json is not None) as note:
         result = check.compute(isas, note)
     return result, lambda r: check.render(r, full=args.full)
 
 
 def _info(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
-    from fastlane_ext.commands import info
+    from .commands import info
 
     return info.compute(), info.render
 
@@ -238,91 +238,3 @@ def parser() -> argparse.ArgumentParser:
     p = command("info", _info, "print versions, kernels, threads and what was compiled", "")
     _json_option(p)
     return top
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (default: the process's own) and return its exit status.
-
-    >>> main(["info", "--json"])  # doctest: +SKIP
-    0
-    """
-    with tolerant(sys.stdout), tolerant(sys.stderr):
-        try:
-            try:
-                return _run(argv)
-            finally:
-                # Here an error can still be told in one line; when the interpreter ends it cannot.
-                if sys.stdout is not None:
-                    sys.stdout.flush()
-        except BrokenPipeError:
-            # A pager that was closed early is no error.
-            _abandon(sys.stdout)
-            return 0
-        except OSError as error:
-            _abandon(sys.stdout)
-            _complain(f"fastlane: cannot write to standard output: {error.strerror or error}")
-            return 2
-        except KeyboardInterrupt:
-            _complain("fastlane: interrupted")
-            return 130
-
-
-def _run(argv: Sequence[str] | None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        commands.writable("--json", args.json)
-        if sys.stdout is None and args.json in (None, "-"):
-            raise commands.CommandError("standard output is closed; open it, or give --json a PATH")
-        if args.json is None:
-            # Before minutes of work, not after.
-            commands.need("rich", "cli", "output as tables")
-        try:
-            fastlane_ext.cpu_isa()
-        except RuntimeError as error:
-            raise commands.CommandError(str(error)) from error
-        try:
-            result, render = args.run(args)
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise commands.CommandError(str(error)) from error
-    except commands.CommandError as error:
-        _complain(f"fastlane {args.command}: {error}")
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        message = str(error)
-        if isinstance(error, MemoryError) or "allocate memory" in message:
-            _complain(f"fastlane {args.command}: not enough memory; choose smaller sizes")
-            return 2
-        if not message.startswith("FASTLANE_STRICT"):
-            raise
-        _complain(f"fastlane {args.command}: {message}")
-        return 1
-    except KeyboardInterrupt:
-        _complain(f"fastlane {args.command}: interrupted")
-        return 130
-    try:
-        if args.json is None:
-            render(result)
-        else:
-            commands.write_json(result, args.json)
-    except commands.CommandError as error:
-        _complain(f"fastlane {args.command}: {error}")
-        return 2
-    return 0 if result.get("ok", True) else 1
-
-
-def _complain(message: str) -> None:
-    """One line on stderr, whatever is in ``message``; a stderr that is closed or full is no reason to stop."""
-    if sys.stderr is None:
-        return
-    try:
-        print(" ".join(message.splitlines()), file=sys.stderr, flush=True)
-    except OSError:
-        _abandon(sys.stderr)
-
-
-def _abandon(stream: TextIO | None) -> None:
-    # Keeps the interpreter from flushing into it at exit.
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]

@@ -1,0 +1,1 @@
+"""The commands of ``fastlane``, one a file: a function that computes a JSON-able result, one that renders it."""

@@ -1,0 +1,34 @@
+"""What is too large for an option, or for this machine."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from fastlane_ext._text import size
+
+from .errors import CommandError
+
+# More is a slip of the finger, would run for years, or is no float32.
+LARGEST = {"epochs": 10**6, "layers": 10**5, "width": 10**6, "batch": 10**9, "repeats": 10**6, "lr": 1e38}
+
+
+def fits(options: str, needed: int) -> None:
+    """Refuse what needs more bytes than this machine has before the system ends the process; CommandError."""
+    available = memory()
+    if available is not None and needed > available:
+        raise CommandError(
+            f"{options}: needs about {size(needed)} of memory, this machine has {size(available)}; choose smaller ones"
+        )
+
+
+def memory() -> int | None:
+    """The bytes of memory that this process may use at most; None where the system does not say."""
+    found = []
+    with suppress(AttributeError, ValueError, OSError):
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(ValueError, OSError):
+        # A container's limit; "max" is none.
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(found, default=None)

@@ -1,0 +1,95 @@
+"""What commands show: tables, and progress on anything longer than two seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fastlane_ext._text import for_stream
+
+from .errors import need
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+Note = Callable[..., None]
+"""``note(done=0, text=None)``: move the progress bar by ``done`` steps and say what is going on."""
+
+PLAIN_NOTE_SECONDS = 5.0
+
+
+def console() -> Console:
+    """A rich console on stdout; CommandError without rich."""
+    kind = need("rich.console", "cli", "output as tables").Console
+    made: Console = kind()
+    # Piped into a file or a pager there is no width to ask for, and 80 columns would cut the tables.
+    made = made if made.is_terminal else kind(width=160)
+    made.on_broken_pipe = _reraise  # type: ignore[method-assign]
+    return made
+
+
+def _reraise() -> NoReturn:
+    # rich would end the process with status 1; a reader that left is no error, and main() knows what to do.
+    raise
+
+
+def table(title: str, *columns: str, left: int = 1) -> Table:
+    """An empty rich table whose first ``left`` columns are aligned left, the others right."""
+    made: Table = need("rich.table", "cli", "output as tables").Table(title=_shown(title), title_justify="left")
+    for index, name in enumerate(columns):
+        made.add_column(_shown(name), justify="left" if index < left else "right", overflow="fold")
+    add_row = made.add_row
+    made.add_row = lambda *cells, **options: add_row(*map(_shown, cells), **options)  # type: ignore[method-assign]
+    return made
+
+
+def _shown(cell: Any) -> Any:
+    # Columns are measured before they are encoded: "->" is wider than the arrow it stands for.
+    return for_stream(cell, sys.stdout) if isinstance(cell, str) else cell
+
+
+def _plain_notes(title: str, total: int) -> Note:
+    finished, last = 0, time.monotonic()
+
+    def note(done: int = 0, text: str | None = None) -> None:
+        nonlocal finished, last
+        finished += done
+        if time.monotonic() - last > PLAIN_NOTE_SECONDS:
+            last = time.monotonic()
+            with suppress(OSError):
+                print(f"{title}: {finished} of {total} done{'; ' + text if text else ''}", file=sys.stderr, flush=True)
+
+    return note
+
+
+@contextmanager
+def progress(title: str, total: int, *, json_output: bool) -> Iterator[Note]:
+    """Progress on stderr, as a function ``note(done=0, text=None)``.
+
+    On a terminal it is a bar; elsewhere a plain line every few seconds, or nothing under ``--json``.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield (lambda done=0, text=None: None) if json_output or sys.stderr is None else _plain_notes(title, total)
+        return
+    rich_progress = need("rich.progress", "cli", "a progress bar")
+    errors = need("rich.console", "cli", "a progress bar").Console(stderr=True)
+    bar = rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TextColumn("{task.fields[text]}", style="dim"),
+        console=errors,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(title, total=total, text="")
+
+        def note(done: int = 0, text: str | None = None) -> None:
+            bar.update(task, advance=done, **({} if text is None else {"text": text}))
+
+        yield note
