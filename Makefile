@@ -86,7 +86,7 @@ cuda-build: $(CUDA_VENV)/.requirements
 	tar c --exclude=./build --exclude='./.venv*' --exclude=./.git --exclude='*.so' . | tar x -C $(CUDA_COPY)
 	cd $(CUDA_COPY) && FASTLANE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" NVCC_APPEND_FLAGS=-Xptxas=-v \
 	$(CUDA_BIN)/python -m pip install --verbose --no-build-isolation --no-deps --editable . > build.log 2>&1 || { tail -n 40 build.log; exit 1; }
-	cd $(CUDA_COPY) && $(CUDA_BIN)/python tests/ptxas_report.py build.log
+	cd $(CUDA_COPY) && $(CUDA_BIN)/python tests/support/ptxas_report.py build.log
 	cd $(CUDA_COPY) && $(CUDA_BIN)/fastlane info && $(CUDA_BIN)/python $(PYTEST)
 
 $(CUDA_VENV)/.requirements: requirements.txt

@@ -9,7 +9,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from paths import COUNTED, PATH
+from support.paths import COUNTED, PATH
 
 import fastlane_ext as fl
 

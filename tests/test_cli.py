@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from subprocesses import HANG_S
+from support.subprocesses import HANG_S
 
 import fastlane_ext
 from fastlane_ext import _text, cli, experiments

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 import torch._dynamo.testing
-from compile_cases import EVERY_OP, OPERATORS, SUBJECTS, EagerLayer, fused_model, make, rows_of, run
 from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
+from support.compile_cases import EVERY_OP, OPERATORS, SUBJECTS, EagerLayer, fused_model, make, rows_of, run
 from torch._dynamo import compiled_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint

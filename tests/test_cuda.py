@@ -4,22 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import (
-    ACTIVATIONS,
-    ALL_LAYOUTS,
-    DTYPES,
-    LAYOUTS,
-    RESIDUALS,
-    as_function,
-    assert_as_exact_as_eager,
-    dtype_name,
-    eager_layer,
-    make_case,
-    random,
-    run_fused,
-    small_case,
-)
-from paths import PATH
+from support.cases import RESIDUALS, make_case, random, small_case
+from support.choices import ACTIVATIONS, DTYPES, dtype_name
+from support.exactness import assert_as_exact_as_eager
+from support.layouts import ALL_LAYOUTS, LAYOUTS
+from support.paths import PATH
+from support.runs import as_function, eager_layer, run_fused
 from test_layer_accuracy import repeated
 from test_stack import SIZES as STACK_SIZES
 from test_stack import Network, draw, each_shortcut, pooled_error
@@ -144,7 +134,7 @@ def narrow_dtypes():
 @narrow_dtypes()
 @pytest.mark.parametrize("sizes", NARROW_SIZES.values(), ids=NARROW_SIZES)
 def test_a_narrow_stack(sizes, dtype, shortcut, activation):
-    """The rule of oracle.py over all draws; one kernel wherever the widths allow it."""
+    """The rule of exactness.py over all draws; one kernel wherever the widths allow it."""
     runs = []
     for seed, rows in enumerate(NARROW_ROWS):
         network = to_gpu(Network(sizes, shortcut, dtype=dtype, activation=activation, seed=seed))

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from oracle import ACTIVATIONS, assert_as_exact_as_eager, dtype_name, make_case, run_fused
+from support.cases import make_case
+from support.choices import ACTIVATIONS, dtype_name
+from support.exactness import assert_as_exact_as_eager
+from support.runs import run_fused
 from test_cuda import assert_network_as_exact_as_eager, on_gpu, to_gpu
 from test_cuda_mlp import check as assert_mlps_as_exact_as_eager
 from test_cuda_mlp import on_gpu as mlp_on_gpu

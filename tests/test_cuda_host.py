@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ptxas_report
 import pytest
+from support import ptxas_report
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

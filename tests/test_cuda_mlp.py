@@ -4,7 +4,9 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from oracle import ACTIVATIONS, DTYPES, LAYOUTS, assert_no_less_exact, dtype_name
+from support.choices import ACTIVATIONS, DTYPES, dtype_name
+from support.exactness import assert_no_less_exact
+from support.layouts import LAYOUTS
 from test_mlp import PARAMETERS, Mlp, make_mlp, pooled, run_eager, run_fused, run_oracle
 
 pytestmark = [pytest.mark.cuda, pytest.mark.any_isa]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from compile_cases import EVERY_OP, SUBJECTS, fused_model, make, rows_of
-from subprocesses import HANG_S, run_python
+from support.compile_cases import EVERY_OP, SUBJECTS, fused_model, make, rows_of
+from support.subprocesses import HANG_S, run_python
 
 import fastlane_ext as fl
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from subprocesses import run_python
+from support.subprocesses import run_python
 from test_fuse import FunctionalMlp, NamedMlp, fused_calls
 from torch import fx, nn
 

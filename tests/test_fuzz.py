@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from fuzz import OPS, Exact, plans, run_eager
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from oracle import assert_no_less_exact
-from paths import PATH
+from support.exactness import assert_no_less_exact
+from support.fuzz import OPS, Exact, plans, run_eager
+from support.paths import PATH
 
 import fastlane_ext as fl
 

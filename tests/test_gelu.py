@@ -4,12 +4,14 @@ They are reached through the layer: with the weight I, z is x itself, and dx is 
 """
 
 import math
+from functools import partial
 
 import mpmath
 import pytest
 import torch
-from oracle import DTYPES, dtype_name, gelu_parts
-from paths import COUNTED, PATH
+from support.choices import DTYPES, dtype_name
+from support.oracle import activation_in_many_digits, gelu_parts
+from support.paths import COUNTED, PATH
 
 import fastlane_ext as fl
 
@@ -63,16 +65,9 @@ def test_the_oracle_against_fifty_digits():
         for activation in ("gelu", "gelu_tanh"):
             value, slope, size = exact_gelu(values, activation)
             for i, z in enumerate(map(mpmath.mpf, values.tolist())):
-                f = mp_gelu(activation)
+                f = partial(activation_in_many_digits, activation=activation)
                 assert abs(value[i].item() - f(z)) <= 1e-12 * abs(f(z))
                 assert abs(slope[i].item() - mpmath.diff(f, z)) <= 1e-12 * size[i].item()
-
-
-def mp_gelu(activation):
-    if activation == "gelu":
-        return lambda z: z * mpmath.erfc(-z / mpmath.sqrt(2)) / 2
-    u = lambda z: mpmath.sqrt(2 / mpmath.pi) * (z + mpmath.mpf("0.044715") * z**3)  # noqa: E731
-    return lambda z: z / (1 + mpmath.exp(-2 * u(z)))
 
 
 def assert_float32_promise(values, got, activation):
@@ -127,7 +122,7 @@ def test_float64(activation):
         ]
     )
     value, slope = fused_gelu(values, activation)
-    f = mp_gelu(activation)
+    f = partial(activation_in_many_digits, activation=activation)
     with mpmath.workdps(60):
         for z, got, got_slope in zip(values.tolist(), value.tolist(), slope.tolist(), strict=True):
             exact, exact_slope = f(mpmath.mpf(z)), mpmath.diff(f, mpmath.mpf(z), h=mpmath.mpf(10) ** -20)

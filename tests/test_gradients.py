@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from subprocesses import HANG_S
+from support.subprocesses import HANG_S
 from torch import nn
 from torch.nn.functional import mse_loss
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from subprocesses import run_workers
+from support.subprocesses import run_workers
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
@@ -337,6 +337,6 @@ def test_no_parameter_is_called_weight():
 @pytest.mark.parametrize("world", [1, 2])
 def test_many_processes_as_one(world, tmp_path):
     """FSDP2, DDP and tensor parallelism."""
-    for results in run_workers("gradients_worker.py", tmp_path, world):
+    for results in run_workers("gradients_worker", tmp_path, world):
         assert len(results) == 16
         assert {name: error for name, error in results.items() if error} == {}

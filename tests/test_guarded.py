@@ -4,16 +4,16 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.subprocesses import support_program
 
 import fastlane_ext as fl
 
 pytestmark = pytest.mark.any_isa  # they name it themselves
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parent / "support"
 ISAS = fl.build_info()["supported_isas"]
 
 
@@ -21,22 +21,19 @@ ISAS = fl.build_info()["supported_isas"]
 def guarded_malloc(tmp_path_factory):
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
-        pytest.skip("needs a C compiler for tests/guarded_malloc.c")
+        pytest.skip("needs a C compiler for tests/support/guarded_malloc.c")
     library = tmp_path_factory.mktemp("guarded") / "guarded_malloc.so"
     subprocess.run(
-        [compiler, "-O1", "-shared", "-fPIC", "-o", library, HERE / "guarded_malloc.c", "-ldl", "-lpthread"],
+        [compiler, "-O1", "-shared", "-fPIC", "-o", library, SUPPORT / "guarded_malloc.c", "-ldl", "-lpthread"],
         check=True,
     )
     return str(library)
 
 
 def run_guarded(*arguments, preload, isa=ISAS[0]):
-    return subprocess.run(
-        [sys.executable, HERE / "guarded.py", *map(str, arguments)],
-        env=os.environ | {"LD_PRELOAD": preload, "FASTLANE_CPU_ISA": isa, "FASTLANE_PATH": "fused"},
-        capture_output=True,
-        text=True,
-    )
+    variables = {"LD_PRELOAD": preload, "FASTLANE_CPU_ISA": isa, "FASTLANE_PATH": "fused"}
+    command, environment = support_program("guarded", *arguments, **variables)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow

@@ -89,7 +89,9 @@ def test_numeric_tests(isa):
 COMPUTE = f"""
 import torch
 sys.path.insert(0, {str(HERE)!r})
-from oracle import DTYPES, make_case, run_fused
+from support.cases import make_case
+from support.choices import DTYPES
+from support.runs import run_fused
 torch.save([run_fused(make_case((37,), 45, 51, dtype=dtype)) for dtype in DTYPES], sys.argv[1])
 """
 

@@ -6,19 +6,12 @@ from dataclasses import replace
 import mpmath
 import pytest
 import torch
-from oracle import (
-    ACTIVATIONS,
-    DTYPES,
-    LAYOUTS,
-    RESIDUALS,
-    assert_as_exact_as_eager,
-    assert_exact,
-    dtype_name,
-    make_case,
-    random,
-    run_fused,
-    run_oracle,
-)
+from support.cases import RESIDUALS, make_case, random
+from support.choices import ACTIVATIONS, DTYPES, dtype_name
+from support.exactness import assert_as_exact_as_eager, assert_exact
+from support.layouts import LAYOUTS
+from support.oracle import activation_in_many_digits, run_oracle
+from support.runs import run_fused
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -200,11 +193,7 @@ def test_fifty_digits(size, dtype, activation):
         bias, residual, dy = case.bias.tolist(), exactly(case.residual_data), exactly(case.grad)
 
         def act(v):
-            if activation == "none":
-                return v
-            if activation == "gelu":
-                return v * mpmath.erfc(-v / mpmath.sqrt(2)) / 2
-            return v * (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (v + mpmath.mpf("0.044715") * v**3))) / 2
+            return activation_in_many_digits(v, activation)
 
         y, dz = mpmath.matrix(rows, out_features), mpmath.matrix(rows, out_features)
         for i in range(rows):

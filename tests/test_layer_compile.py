@@ -2,15 +2,10 @@
 
 import pytest
 import torch
-from oracle import (
-    ACTIVATIONS,
-    ALL_LAYOUTS,
-    DTYPES,
-    dtype_name,
-    fused_layer,
-    make_case,
-    random,
-)
+from support.cases import make_case, random
+from support.choices import ACTIVATIONS, DTYPES, dtype_name
+from support.layouts import ALL_LAYOUTS
+from support.runs import fused_layer
 from torch._subclasses import FakeTensorMode
 
 import fastlane_ext as fl

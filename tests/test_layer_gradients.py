@@ -2,20 +2,10 @@
 
 import pytest
 import torch
-from oracle import (
-    ACTIVATIONS,
-    LAYOUTS,
-    RESIDUALS,
-    SHARING_LAYOUTS,
-    as_function,
-    dtype_name,
-    eager_layer,
-    fused_layer,
-    make_case,
-    run_eager,
-    run_fused,
-    small_case,
-)
+from support.cases import RESIDUALS, make_case, small_case
+from support.choices import ACTIVATIONS, dtype_name
+from support.layouts import LAYOUTS, SHARING_LAYOUTS
+from support.runs import as_function, eager_layer, fused_layer, run_eager, run_fused
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -5,18 +5,12 @@ import mmap
 
 import pytest
 import torch
-from oracle import (
-    ACTIVATIONS,
-    DTYPES,
-    assert_as_exact_as_eager,
-    assert_exact,
-    dtype_name,
-    make_case,
-    run_eager,
-    run_fused,
-    run_oracle,
-)
-from subprocesses import run_python
+from support.cases import make_case
+from support.choices import ACTIVATIONS, DTYPES, dtype_name
+from support.exactness import assert_as_exact_as_eager, assert_exact
+from support.oracle import run_oracle
+from support.runs import run_eager, run_fused
+from support.subprocesses import run_python
 
 import fastlane_ext as fl
 

@@ -7,15 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import (
-    DTYPES,
-    dtype_name,
-    eager_layer,
-    fused_layer,
-    make_case,
-    run_fused,
-)
-from subprocesses import HANG_S, run_python
+from support.cases import make_case
+from support.choices import DTYPES, dtype_name
+from support.runs import eager_layer, fused_layer, run_fused
+from support.subprocesses import HANG_S, run_python
 
 import fastlane_ext as fl
 

@@ -6,7 +6,9 @@ import weakref
 
 import pytest
 import torch
-from oracle import ACTIVATIONS, as_function, dtype_name, eager_layer, fused_layer, make_case, run_fused, small_case
+from support.cases import make_case, small_case
+from support.choices import ACTIVATIONS, dtype_name
+from support.runs import as_function, eager_layer, fused_layer, run_fused
 
 import fastlane_ext as fl
 

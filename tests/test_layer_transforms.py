@@ -4,13 +4,9 @@ import itertools
 
 import pytest
 import torch
-from oracle import (
-    dtype_name,
-    eager_layer,
-    fused_layer,
-    make_case,
-    random,
-)
+from support.cases import make_case, random
+from support.choices import dtype_name
+from support.runs import eager_layer, fused_layer
 
 import fastlane_ext as fl
 

@@ -8,17 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import (
-    ACTIVATIONS,
-    ALL_LAYOUTS,
-    CUDA_PATHS,
-    DTYPES,
-    activation_and_slope,
-    assert_no_less_exact,
-    dtype_name,
-    random,
-)
-from paths import COUNTED, PATH
+from support.cases import random
+from support.choices import ACTIVATIONS, DTYPES, dtype_name
+from support.exactness import assert_no_less_exact
+from support.layouts import ALL_LAYOUTS
+from support.oracle import activation_and_slope
+from support.paths import COUNTED, PATH
+from support.runs import CUDA_PATHS
 from torch import Tensor
 
 import fastlane_ext as fl

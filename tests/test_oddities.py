@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from subprocesses import run_python
+from support.subprocesses import run_python
 from torch import nn
 from torch.nn.modules import linear as linear_file
 from torch.nn.modules import module as module_file

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import ACTIVATIONS, DTYPES, assert_no_less_exact, dtype_name
-from paths import COUNTED, PATH
+from support.choices import ACTIVATIONS, DTYPES, dtype_name
+from support.exactness import assert_no_less_exact
+from support.paths import COUNTED, PATH
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
@@ -124,7 +125,7 @@ def calls_of(operation, x, weight, bias, activation="gelu"):
 
 
 def assert_as_the_composition(calls):
-    """By oracle.py's rule, and for float64 within rounding; shapes and strides are the composition's."""
+    """By exactness.py's rule, and for float64 within rounding; shapes and strides are the composition's."""
 
     def run_fused(call):
         got, eager = call.run(), call.run(reference)

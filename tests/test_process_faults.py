@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from subprocesses import HANG_S, run_python
+from support.subprocesses import HANG_S, run_python
 
 import fastlane_ext as fl
 from fastlane_ext._load import REINSTALL

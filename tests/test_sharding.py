@@ -1,15 +1,15 @@
 """Tensor parallelism: DTensors run the composition, whose operators torch knows how to shard, on two gloo processes."""
 
 import pytest
-from sharding_worker import SCENARIOS
-from subprocesses import run_python, run_workers
+from support.sharding_worker import SCENARIOS
+from support.subprocesses import run_python, run_workers
 
 pytestmark = [pytest.mark.any_isa, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory):
-    return run_workers("sharding_worker.py", tmp_path_factory.mktemp("workers"))
+    return run_workers("sharding_worker", tmp_path_factory.mktemp("workers"))
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from oracle import ACTIVATIONS, activation_and_slope, dtype_name
+from support.choices import ACTIVATIONS, dtype_name
+from support.oracle import activation_and_slope
 
 import fastlane_ext as fl
 from fastlane_ext import reference
@@ -98,7 +99,7 @@ def test_never_less_exact_than_eager(sizes, dtype, shortcut):
 
 
 def assert_as_exact_as_eager(runs):
-    """The largest error of the output, and of each gradient, over all (network, x, dy): the rule of oracle.py."""
+    """The largest error of the output, and of each gradient, over all (network, x, dy): the rule of exactness.py."""
     fused, eager, scale = {}, {}, {}
     for network, x, dy in runs:
         exact = network.results(x, dy, reference, double=True)
@@ -144,7 +145,7 @@ def pooled_error(results, exact):
 @each_shortcut
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_hundred_layers(bias, shortcut):
-    """Inputs restored from the zs lose nothing on the way: by oracle.py's rule, pooled over all gradients.
+    """Inputs restored from the zs lose nothing on the way: by exactness.py's rule, pooled over all gradients.
 
     So many layers magnify some roundings and not others: one network's ratio to eager is luck, the mean of six hardly.
     """

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from oracle import ACTIVATIONS
-from subprocesses import run_python
+from support.choices import ACTIVATIONS
+from support.subprocesses import run_python
 from test_stack import SHORTCUTS, Network, draw, held_bytes
 
 import fastlane_ext as fl

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from subprocesses import HANG_S, run_workers
+from support.subprocesses import HANG_S, run_workers
+from support.training_worker import MODELS, SCENARIOS, build
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
-from training_worker import MODELS, SCENARIOS, build
 
 import fastlane_ext as fl
 from fastlane_ext import reference
@@ -26,7 +26,7 @@ SPEND = {name: calls for name, (_, calls) in MODELS.items()}
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory):
-    return run_workers("training_worker.py", tmp_path_factory.mktemp("workers"))
+    return run_workers("training_worker", tmp_path_factory.mktemp("workers"))
 
 
 @pytest.mark.slow

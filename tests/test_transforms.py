@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from oracle import ACTIVATIONS, random
-from paths import PATH
+from support.cases import random
+from support.choices import ACTIVATIONS
+from support.paths import PATH
 from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_leaves
 

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
-from subprocesses import run_scenarios
-from test_fuse_models import NanoGpt
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -19,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlane_ext as fl
 from fastlane_ext import reference
+from support.nanogpt import NanoGpt
+from support.subprocesses import run_scenarios
 
 STEPS, ROWS, WIDTH = 3, 6, 6
 exact = {"rtol": 1e-9, "atol": 1e-12}

@@ -12,10 +12,10 @@ import sys
 from dataclasses import replace
 
 import torch
-from fuzz import OPS, SHORTCUTS, Plan, depth_of, shapes_of
-from oracle import ACTIVATIONS, DTYPES, dtype_name
 
 import fastlane_ext as fl
+from support.choices import ACTIVATIONS, DTYPES, dtype_name
+from support.fuzz import OPS, SHORTCUTS, Plan, depth_of, shapes_of
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)

@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from oracle import ACTIVATIONS, ALL_LAYOUTS, DTYPES, IN_X, RESIDUALS, SHARING_LAYOUTS, activation_and_slope
 from torch import Tensor
 
 import fastlane_ext as fl
+from support.cases import IN_X, RESIDUALS
+from support.choices import ACTIVATIONS, DTYPES
+from support.layouts import ALL_LAYOUTS, SHARING_LAYOUTS
+from support.oracle import activation_and_slope
 
 OPS = ("linear_gelu_residual", "linear_gelu_concat", "mlp_residual", "residual_stack")
 SHORTCUTS = ("identity", "projection", "concat", "none")

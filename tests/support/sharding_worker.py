@@ -6,13 +6,13 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from subprocesses import run_scenarios
-from test_fuse_models import NanoGpt
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import fastlane_ext as fl
+from support.nanogpt import NanoGpt
+from support.subprocesses import run_scenarios
 
 exact = {"rtol": 1e-9, "atol": 1e-12}
 SCENARIOS = {}

@@ -1,6 +1,6 @@
 """Reads a build log with what ptxas -v said of each kernel; fails on a spilled register or a wgmma put in a row.
 
-python tests/ptxas_report.py BUILD_LOG
+python tests/support/ptxas_report.py BUILD_LOG
 """
 
 import re

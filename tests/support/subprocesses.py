@@ -27,19 +27,25 @@ def run_python(code, **environment):
     return json.loads(lines[-1]) if lines else None
 
 
-def run_workers(script, folder, world=2):
-    """Runs a script of scenarios in processes that share a gloo group: what each process says of each scenario."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    path = Path(__file__).with_name(script)
+def support_program(name, *arguments, **environment):
+    """The command and the environment that run a file of this folder as a program."""
+    paths = [str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-m", f"support.{name}", *map(str, arguments)]
+    return command, os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment
+
+
+def run_workers(name, folder, world=2):
+    """Runs a file of scenarios in processes that share a gloo group: what each process says of each scenario."""
+    programs = [support_program(name, rank, world, folder, OMP_NUM_THREADS="1") for rank in range(world)]
     workers = [
         subprocess.Popen(
-            [sys.executable, path, str(rank), str(world), str(folder)],
+            command,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(world)
+        for command, environment in programs
     ]
     try:
         outputs = [worker.communicate(timeout=HANG_S)[0] for worker in workers]

@@ -1,0 +1,7 @@
+"""What most tests go through: dtypes and activations."""
+
+import torch
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("gelu", "gelu_tanh", "none")
+dtype_name = lambda value: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None  # noqa: E731
