@@ -145,7 +145,7 @@ def _ratio(row: Document, name: str) -> str:
 
 
 def _part_of_limit(row: Document) -> str:
-    """Of what bounds the case, and always of the multiply-add peak."""
+    """The part of what bounds the case, and always the part of the multiply-add peak."""
     took = row["results"]["fused"].get("median_s")
     if took is None:
         return "–"

@@ -16,8 +16,8 @@ from support.subprocesses import HANG_S
 
 import fastlane_ext
 from fastlane_ext import _text, cli, experiments
-from fastlane_ext.cli import files, output
-from fastlane_ext.cli.commands import bench, check, promises, train
+from fastlane_ext.cli import digits, files, output, promises
+from fastlane_ext.cli.commands import bench, check, train
 
 FIRST_LINE = "layers.0.0.weight has gradient mean of 1.797181e-05"
 COMMANDS = ("gradients", "train", "bench", "check", "info")
@@ -153,13 +153,13 @@ def test_train_renders(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_shortcuts_make_a_deep_network_learn() -> None:
     pytest.importorskip("sklearn")
-    options = train.Options(epochs=6)
-    digits = train.Digits.load(options.seed)
-    batches = digits.batches(options.epochs, options.batch, options.seed)
+    options = digits.Options(epochs=6)
+    data = digits.Digits.load(options.seed)
+    batches = data.batches(options.epochs, options.batch, options.seed)
     accuracy = {}
     for key, shortcut in train.SHORTCUTS.items():
-        model = train._model(fastlane_ext.ResidualNetwork, options, shortcut)
-        _, accuracy[key] = train._train(model, digits, batches, options)
+        model = digits.make_model(fastlane_ext.ResidualNetwork, options, shortcut)
+        _, accuracy[key] = digits.train(model, data, batches, options)
     assert accuracy["without"] < 0.2
     assert accuracy["with"] > 0.7
 
@@ -209,20 +209,20 @@ def test_check_passes_on_this_instruction_set(capsys: pytest.CaptureFixture[str]
     assert status == 0, [row for row in result["rows"] if not row["ok"]]
     assert result["isas"] == [isa] and result["failed"] == 0
     layers = [row for row in result["rows"] if row["promise"] == "error of a layer"]
-    assert len(layers) == 4 * 3 * len(promises.OUTPUTS)
-    assert {row["dtype"] for row in layers} == set(promises.DTYPES)
+    assert len(layers) == 4 * 3 * len(promises.layers.OUTPUTS)
+    assert {row["dtype"] for row in layers} == set(promises.rows.DTYPES)
     assert all(row["fused"] <= 2 * row["eager"] for row in layers)
     (path,) = (row for row in result["rows"] if row["promise"] == "the fused path ran")
     assert path["ok"]
 
 
 def test_check_fails_if_one_promise_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    good = promises._row("error of a layer", "float32", "gelu", "y", 1e-7, 2e-7, 4e-7, True)
-    above = promises._row("error of a layer", "float32", "gelu", "dx", 3e-7, 2e-7, 4e-7, True)
-    bad = promises._row("error of a layer", "float32", "gelu", "dW", 9e-7, 2e-7, 4e-7, False)
-    died = promises.died("signal 4: illegal instruction")
+    good = promises.rows.row("error of a layer", "float32", "gelu", "y", 1e-7, 2e-7, 4e-7, True)
+    above = promises.rows.row("error of a layer", "float32", "gelu", "dx", 3e-7, 2e-7, 4e-7, True)
+    bad = promises.rows.row("error of a layer", "float32", "gelu", "dW", 9e-7, 2e-7, 4e-7, False)
+    died = promises.rows.died("signal 4: illegal instruction")
 
-    def lines(rows: list[promises.Row]) -> Any:
+    def lines(rows: list[promises.rows.Row]) -> Any:
         return lambda isa: iter([{"isa": isa}, {"group": "g", "rows": rows}])
 
     monkeypatch.setattr(check, "_lines", lines([good, above]))
@@ -236,21 +236,21 @@ def test_check_fails_if_one_promise_does(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_a_wrong_layer_breaks_the_promises() -> None:
-    class Wrong(promises.Counter):
+    class Wrong(promises.rows.Counter):
         def __call__(self, *args: Any, **options: Any) -> torch.Tensor:
             return super().__call__(*args, **options) * (1 + 1e-5)
 
-    rows = promises.accuracy(Wrong(), "float32", "gelu")
+    rows = promises.layers.accuracy(Wrong(), "float32", "gelu")
     assert not any(row["ok"] for row in rows if row["what"] != "dresidual")
-    assert not all(row["ok"] for row in promises.scalar_float32(Wrong(), "gelu"))
+    assert not all(row["ok"] for row in promises.gelu.scalar_float32(Wrong(), "gelu"))
 
 
 def test_a_layer_that_left_the_fused_path_breaks_the_promise() -> None:
     fastlane_ext.reset_stats()
-    assert not promises.path(1)["ok"]
-    fused = promises.Counter()
-    promises.accuracy(fused, "float32", "gelu")
-    assert promises.path(fused.calls)["ok"]
+    assert not promises.process.path(1)["ok"]
+    fused = promises.rows.Counter()
+    promises.layers.accuracy(fused, "float32", "gelu")
+    assert promises.process.path(fused.calls)["ok"]
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

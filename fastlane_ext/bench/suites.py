@@ -143,7 +143,7 @@ class Mlp:
         return 6 * self.rows * weights, (forward + backward) * self.dtype.itemsize
 
     def facts(self, mode: str, field: Sequence[contestants.Contestant]) -> dict[str, Any]:
-        """Of a step, what eager and fused hold for backward."""
+        """What eager and fused hold for backward, in a step."""
         if mode == FORWARD:
             return {}
         chosen = [c for c in field if c.name in ("eager", "fused") and not isinstance(c.forward, protocol.Skipped)]
@@ -183,7 +183,7 @@ class Model:
         return (flops, moved) if mode == FORWARD else (3 * flops, 3 * moved)
 
     def facts(self, mode: str, field: Sequence[contestants.Contestant]) -> dict[str, Any]:
-        """Of forward, the part of eager's time that the MLPs had."""
+        """The part of eager's time that the MLPs had, in forward."""
         if mode != FORWARD or self.linears or not model_contestants.has_transformers():
             return {}
         return {"mlp_share": model_contestants.mlp_share(self.architecture, self.dtype)}

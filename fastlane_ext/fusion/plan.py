@@ -187,7 +187,7 @@ class Plan:
         return unread, ()
 
     def __setstate__(self, state: object) -> None:
-        """Of a plan that an earlier version pickled: it knows too little, and is read again."""
+        """What an earlier version pickled: such a plan knows too little, and is read again."""
         object.__setattr__(self, "__class__", Unread)
 
 

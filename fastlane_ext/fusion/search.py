@@ -188,7 +188,7 @@ class Search:
 
 
 def _why_apart(module: nn.Module) -> str | None:
-    """Of a forward that was followed and has no pair to fuse: what stands in the way of a child that may be a GELU."""
+    """What stands in the way of a child that may be a GELU, in a forward that was followed and has no pair to fuse."""
     for name, child in module._modules.items():
         if child is None:
             continue

@@ -82,7 +82,7 @@ class Call:
         return replace(self, tensors={name: t.contiguous() for name, t in self.tensors.items()})
 
     def output(self, kind, leaves: dict[str, Tensor]) -> Tensor:
-        """Of ``kind``'s operation: fastlane_ext's or its reference's."""
+        """What ``kind``'s operation gives: fastlane_ext's or its reference's."""
         plan, op, options = self.plan, getattr(kind, self.plan.op), {"activation": self.plan.activation}
         x, get = leaves["x"], leaves.get
         if plan.op == "linear_gelu_concat":

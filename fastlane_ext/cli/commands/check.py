@@ -15,9 +15,10 @@ import fastlane_ext
 
 from ..errors import CommandError
 from ..output import Note, console, table
-from . import promises
+from ..promises import process
+from ..promises.rows import Counter, died
 
-_WORKER = "from fastlane_ext.cli.commands.promises import worker; worker()"
+_WORKER = "from fastlane_ext.cli.promises.process import worker; worker()"
 
 
 def available() -> list[str]:
@@ -33,7 +34,7 @@ def available() -> list[str]:
 
 def steps(isas: Sequence[str]) -> int:
     """How many progress steps a check of ``isas`` takes."""
-    return sum(len(promises.groups(promises.Counter(), isa)) + 1 for isa in isas)
+    return sum(len(process.groups(Counter(), isa)) + 1 for isa in isas)
 
 
 def _lines(isa: str) -> Iterator[dict[str, Any]]:
@@ -63,7 +64,7 @@ def _lines(isa: str) -> Iterator[dict[str, Any]]:
             errors.seek(0)
             last = (errors.read().strip().splitlines() or ["no message"])[-1]
             reason = f"signal {-status}" if status < 0 else f"exit status {status}"
-            yield {"group": "end", "rows": [promises.died(f"{reason}: {last}")]}
+            yield {"group": "end", "rows": [died(f"{reason}: {last}")]}
 
 
 def compute(isas: Sequence[str] | None = None, note: Note = lambda done=0, text=None: None) -> dict[str, Any]:

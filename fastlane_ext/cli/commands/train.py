@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,122 +16,19 @@ from torch import Tensor, nn
 
 import fastlane_ext
 from fastlane_ext import gradients, plots, reference
-from fastlane_ext._arguments import check_seed, shortened
 from fastlane_ext._text import seconds
 from fastlane_ext.bench import protocol
 from fastlane_ext.bench.contestants import stats_since
 
-from ..errors import CommandError, need
+from ..digits import Digits, Options, make_model, make_optimizer, step, train
 from ..files import cannot_write, picture
-from ..limits import LARGEST, fits
 from ..output import Note, console, table
 
 SHORTCUTS = {"without": "none", "with": "identity"}
-CLASSES = 10
 LEARNED = 0.5
 # Two correct fp32 runs differ by a random amount of this order; a wrong gradient differs by far more.
 NOISE_FACTOR = 4.0
 NOISE_FLOOR = 4 * torch.finfo(torch.float32).eps
-
-
-@dataclass(frozen=True)
-class Options:
-    """What ``fastlane train`` trains: ``layers`` hidden layers of ``width``, SGD with momentum 0.9."""
-
-    epochs: int = 20
-    layers: int = 30
-    width: int = 64
-    batch: int = 64
-    lr: float = 1e-3
-    seed: int = 0
-    momentum: float = 0.9
-
-    def check(self) -> None:
-        """CommandError naming the first option that is out of range."""
-        for name in ("epochs", "layers", "width", "batch"):
-            if not 1 <= getattr(self, name) <= LARGEST[name]:
-                got = shortened(getattr(self, name))
-                raise CommandError(f"--{name}: got {got}, expected a whole number from 1 to {LARGEST[name]}")
-        if not 0 < self.lr <= LARGEST["lr"]:
-            raise CommandError(f"--lr: got {self.lr}, expected a positive number up to {LARGEST['lr']:g}")
-        try:
-            check_seed("--seed", self.seed)
-        except (TypeError, ValueError) as error:
-            raise CommandError(str(error)) from error
-        # Weights, gradients and momentum, of the fp64 run too; and what a backward needs of every layer.
-        parameters = (64 + CLASSES) * self.width + self.layers * self.width**2
-        fits(f"--layers {self.layers}, --width {self.width}", 40 * parameters + 24 * self.layers * self.width * 64)
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Pixels in [0, 1], ``(images, 64)`` fp32, and labels 0 to 9; a fifth of the images is held out."""
-
-    x: Tensor
-    y: Tensor
-    held_out_x: Tensor
-    held_out_y: Tensor
-
-    @classmethod
-    def load(cls, seed: int) -> Digits:
-        datasets = need("sklearn.datasets", "train", "fastlane train")
-        data = datasets.load_digits()
-        x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-        held_out, rest = order[: len(x) // 5], order[len(x) // 5 :]
-        return cls(x[rest], y[rest], x[held_out], y[held_out])
-
-    def batches(self, epochs: int, size: int, seed: int) -> list[Tensor]:
-        """The rows of every step: each epoch in a new order, equal batches, the rest of an epoch left
-        out."""
-        generator = torch.Generator().manual_seed(seed % 2**64)
-        size = min(size, len(self.x))
-        out: list[Tensor] = []
-        for _ in range(epochs):
-            order = torch.randperm(len(self.x), generator=generator)
-            out.extend(chunk for chunk in order.split(size) if len(chunk) == size)
-        return out
-
-
-class Classifier(nn.Module):
-    """A stack of GELU layers and a linear head: ``(*, 64)`` to ``(*, 10)``."""
-
-    def __init__(self, body: nn.Module, width: int) -> None:
-        super().__init__()
-        self.body = body
-        self.head = nn.Linear(width, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
-
-
-def _model(kind: Callable[..., nn.Module], options: Options, shortcut: str) -> Classifier:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        body = kind([64] + [options.width] * options.layers, shortcut=shortcut)
-        return Classifier(body, options.width)
-
-
-def _optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=options.lr, momentum=options.momentum)
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
-    optimizer.zero_grad()
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def _train(model: Classifier, digits: Digits, batches: list[Tensor], options: Options) -> tuple[list[float], float]:
-    # The loss of every step and the share of held-out digits that are right in the end.
-    dtype = model.head.weight.dtype
-    x, optimizer = digits.x.to(dtype), _optimizer(model, options)
-    losses = [_step(model, optimizer, x[rows], digits.y[rows]) for rows in batches]
-    with torch.no_grad():
-        right = model(digits.held_out_x.to(dtype)).argmax(-1) == digits.held_out_y
-    return torch.stack(losses).double().tolist(), right.double().mean().item()
 
 
 def _difference(a: list[float], b: list[float]) -> float:
@@ -164,7 +60,7 @@ def _agreement(curves: dict[str, list[float]]) -> dict[str, Any]:
 
 def _gradients(options: Options, digits: Digits, rows: Tensor, shortcut: str) -> list[float | None]:
     # Mean |gradient| of each hidden layer's weight before the first step.
-    model = _model(fastlane_ext.ResidualNetwork, options, shortcut)
+    model = make_model(fastlane_ext.ResidualNetwork, options, shortcut)
     report = gradients.gradient_report(model, digits.x[rows], digits.y[rows], F.cross_entropy)
     hidden = [row for row in report.rows if row.name.startswith("body.layers.")]
     return [row.mean_abs for row in hidden if row.name.endswith(".weight")]
@@ -174,22 +70,22 @@ def _epoch_times(options: Options, digits: Digits, compiled: bool, note: Note) -
     batches = digits.batches(1, options.batch, options.seed + 1)
 
     def epoch(model: nn.Module, owner: nn.Module) -> Callable[[], None]:
-        optimizer = _optimizer(owner, options)
+        optimizer = make_optimizer(owner, options)
 
         def run() -> None:
             for rows in batches:
-                _step(model, optimizer, digits.x[rows], digits.y[rows])
+                step(model, optimizer, digits.x[rows], digits.y[rows])
 
         return run
 
     calls = {}
     for name, kind in (("fused", fastlane_ext.ResidualNetwork), ("eager", reference.ResidualNetwork)):
-        model = _model(kind, options, SHORTCUTS["with"])
+        model = make_model(kind, options, SHORTCUTS["with"])
         calls[name] = epoch(model, model)
     results: dict[str, protocol.Timing | protocol.Skipped] = {}
     if compiled:
         torch._dynamo.reset()
-        model = _model(reference.ResidualNetwork, options, SHORTCUTS["with"])
+        model = make_model(reference.ResidualNetwork, options, SHORTCUTS["with"])
         calls["compile"] = epoch(torch.compile(model, dynamic=False), model)
     else:
         results["compile"] = protocol.Skipped("left out by --no-compile")
@@ -232,10 +128,10 @@ def compute(
             ("eager_reordered", reference.ResidualNetwork),
         ):
             note(0, f"{key} shortcuts: {name}")
-            model = _model(kind, options, shortcut)
+            model = make_model(kind, options, shortcut)
             model = model.double() if name == "eager_fp64" else model
             order = [rows.flip(0) for rows in batches] if name == "eager_reordered" else batches
-            curves[name], accuracy[name] = _train(model, digits, order, options)
+            curves[name], accuracy[name] = train(model, digits, order, options)
             note(1)
         runs[key] = {
             "accuracy": accuracy,
@@ -338,8 +234,3 @@ def render(result: dict[str, Any]) -> None:
         out.print(f"not fused, {count} calls: {reason}", markup=False)
     if result["plot"]:
         out.print(f"picture: {result['plot']}", markup=False)
-
-
-def with_options(**changes: Any) -> Options:
-    """The defaults with ``changes`` that are not None."""
-    return replace(Options(), **{name: value for name, value in changes.items() if value is not None})
