@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -260,7 +261,8 @@ def test_the_short_way_raises_the_operators_own_errors_and_leaves_the_rest_to_to
     """It takes plain tensors only, and a mode that watches Python's calls still sees the operator."""
     from torch.overrides import TorchFunctionMode
 
-    short, op = fl._load.library.run_plain_layer, torch.ops.fastlane.linear_gelu_residual.default
+    short = partial(fl._load.library.run_plain_layer, None)  # no facts to look at first
+    op = torch.ops.fastlane.linear_gelu_residual.default
     seen = []
 
     class Watch(TorchFunctionMode):
