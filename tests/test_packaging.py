@@ -95,7 +95,7 @@ def test_the_source_distribution_builds_installs_and_runs(tmp_path):
         str(path.relative_to(ROOT))
         for folder in ("csrc", "fastlane_ext")
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".cpp", ".h", ".py", ".typed"}
+        if path.suffix in {".cpp", ".h", ".py", ".pyi", ".typed"}
     }
     assert tracked <= names
     assert {"LICENSE", "README.md", "build_support.py", "setup.py", "pyproject.toml"} <= names
@@ -108,6 +108,7 @@ def test_the_source_distribution_builds_installs_and_runs(tmp_path):
         cwd=tmp_path,
         env=os.environ | {"FASTLANE_CUDA": "0"},  # whose kernels take many minutes, and `make cuda-build` compiles them
     )
+    assert {"py.typed", "_C.pyi"} <= {path.name for path in (target / "fastlane_ext").iterdir()}
     program = (
         "import json, torch, fastlane_ext as fe\n"
         "x, w = torch.randn(5, 8), torch.randn(8, 8, requires_grad=True)\n"
