@@ -71,7 +71,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     handles = []
     for module in model.modules():
         keep(module)
-        if any(is_lazy(buffer) for buffer in module._buffers.values()):
+        if any(buffer is not None and is_lazy(buffer) for buffer in module._buffers.values()):
             # A lazy module gives its buffers their first values in a hook before its first forward; ours comes next.
             handles.append(module.register_forward_pre_hook(keep))
     try:
@@ -174,7 +174,7 @@ def _set_aside(leaves: list[Tensor]) -> Iterator[None]:
     finally:
         for leaf, grad, hooks, entries in held:
             leaf.grad = grad
-            if entries:
+            if entries and hooks is not None:
                 hooks.update(entries)
 
 

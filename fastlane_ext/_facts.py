@@ -47,14 +47,14 @@ def lookup(kind: type, name: str) -> Any:
 
 
 def _now(fact: Fact) -> Any:
-    holder = fact.holder
+    holder, name, _ = fact
     if isinstance(holder, type):
-        return lookup(holder, fact.name)
+        return lookup(holder, name)
     if isinstance(holder, types.FunctionType):
         return (holder.__code__, holder.__defaults__, holder.__kwdefaults__)
     if isinstance(holder, types.CellType):
         return contents(holder)
-    return holder.get(fact.name, ABSENT)
+    return holder.get(name, ABSENT)
 
 
 def contents(cell: types.CellType) -> Any:
@@ -119,14 +119,14 @@ def why_changed(facts: Facts, allowed: Callable[[Any], bool] = lambda now: False
 
 
 def _describe(fact: Fact) -> str:
-    holder = fact.holder
+    holder, name, _ = fact
     if isinstance(holder, type):
-        return f"{holder.__name__} has another {fact.name} now"
+        return f"{holder.__name__} has another {name} now"
     if isinstance(holder, types.FunctionType):
         return f"{holder.__qualname__} has other code now"
     if isinstance(holder, types.CellType):
-        return f"a variable that its code reads, {fact.name}, is another now"
-    return f"{holder.get('__name__', 'its')}.{fact.name} is another now"
+        return f"a variable that its code reads, {name}, is another now"
+    return f"{holder.get('__name__', 'its')}.{name} is another now"
 
 
 def comes_from(function: object, module: str, name: str) -> bool:

@@ -8,7 +8,7 @@ import struct
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -74,6 +74,11 @@ def load(record: dict[str, Any]) -> ModuleType:
 
 
 build_record = read_build_record()
-library = load(build_record)
+if TYPE_CHECKING:
+    from . import _C
+
+    library = _C
+else:
+    library = load(build_record)
 library.set_absent(_facts.ABSENT)
 _facts.hold = library.hold

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,7 +31,9 @@ def _logical_rank(x: Tensor, x_dim: int | None) -> int:
     return rank
 
 
-def _batched_layer(in_dims, x, weight, bias, activation):
+def _batched_layer(
+    in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
     """act(x Wᵀ + b) where weight or bias differs from example to example: no fused kernel does that."""
     library.leave_fused_path("vmap over weight or bias")
     x_dim, weight_dim, bias_dim = in_dims
@@ -46,7 +51,17 @@ def _batched_layer(in_dims, x, weight, bias, activation):
     return activate(z, activation)
 
 
-def _vmap_residual(info, in_dims, x, weight, bias=None, residual=None, *, activation="gelu", recompute=False):
+def _vmap_residual(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    recompute: bool = False,
+) -> tuple[Tensor, int]:
     x_dim, weight_dim, bias_dim, residual_dim = (*in_dims, None, None)[:4]
     rank = _logical_rank(x, x_dim)
     if weight_dim is None and bias_dim is None:
@@ -66,18 +81,18 @@ def _vmap_residual(info, in_dims, x, weight, bias=None, residual=None, *, activa
 
 
 def _vmap_mlp(
-    info,
-    in_dims,
-    x,
-    fc1_weight,
-    fc1_bias,
-    fc2_weight,
-    fc2_bias,
-    residual=None,
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    residual: Tensor | None = None,
     *,
-    activation="gelu",
-    recompute=False,
-):
+    activation: str = "gelu",
+    recompute: bool = False,
+) -> tuple[Tensor, int]:
     x_dim, *parameter_dims, residual_dim = (*in_dims, None)[:6]
     if all(dim is None for dim in parameter_dims):
         rank = _logical_rank(x, x_dim)
@@ -102,7 +117,15 @@ def _vmap_mlp(
     )
 
 
-def _vmap_concat(info, in_dims, x, weight, bias=None, *, activation="gelu"):
+def _vmap_concat(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+) -> tuple[Tensor, int]:
     x_dim, weight_dim, bias_dim = (*in_dims, None)[:3]
     _logical_rank(x, x_dim)
     if weight_dim is None and bias_dim is None:
@@ -119,8 +142,18 @@ def _is_square(weight: Tensor, dim: int | None) -> bool:
 
 
 def _vmap_stack(
-    info, in_dims, x, weights, biases, projections, projection_biases, *, shortcut="identity", activation="gelu", **rest
-):
+    info: Any,
+    in_dims: tuple[Any, ...],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    projections: Sequence[Tensor | None],
+    projection_biases: Sequence[Tensor | None],
+    *,
+    shortcut: str = "identity",
+    activation: str = "gelu",
+    **rest: Any,
+) -> tuple[Tensor, int | None]:
     x_dim, *parameter_dims = in_dims
     lists = (weights, biases, projections, projection_biases)
     if all(dim is None for dims in parameter_dims for dim in (dims or ())):
@@ -150,12 +183,23 @@ def _vmap_stack(
 
 
 def _vmap_stack_backward(
-    info, in_dims, grad, x, weights, biases, projections, projection_biases, z=None, *, needed, **options
-):
+    info: Any,
+    in_dims: tuple[Any, ...],
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    projections: Sequence[Tensor | None],
+    projection_biases: Sequence[Tensor | None],
+    z: Tensor | None = None,
+    *,
+    needed: Sequence[int],
+    **options: Any,
+) -> tuple[list[Tensor], list[int]]:
     """One example after the other, as torch does it by itself for operators that return no list."""
     arguments = (grad, x, weights, biases, projections, projection_biases, z)[: len(in_dims)]
 
-    def example(value, dim, index):
+    def example(value: Any, dim: Any, index: int) -> Any:
         if isinstance(value, (list, tuple)):
             return [example(entry, d, index) for entry, d in zip(value, dim or [None] * len(value), strict=True)]
         return value if dim is None or value is None else value.select(dim, index)

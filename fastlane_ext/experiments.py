@@ -193,7 +193,7 @@ def _any_rank(sizes: Sequence[int], seed: int, activation: str) -> dict[str, Any
 
     x, out, slope = slopes(activation)
     formula = 1 + (torch.ones_like(x.double()) if activation == "none" else gelu64(x.double(), activation)[1])
-    rows = [("x", "out = x + f(x)", "d out/d x, autograd", "1 + f'(x)")]
+    rows: list[tuple[str, ...]] = [("x", "out = x + f(x)", "d out/d x, autograd", "1 + f'(x)")]
     rows += [tuple(f"{value:.6f}" for value in row) for row in zip(*_lists(x, out, slope, formula), strict=True)]
     values = dict(zip(("x", "out", "autograd", "formula"), _lists(x, out, slope, formula), strict=True))
     eager_slope = slopes(activation, eager=True)[2]

@@ -6,6 +6,7 @@ Only ``pickle`` reads this file. `_plan` is its other half.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +21,7 @@ def __getattr__(name: str) -> type[nn.Module]:
     module, separator, qualname = name.partition("|")
     if not separator:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = importlib.import_module(module.replace(":", "."))
+    found: Any = importlib.import_module(module.replace(":", "."))
     for part in qualname.split(":"):
         found = getattr(found, part)
     return fused_class(found)

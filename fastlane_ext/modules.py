@@ -31,7 +31,7 @@ from .reference import activate
 __all__ = ["LinearGELUResidual", "ResidualMLP"]
 
 
-def run_linear(child: nn.Module, name: str, x: Tensor) -> Tensor:
+def run_linear(child: nn.Linear, name: str, x: Tensor) -> Tensor:
     """``child(x)``, through the fused op where that is all the same."""
     reason = why_network_changed() or why_odd_tensor(x) or why_not_plain_linear(child)
     if reason is None:

@@ -7,6 +7,8 @@ that its behaviour is kept; the other layers stay fused, and ``fastlane_ext.stat
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,8 @@ def _plain_layer(layer: nn.Module) -> tuple[Tensor, Tensor | None, str] | str:
         return reason
     if len(layer._modules) != 2:
         return f"has {len(layer._modules)} children, not Linear and activation"
+    linear: Any
+    activation: Any
     linear, activation = layer._modules.values()
     reason = why_not_plain_linear(linear)
     if reason is not None:
@@ -86,8 +90,8 @@ class _FusedForward(reference.ResidualNetwork):
         if reason is not None:
             record_fallback(f"{type(self).__name__} {reason}")
             return super().forward(x)
-        # torch.jit.trace knows no lists with None in them.
-        if (why_network_changed() or why_odd_tensor(x)) is not None or torch.jit.is_tracing():
+        # torch.jit.trace knows no lists with None in them. Its is_tracing is not in torch.jit's __all__.
+        if (why_network_changed() or why_odd_tensor(x)) is not None or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return self._forward_by_layer(x)
         for layer in self.layers:
             plain = _plain_layer(layer)
@@ -99,8 +103,10 @@ class _FusedForward(reference.ResidualNetwork):
             biases.append(bias)
         if not weights:
             return x
-        projections = projection_biases = None
-        if self.shortcut == "projection":
+        projections: list[Tensor | None] | None = None
+        projection_biases: list[Tensor | None] | None = None
+        projection: Any
+        if self.shortcut == "projection" and self.projections is not None:
             projections, projection_biases = [], []
             for index in range(len(weights)):
                 projection = self.projections[index]
@@ -122,9 +128,11 @@ class _FusedForward(reference.ResidualNetwork):
 
     def _why_other_shapes(self, index: int, weight: Tensor) -> str | None:
         """Eager adds what broadcasts, where a layer's identity or projection has another width than its output."""
-        if self.shortcut != "projection" or not isinstance(weight, Tensor):  # torch.fx's stand-ins have no sizes
+        if self.shortcut != "projection" or self.projections is None:
             return None
-        projection = self.projections[index]
+        if not isinstance(weight, Tensor):  # torch.fx's stand-ins have no sizes
+            return None
+        projection: Any = self.projections[index]
         width = weight.shape[1] if projection is None else projection.out_features
         return None if width == weight.shape[0] else "adds a shortcut of another width"
 
@@ -143,8 +151,8 @@ class _FusedForward(reference.ResidualNetwork):
                 x = linear_gelu_concat(x, weight, bias, activation=activation)
                 continue
             residual = None
-            if self.shortcut == "projection":
-                projection = self.projections[index]
+            if self.shortcut == "projection" and self.projections is not None:
+                projection: Any = self.projections[index]
                 residual = x if projection is None else run_linear(projection, f"projections.{index}", x)
             elif self.shortcut == "identity" and weight.shape[0] == weight.shape[1]:
                 residual = x

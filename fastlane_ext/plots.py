@@ -109,7 +109,7 @@ def plot_gradients(
     axes.legend(frameon=False)
     start = [values[names[0]] for values in means.values()]
     if len(start) == 2 and all(value and math.isfinite(value) for value in start) and start[0] != start[1]:
-        low, high = sorted(start)
+        low, high = sorted(value for value in start if value)
         arrow = {"arrowstyle": "->", "color": _MUTED, "shrinkA": 6, "shrinkB": 6}
         axes.annotate("", (1, high), (1, low), arrowprops=arrow)
         middle = (1, math.sqrt(low * high))

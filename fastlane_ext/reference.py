@@ -9,7 +9,7 @@ al., arXiv:1512.03385; concatenation, Huang et al., arXiv:1608.06993.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -196,8 +196,8 @@ class LinearGELUResidual(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
-    _linear_gelu_residual = staticmethod(linear_gelu_residual)
-    _linear_gelu_concat = staticmethod(linear_gelu_concat)
+    _linear_gelu_residual: Callable[..., Tensor] = staticmethod(linear_gelu_residual)
+    _linear_gelu_concat: Callable[..., Tensor] = staticmethod(linear_gelu_concat)
 
     def __init__(
         self,
@@ -221,7 +221,7 @@ class LinearGELUResidual(nn.Module):
         linear = nn.Linear(self.in_features, self.out_features, bias, device=device, dtype=dtype)
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
-        self.projection: nn.Module | None = None
+        self.projection: nn.Linear | None = None
         if shortcut == "projection" and self.in_features != self.out_features:
             self.projection = nn.Linear(self.in_features, self.out_features, bias, device=device, dtype=dtype)
 
@@ -369,7 +369,7 @@ class ResidualNetwork(nn.Module):
             projected = shortcut == "projection" and fan_in != fan_out
             projections.append(nn.Linear(fan_in, fan_out, bias) if projected else None)
         self.layers = nn.ModuleList(layers)
-        self.projections = nn.ModuleList(projections) if shortcut == "projection" else None  # type: ignore
+        self.projections = nn.ModuleList(projections) if shortcut == "projection" else None  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, layer_sizes[0])`` to ``(*, layer_sizes[-1])``, or, with concat, ``(*, sum(layer_sizes))``."""

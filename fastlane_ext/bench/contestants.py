@@ -35,7 +35,7 @@ class Contestant:
     """A name and what to time; ``leaves`` are the tensors whose ``.grad`` a step fills."""
 
     name: str
-    forward: Call | Skipped
+    forward: Callable[[], Tensor] | Skipped
     step: Call | Skipped
     leaves: Sequence[Tensor] = ()
     same_formula: bool = True
@@ -66,7 +66,9 @@ def onednn_linear(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor | None,
     return linear
 
 
-def onednn_contestants(alone: Call | Skipped, whole: Call | Skipped) -> list[Contestant]:
+def onednn_contestants(
+    alone: Callable[[], Tensor] | Skipped, whole: Callable[[], Tensor] | Skipped
+) -> list[Contestant]:
     return [
         Contestant("onednn_linear", alone, _NO_BACKWARD, same_formula=False),
         Contestant("onednn", whole, _NO_BACKWARD),
@@ -127,14 +129,17 @@ def layer_contestants(
 def _onednn_network(model: reference.ResidualNetwork, x: Tensor) -> list[Contestant]:
     rows = x.numel() // x.shape[-1]
     layers: list[tuple[Callable[..., Tensor], Tensor, Callable[..., Tensor] | None, nn.Linear | None]] = []
+    layer: Any
+    projection: Any
     for index, layer in enumerate(model.layers):
         linear: nn.Linear = layer[0]
         projection = model.projections[index] if model.projections is not None else None
         run = onednn_linear(linear.weight, rows)
         project = None if projection is None else onednn_linear(projection.weight, rows)
-        for packed in (run, project):
-            if isinstance(packed, Skipped):
-                return onednn_contestants(packed, packed)
+        if isinstance(run, Skipped):
+            return onednn_contestants(run, run)
+        if isinstance(project, Skipped):
+            return onednn_contestants(project, project)
         layers.append((run, linear.bias, project, projection))
 
     def forward() -> Tensor:
@@ -143,7 +148,7 @@ def _onednn_network(model: reference.ResidualNetwork, x: Tensor) -> list[Contest
             y = run(h, bias, "gelu")
             if model.shortcut == "concat":
                 h = torch.cat([h, y], -1)
-            elif project is not None:
+            elif project is not None and projection is not None:
                 h = y + project(h, projection.bias, "none")
             else:
                 h = y + h if model.shortcut != "none" and y.shape == h.shape else y
@@ -193,7 +198,8 @@ def network_contestants(
     if shortcut == "concat":
         out.append(Contestant("linear", _NO_CHAIN, _NO_CHAIN))
     else:
-        linears = [layer[0] for layer in eager.layers]
+        layers: list[Any] = list(eager.layers)
+        linears = [layer[0] for layer in layers]
 
         def chain() -> Tensor:
             h = x
@@ -225,7 +231,7 @@ def reject_wrong_answers(contestants: Sequence[Contestant], on_contestant: Calla
             on_contestant(contestant.name)
         problem = None
         try:
-            y = _without_grad(contestant.forward).double()  # type: ignore[arg-type, union-attr]
+            y = _without_grad(contestant.forward).double()
         except Exception as error:
             problem = reason_of(error)
         else:

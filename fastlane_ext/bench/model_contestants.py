@@ -62,7 +62,7 @@ def mlp_contestants(
     if missing is not None:
         out += contestants.onednn_contestants(missing, missing)
     else:
-        run1, run2 = packed
+        run1, run2 = (run for run in packed if not isinstance(run, Skipped))
         out += contestants.onednn_contestants(
             lambda: run2(run1(x, fc1.bias, "none"), fc2.bias, "none"),
             lambda: x + run2(run1(x, fc1.bias, "gelu"), fc2.bias, "none"),
@@ -128,7 +128,7 @@ def model_contestants(
     def backward(y: Tensor) -> None:
         F.mse_loss(y, torch.zeros(()).to(y).expand_as(y)).backward()
 
-    def model_contestant(name: str, run: nn.Module, owner: nn.Module) -> Contestant:
+    def model_contestant(name: str, run: Callable[..., Any], owner: nn.Module) -> Contestant:
         return contestants.contestant(name, lambda: run(**inputs)[0], list(owner.parameters()), backward)
 
     absent = NO_COMPILE if not compiled else _AS_WITHOUT_LINEARS if linears else None

@@ -18,6 +18,7 @@ import torch
 import fastlane_ext
 
 from . import contestants, machine, model_contestants, protocol
+from .contestants import Contestant
 
 FORWARD, STEP = "forward", "forward+backward"
 MODES = (FORWARD, STEP)
@@ -46,7 +47,7 @@ class Layer:
     def title(self) -> str:
         return f"{self.rows}×{self.inputs}→{self.outputs}"
 
-    def contestants(self, compiled: bool) -> list[contestants.Contestant]:
+    def contestants(self, compiled: bool) -> list[Contestant]:
         return contestants.layer_contestants(self.rows, self.inputs, self.outputs, self.dtype, compiled=compiled)
 
     def work(self, mode: str) -> tuple[int, int]:
@@ -79,7 +80,7 @@ class Network:
     def title(self) -> str:
         return self.label
 
-    def contestants(self, compiled: bool) -> list[contestants.Contestant]:
+    def contestants(self, compiled: bool) -> list[Contestant]:
         return contestants.network_contestants(
             self.sizes, self.input_shape, self.shortcut, self.dtype, compiled=compiled
         )
@@ -125,7 +126,7 @@ class Mlp:
     def title(self) -> str:
         return f"MLP {self.width}→{self.hidden}→{self.width}, {self.rows:,} tokens"
 
-    def contestants(self, compiled: bool) -> list[contestants.Contestant]:
+    def contestants(self, compiled: bool) -> list[Contestant]:
         return model_contestants.mlp_contestants(self.rows, self.width, self.hidden, self.dtype, compiled=compiled)
 
     def work(self, mode: str) -> tuple[int, int]:
@@ -142,12 +143,17 @@ class Mlp:
         backward = 2 * self.rows * self.hidden + 3 * self.rows * self.width + weights + parameters
         return 6 * self.rows * weights, (forward + backward) * self.dtype.itemsize
 
-    def facts(self, mode: str, field: Sequence[contestants.Contestant]) -> dict[str, Any]:
+    def facts(self, mode: str, field: Sequence[Contestant]) -> dict[str, Any]:
         """What eager and fused hold for backward, in a step."""
         if mode == FORWARD:
             return {}
-        chosen = [c for c in field if c.name in ("eager", "fused") and not isinstance(c.forward, protocol.Skipped)]
-        return {"held_bytes": {c.name: model_contestants.held_bytes(c.forward, c.leaves[1:]) for c in chosen}}
+        chosen = [c for c in field if c.name in ("eager", "fused")]
+        held = {
+            c.name: model_contestants.held_bytes(c.forward, c.leaves[1:])
+            for c in chosen
+            if not isinstance(c.forward, protocol.Skipped)
+        }
+        return {"held_bytes": held}
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,7 @@ class Model:
     def title(self) -> str:
         return self.label + (", linears=True" if self.linears else "")
 
-    def contestants(self, compiled: bool) -> list[contestants.Contestant]:
+    def contestants(self, compiled: bool) -> list[Contestant]:
         return model_contestants.model_contestants(self.architecture, self.linears, self.dtype, compiled=compiled)
 
     def work(self, mode: str) -> tuple[int, int]:
@@ -182,7 +188,7 @@ class Model:
         flops, moved = self.batch * (2 * self.tokens * weights + attention), weights * self.dtype.itemsize
         return (flops, moved) if mode == FORWARD else (3 * flops, 3 * moved)
 
-    def facts(self, mode: str, field: Sequence[contestants.Contestant]) -> dict[str, Any]:
+    def facts(self, mode: str, field: Sequence[Contestant]) -> dict[str, Any]:
         """The part of eager's time that the MLPs had, in forward."""
         if mode != FORWARD or self.linears or not model_contestants.has_transformers():
             return {}
@@ -300,7 +306,7 @@ def plan(
 class Prepared:
     """A job with its contestants built and their answers compared; only valid within :func:`prepare`."""
 
-    def __init__(self, job: Job, field: list[contestants.Contestant]) -> None:
+    def __init__(self, job: Job, field: list[Contestant]) -> None:
         self.job = job
         self.contestants = field
 
@@ -401,6 +407,10 @@ def run_job(
     note: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Time one job in both modes: two rows."""
+
+    def told_in(mode: str) -> Callable[[str], None] | None:
+        return (lambda name: note(f"{mode}: {name}")) if note else None
+
     rows = []
     with prepare(job, compiled=compiled, note=note) as prepared:
         for mode in MODES:
@@ -409,7 +419,7 @@ def run_job(
                     prepared.calls(mode),
                     repeats=repeats,
                     budget=budget,
-                    on_contestant=(lambda name, mode=mode: note(f"{mode}: {name}")) if note else None,
+                    on_contestant=told_in(mode),
                 )
             rows.append(prepared.row(mode, results, others.cores))
     return rows

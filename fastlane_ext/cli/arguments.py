@@ -115,8 +115,9 @@ def _gradients(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict
 
 def _train(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
     from .commands import train
+    from .digits import Options
 
-    options = train.Options(
+    options = Options(
         epochs=args.epochs,
         layers=args.layers,
         width=args.width,

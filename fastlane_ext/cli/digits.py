@@ -99,7 +99,7 @@ def make_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=options.lr, momentum=options.momentum)
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
+def step(model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
     optimizer.zero_grad()
     loss = F.cross_entropy(model(x), y)
     loss.backward()

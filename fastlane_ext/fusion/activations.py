@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from .known import known
 from .reads import CONSTANTS, Evidence, why_not_closed
 
 _FORMS = ("gelu", "gelu_tanh")
-_OF_APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh"}
+_OF_APPROXIMATE: dict[Any, str] = {"none": "gelu", "tanh": "gelu_tanh"}
 _registered: dict[type[nn.Module], str] = {}
 
 
@@ -138,7 +138,7 @@ def _values_and_slopes(call: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor
 
 
 def _form_in(
-    call: Callable[[Tensor], Any], x: Tensor, forms: dict[str, tuple[Tensor, ...]], shape: tuple[int, ...]
+    call: Callable[[Tensor], Any], x: Tensor, forms: Mapping[str, tuple[Tensor, ...]], shape: tuple[int, ...]
 ) -> str | None:
     shaped = x.view(shape)
     got = _values_and_slopes(call, shaped)
@@ -225,6 +225,7 @@ def read_activation(module: nn.Module) -> Activation | str:
         return Activation(_registered[kind], state_of(module), (), call_facts(kind))
     if kind is nn.GELU:
         form, gelu = _OF_APPROXIMATE.get(vars(module).get("approximate")), known(kind)
+        assert gelu is not None
         if form is None or gelu.reason is not None:
             return f"which {gelu.reason}" if gelu.reason else NO_GELU
         return Activation(form, (("approximate", module.approximate),), (), gelu.facts)
@@ -250,7 +251,9 @@ def read_activation(module: nn.Module) -> Activation | str:
     state = state_of(module)
     names = (name for name, _ in state)
     facts = collected([*call_facts(kind, names), *evidence.facts])
-    return Activation(forms.pop(), state, tuple(sorted(evidence.of_class)), facts)
+    form = forms.pop()
+    assert form is not None
+    return Activation(form, state, tuple(sorted(evidence.of_class)), facts)
 
 
 def _why_not_closed(module: nn.Module, evidence: Evidence) -> str | None:
@@ -278,6 +281,8 @@ def form_of_module(module: nn.Module) -> str | None:
 
 def form_of_function(function: object, options: dict[str, Any]) -> str | None:
     """The form of torch's own ``F.gelu`` called with these options, or None."""
-    if function is not GELU or known(nn.GELU).reason is not None or options.keys() - {"approximate"}:
+    gelu = known(nn.GELU)
+    assert gelu is not None
+    if function is not GELU or gelu.reason is not None or options.keys() - {"approximate"}:
         return None
     return _OF_APPROXIMATE.get(options.get("approximate", "none"))

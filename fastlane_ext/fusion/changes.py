@@ -19,6 +19,7 @@ def _why_child_changed(child: nn.Module | None, found: Child) -> str | None:
     is_linear = found.role in (Role.LINEAR, Role.TRANSPOSED_LINEAR)
     if kind is not found.kind and not (is_linear and linear_class(kind) is found.kind):
         return f"is a {class_name(kind)}, not a{' plain' if is_linear else ''} {class_name(found.kind)}"
+    assert child is not None
     reason = why_touched(child)
     if reason is None and is_linear:
         reason = why_parameters_unfit(child, found.role == Role.TRANSPOSED_LINEAR)

@@ -66,29 +66,30 @@ def _is_traced() -> bool:
 
 def _container_forward(original: type[nn.Module]) -> Any:
     @functools.wraps(original.forward)
-    def forward(self, *args, **kwargs):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Who makes a new instance of this class (a slice of a Sequential, for one) makes one that nobody fused.
         plan = self.__dict__.get(PLAN)
         if plan is None or is_disabled() or (type(plan) is Unread and _is_traced()):
             return original.forward(self, *args, **kwargs)
         plan, compiling = plan_of(self), torch.compiler.is_compiling()
-        if type(plan) is str:
+        if isinstance(plan, str):
             record_fallback(f"{original.__name__}: {plan}")
             return original.forward(self, *args, **kwargs)
         values = _arguments(plan, args, kwargs)
+        reason: str | None
         if values is None:
             reason = _ARGUMENTS
         elif not compiling and library.is_as_planned(self, plan.checks):
             reason = None
         else:
             reason = why_changed(self, plan)
-        if reason is None:
+        if reason is None and values is not None:
             if not compiling:
                 plan.calls.fused += 1
             return execute(self, plan, values)
         if not compiling:
             plan.calls.original += 1
-            plan.calls.reason = reason
+            plan.calls.reason = str(reason)
         record_fallback(f"{original.__name__}: {reason}")
         return original.forward(self, *args, **kwargs)
 
@@ -101,6 +102,7 @@ _OF_LINEARS = ("weight", "bias", "__getattr__", "__getattribute__")
 @constant_while_traced
 def _why_linear_changed(kind: type, original: type[nn.Module]) -> str | None:
     found = known(original)
+    assert found is not None
     for name in _OF_LINEARS:
         if lookup(kind, name) is not lookup(original, name):
             return f"its class has another {name} now"
@@ -111,7 +113,7 @@ def _linear_forward(original: type[nn.Module]) -> Any:
     transposed = original is not nn.Linear
 
     @functools.wraps(original.forward)
-    def forward(self, *args, **kwargs):
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if PLAN not in self.__dict__ or is_disabled():
             return original.forward(self, *args, **kwargs)
         if len(args) != 1 or kwargs or not is_plain_tensor(args[0]):
@@ -193,12 +195,13 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
     }
     if "__firstlineno__" in original.__dict__:  # Python 3.13's inspect.getsource looks for it
         namespace["__firstlineno__"] = original.__dict__["__firstlineno__"]
-    made = type(original)(original.__name__, (_Quiet, original), namespace)
+    metaclass: Any = type(original)
+    made = metaclass(original.__name__, (_Quiet, original), namespace)
     made._fastlane_class = made  # a subclass of it inherits another class's name here
     return made
 
 
-def _reduce(self: nn.Module, protocol: Any) -> Any:
+def _reduce(self: Any, protocol: Any) -> Any:
     """What a module of its class would be pickled as, with the original class in place of this one."""
     fused = type(self)._fastlane_class
     original = fused._fastlane_original
@@ -215,7 +218,7 @@ def remake(make: Any, original: type[nn.Module], *arguments: Any) -> nn.Module:
     return make(fused_class(original), *arguments)
 
 
-def _set_state(self: nn.Module, state: Any) -> None:
+def _set_state(self: Any, state: Any) -> None:
     super(type(self)._fastlane_class, self).__setstate__(state)
     if type(self.__dict__.get(PLAN)) is Unread and not _is_traced():
         # At once, while no tracer or transform is on. What is not complete yet is read at the first call.

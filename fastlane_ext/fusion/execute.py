@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from .linears import weight_and_bias
 from .plan import Add, Call, Fused, Gelu, Plan
 
 
-def _run_fused(children: dict[str, nn.Module], step: Fused, values: list[Any]) -> Tensor:
+def _run_fused(children: dict[str, Any], step: Fused, values: list[Any]) -> Tensor:
     x, residual, late = values[step.source], None, None
-    parameters = weight_and_bias(children[step.fc1.name], step.fc1.transposed)
-    call = linear_gelu_residual
+    parameters: tuple[Any, ...] = weight_and_bias(children[step.fc1.name], step.fc1.transposed)
+    call: Callable[..., Tensor] = linear_gelu_residual
     if step.fc2 is not None:
         parameters += weight_and_bias(children[step.fc2.name], step.fc2.transposed)
         call = mlp_residual
@@ -39,6 +40,7 @@ def _is_inactive_dropout(child: nn.Module) -> bool:
     if type(child) is not nn.Dropout or (child.training and child.p != 0) or torch.compiler.is_compiling():
         return False
     dropout = known(nn.Dropout)
+    assert dropout is not None
     return why_touched(child) is None and dropout.reason is None and _facts.hold(dropout.facts)
 
 
@@ -84,11 +86,11 @@ def _sum(step: Add, values: list[Any]) -> Any:
 def _run_instead(lookup: _Lookup, step: Fused, values: list[Any]) -> None:
     """The step as eager takes it."""
     for part in step.instead:
-        if type(part) is Call:
+        if isinstance(part, Call):
             child = lookup.child(part)
             lookup.called()
             values[part.target] = child(*(values[source] for source in part.sources))
-        elif type(part) is Gelu:
+        elif isinstance(part, Gelu):
             values[part.target] = F.gelu(values[part.source], approximate=part.approximate)
         else:
             values[part.target] = _sum(part, values)
@@ -113,8 +115,7 @@ def execute(module: nn.Module, plan: Plan, values: list[Any]) -> Any:
     values += [None] * (plan.values - len(values))
     is_checked, lookup = True, _Lookup(module, plan.looked_up_early)
     for step, last_used in zip(plan.steps, plan.last_uses, strict=True):
-        kind = type(step)
-        if kind is Fused:
+        if isinstance(step, Fused):
             reason = _why_not_here(lookup, plan, step, values, is_checked)
             if reason is None:
                 is_checked = True
@@ -123,7 +124,7 @@ def execute(module: nn.Module, plan: Plan, values: list[Any]) -> Any:
             else:
                 record_fallback(f"{plan.kind.__name__}: {reason}")
                 _run_instead(lookup, step, values)
-        elif kind is Call:
+        elif isinstance(step, Call):
             child = lookup.child(step)
             lookup.called()
             values[step.target] = _call(child, values, step.sources)

@@ -18,7 +18,7 @@ def is_linear(module: nn.Module | None) -> bool:
     return linear_class(type(module)) is not None
 
 
-def is_transposed(linear: nn.Module) -> bool:
+def is_transposed(linear: nn.Module | None) -> bool:
     """Whether this linear layer's weight is stored (in, out)."""
     return linear_class(type(linear)) is not nn.Linear
 

@@ -57,7 +57,7 @@ def measured(weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, float
             x = torch.randn(_MEASURED_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(
                 weight.dtype
             )
-            calls = {
+            calls: dict[str, Callable[[], torch.Tensor]] = {
                 "library_ms": lambda: F.linear(x, weight, bias),
                 "fused_ms": lambda: functional.linear_gelu_residual(x, weight, bias, activation="none"),
             }

@@ -91,7 +91,7 @@ def _value_mentions_gelu(value: Any, depth: int) -> bool:
     if isinstance(value, functools.partial):
         return _value_mentions_gelu(value.func, depth - 1)
     if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)):
-        function = getattr(value, "__func__", value)
+        function: Any = getattr(value, "__func__", value)
         if _says_gelu(function.__name__):
             return True
         is_own = isinstance(function, types.FunctionType) and not function.__module__.startswith("torch.")

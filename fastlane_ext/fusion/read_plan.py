@@ -34,6 +34,7 @@ class _Reader:
                 self._read(node)
         inputs = tuple(node.name for node in self.record.nodes if node.kind == "input")
         called = (node.name for node in self.record.nodes if node.kind == "call")
+        assert self.record.output is not None
         output = self.values[self.record.output]
         return Plan(
             original_class(type(self.module)),
@@ -71,8 +72,10 @@ class _Reader:
         if node.kind == "call":
             return Call(node.name, sources, self._new_value(node), node.looked_up)
         if node.kind == "add":
-            return Add(*sources, self._new_value(node), node.name == "torch.add")
-        return Gelu(*sources, self._new_value(node), "tanh" if node.name == "gelu_tanh" else "none")
+            left, right = sources
+            return Add(left, right, self._new_value(node), node.name == "torch.add")
+        (source,) = sources
+        return Gelu(source, self._new_value(node), "tanh" if node.name == "gelu_tanh" else "none")
 
     def _child(self, node: Node) -> nn.Module | None:
         return self.module._modules.get(node.name) if node.kind == "call" else None
@@ -123,7 +126,7 @@ class _Reader:
         user = self._only_user(linear)
         if user is not None:
             activation = self._activation(user)
-        if activation is not None:
+        if user is not None and activation is not None:
             nodes.append(user)
             passed, user = self._skip_dropouts(user)
             if user is not None and is_linear(self._child(user)) and not self._precedes_gelu(user):
@@ -160,12 +163,17 @@ class _Reader:
             kind = type(child)
             if is_linear(child):
                 original = linear_class(kind)
+                of_class = None if original is None else known(original)
+                assert original is not None and of_class is not None
                 role = Role.LINEAR if original is nn.Linear else Role.TRANSPOSED_LINEAR
-                found, facts = Child(node.name, int(role), original), known(original).facts
+                found, facts = Child(node.name, int(role), original), of_class.facts
             elif kind in DROPOUTS:
-                found, facts = Child(node.name, int(Role.DROPOUT), kind), known(kind).facts
+                of_class = known(kind)
+                assert of_class is not None
+                found, facts = Child(node.name, int(Role.DROPOUT), kind), of_class.facts
             else:
                 activation = self._read_activation(node)
+                assert isinstance(activation, Activation)
                 found = Child(node.name, int(Role.ACTIVATION), kind, activation.state, activation.of_class)
                 facts = activation.facts
             self.children.append(found)
@@ -174,7 +182,7 @@ class _Reader:
 
 def other_activation(module: nn.Module, plan: Plan) -> str | None:
     """The name of a child, no GELU, that stands between two linear layers as one would."""
-    children = module._modules
+    children = {name: child for name, child in module._modules.items() if child is not None}
     calls = {step.target: step for step in plan.steps if isinstance(step, Call)}
 
     def called_before(step: Call) -> Call | None:
@@ -185,7 +193,9 @@ def other_activation(module: nn.Module, plan: Plan) -> str | None:
         while before is not None and type(children[before.name]) in DROPOUTS:
             before = called_before(before)
         first = called_before(before) if before is not None else None
-        if first is not None and is_linear(children[first.name]) and _may_activate(children[before.name]):
+        if before is None or first is None:
+            continue
+        if is_linear(children[first.name]) and _may_activate(children[before.name]):
             return before.name
     return None
 

@@ -66,6 +66,7 @@ class Search:
                 else:
                     self._module(name, module)
             except _OfFilter as error:
+                assert error.__cause__ is not None
                 raise error.__cause__ from None
             except Exception as error:  # somebody's __getattr__, property or descriptor
                 self.refused += 1
@@ -158,6 +159,7 @@ class Search:
         reason, pattern = None, "Linear, Linear"
         if activation is not None:
             child = module._modules[activation]
+            assert child is not None
             reason = f"{activation} is a {type(child).__name__}, {read_activation(child)}"
         elif mentions_gelu(module):
             # A stand-in for a linear layer: an adapter, a quantised layer, a parametrised one.
@@ -174,7 +176,10 @@ class Search:
         if PLAN in module.__dict__:
             self._add(name, module, "Linear", why_touched(module))
             return
-        reason = known(linear_class(type(module))).reason or why_touched(module)
+        kind = linear_class(type(module))
+        of_class = None if kind is None else known(kind)
+        assert of_class is not None
+        reason = of_class.reason or why_touched(module)
         reason = reason or why_parameters_unfit(module, is_transposed(module))
         self.refused += reason is not None
         reason = reason or self._left_out(name, module)

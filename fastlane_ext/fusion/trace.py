@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import operator
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,9 +75,11 @@ class _Value:
     __radd__ = __add__
 
     @classmethod
-    def __torch_function__(cls, function, kinds, args=(), kwargs=None):
+    def __torch_function__(
+        cls, function: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> _Value:
         kwargs = kwargs or {}
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         if len(args) == 1 and isinstance(first, _Value) and all(isinstance(v, str) for v in kwargs.values()):
             form = form_of_function(function, kwargs)
             if form is not None:
@@ -92,8 +95,8 @@ class _Value:
         raise Refused(f"its forward also uses {name!r} of a tensor")
 
 
-def _refuse(name: str):
-    def method(self, *_: Any) -> Any:
+def _refuse(name: str) -> Callable[..., Any]:
+    def method(self: _Value, *_: Any) -> Any:
         raise Refused(f"its forward also computes {name.strip('_')}")
 
     return method
@@ -181,6 +184,7 @@ def follow(module: nn.Module) -> Record:
     record.facts += SUMS
     if is_sequential(module):
         sequential = known(nn.Sequential)
+        assert sequential is not None
         if sequential.reason is not None:
             raise Refused(f"its class {sequential.reason}")
         record.facts += (*sequential.facts, *of_class(kind, "__iter__"))
@@ -218,7 +222,8 @@ def follow(module: nn.Module) -> Record:
 def _why_calls_others(forward: types.FunctionType) -> str | None:
     """Code that the forward reads runs when it is followed, so that it has to be torch's own ``gelu`` or ``add``."""
     for read in reads_of(forward):
-        is_code = isinstance(read, Read) and callable(read.value)
-        if is_code and read.value is not GELU and not comes_from(read.value, "torch", "add"):
+        if not isinstance(read, Read) or not callable(read.value):
+            continue
+        if read.value is not GELU and not comes_from(read.value, "torch", "add"):
             return f"also calls {read.name}"
     return None

@@ -3,7 +3,7 @@ oneDNN."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ def compute(
     """
     repeats = repeats or (QUICK_REPEATS if quick else REPEATS)
     budget = QUICK_BUDGET if quick else BUDGET
+
+    def told_of(job: suites.Job) -> Callable[[str], None]:
+        return lambda text: note(0, f"{job}, {text}")
+
     rows: list[dict[str, Any]] = []
     for job in planned:
         rows += suites.run_job(
@@ -53,7 +57,7 @@ def compute(
             repeats=repeats,
             budget=budget,
             compiled=compiled,
-            note=lambda text, job=job: note(0, f"{job}, {text}"),
+            note=told_of(job),
         )
         note(1)
     settings = {"repeats": repeats, "budget_s": budget, "quick": quick, "compiled": compiled}

@@ -150,12 +150,12 @@ def render(result: dict[str, Any], *, full: bool = False) -> None:
         others.add_row(*names, f"{row['fused']:.2g}", eager, f"{row['limit']:.2g}", _verdict(row))
         if row.get("note") and not row["ok"]:
             notes.append(f"{row['isa']}, {row['promise']}: {row['note']}")
-    for names, rows in grouped.items():
+    for key, rows in grouped.items():
         # Rows that fail, or that are above eager, must not hide behind one with a higher ratio.
         rows = sorted(rows, key=lambda row: (row["ok"], -row["ratio"]))
         for row in rows if full else [rows[0], *(r for r in rows[1:] if not r["ok"])]:
             layers.add_row(
-                *names,
+                *key,
                 row["what"],
                 f"{row['fused']:.2e}",
                 f"{row['eager']:.2e}",

@@ -69,7 +69,7 @@ def _gradients(options: Options, digits: Digits, rows: Tensor, shortcut: str) ->
 def _epoch_times(options: Options, digits: Digits, compiled: bool, note: Note) -> dict[str, Any]:
     batches = digits.batches(1, options.batch, options.seed + 1)
 
-    def epoch(model: nn.Module, owner: nn.Module) -> Callable[[], None]:
+    def epoch(model: Callable[[Tensor], Tensor], owner: nn.Module) -> Callable[[], None]:
         optimizer = make_optimizer(owner, options)
 
         def run() -> None:

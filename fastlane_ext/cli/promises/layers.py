@@ -84,7 +84,8 @@ def accuracy(fused: Counter, dtype_name: str, activation: str) -> list[Row]:
         inputs = _inputs(shape, dtype, seed)
         exact: list[Any] = many_digits.results(inputs, activation) if wide else _exact(inputs, activation)
         measure: Callable[[Tensor, Any], float] = many_digits.error if wide else _error
-        for place, layer in enumerate((fused, reference.linear_gelu_residual)):
+        layers: tuple[Callable[..., Tensor], ...] = (fused, reference.linear_gelu_residual)
+        for place, layer in enumerate(layers):
             for name, got, want in zip(OUTPUTS, _run(layer, inputs, activation), exact, strict=True):
                 worst[name][place] = max(worst[name][place], measure(got, want))
     rows = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import fastlane_ext
 from fastlane_ext import reference
@@ -24,15 +25,15 @@ def groups(fused: Counter, isa: str) -> list[tuple[str, Callable[[], list[Row]]]
     out: list[tuple[str, Callable[[], list[Row]]]] = []
     for dtype in DTYPES:
         for activation in reference.ACTIVATIONS:
-            out.append((f"{dtype} {activation}", lambda d=dtype, a=activation: accuracy(fused, d, a)))
+            out.append((f"{dtype} {activation}", partial(accuracy, fused, dtype, activation)))
     if isa == "none":
         return [*out, ("published table", published_table)]
     for activation in ("gelu", "gelu_tanh"):
-        out.append((f"float32 sweep {activation}", lambda a=activation: scalar_float32(fused, a)))
+        out.append((f"float32 sweep {activation}", partial(scalar_float32, fused, activation)))
         for dtype in ("bfloat16", "float16"):
-            out.append((f"{dtype} sweep {activation}", lambda d=dtype, a=activation: scalar_half(fused, d, a)))
+            out.append((f"{dtype} sweep {activation}", partial(scalar_half, fused, dtype, activation)))
     out.append(("published table", published_table))
-    out.extend((f"threads {dtype}", lambda d=dtype: determinism(fused, d)) for dtype in DTYPES)
+    out.extend((f"threads {dtype}", partial(determinism, fused, dtype)) for dtype in DTYPES)
     return out
 
 
