@@ -39,6 +39,7 @@ lint: $(VENV)/.requirements
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
 
 format: $(VENV)/.requirements
 	$(BIN)/ruff check --fix .
