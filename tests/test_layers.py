@@ -23,7 +23,7 @@ def layers():
 def module_names():
     """Each file's path by its name below the package, as in "fusion.plan"; a package goes by its own name."""
     names = {}
-    for path in PACKAGE.rglob("*.py"):
+    for path in (*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")):  # a stub stands for the compiled module
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         names[".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "__init__"] = path
     return names
