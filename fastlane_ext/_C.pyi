@@ -1,4 +1,4 @@
-"""What csrc/module.cpp defines: facts, counters, and the short ways to a call. All arguments go by position."""
+"""What csrc/python/module.cpp defines: facts, counters, and the short ways to a call. All arguments go by position."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Checks of Python-level arguments, one form of message. Tensors are checked in csrc/ops/checks.h."""
+"""Checks of Python-level arguments, one form of message. Tensors are checked in csrc/ops/checks/checks.h."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 A fused operation stands in for code that somebody may replace later: a class's forward, ``F.linear``, the code inside a
 function object, a global that a function reads. Whoever concludes something from code writes down the facts that the
 conclusion rests on. Before each use all of them are looked at again: by `why_changed` here, which names the first that
-is no longer true, and by csrc/facts.cpp, which answers yes or no in a few nanoseconds a fact.
+is no longer true, and by csrc/python/facts.cpp, which answers yes or no in a few nanoseconds a fact.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _is_same(now: Any, value: Any) -> bool:
 
 
 def hold_slowly(facts: Facts) -> bool:
-    """Whether all of them still are true: what csrc/facts.cpp tells faster."""
+    """Whether all of them still are true: what csrc/python/facts.cpp tells faster."""
     return all(_is_same(_now(fact), fact.value) for fact in facts)
 
 

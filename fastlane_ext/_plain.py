@@ -1,9 +1,9 @@
 """Whether calling a module is just what its class says, so that a fused operation may stand in for the call.
 
-This is the one place in Python that decides it; csrc/plain_module.cpp decides the same faster, without a reason. The
-question has four parts: the instance (its type, hooks, what its own dict puts before the class), the class and the
-functions that it calls (`_facts`, with what torch itself defined when this package was imported), the parameters, and
-who watches all calls (hooks for all modules, modes). Anything unusual has to be called as a module.
+This is the one place in Python that decides it; csrc/python/plain_module.cpp decides the same faster, without a
+reason. The question has four parts: the instance (its type, hooks, what its own dict puts before the class), the class
+and the functions that it calls (`_facts`, with what torch itself defined when this package was imported), the
+parameters, and who watches all calls (hooks for all modules, modes). Anything unusual has to be called as a module.
 """
 
 from __future__ import annotations

@@ -58,7 +58,14 @@ def run_ptx(name, folder, kernels, architecture, argument_lists, *flags):
     home, host = toolkit_home(), ROOT / "tests" / "native"
     source = folder / "kernels.cu"
     source.write_text("".join(f'#include "{path}"\n' for path in kernels))
-    nvcc = [str(home / "bin" / "nvcc"), "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-std=c++20", f"-I{ROOT / 'csrc'}"]
+    nvcc = [
+        str(home / "bin" / "nvcc"),
+        "-O3",
+        "-DNDEBUG",
+        "--expt-relaxed-constexpr",
+        "-std=c++20",
+        f"-I{ROOT / 'csrc'}",
+    ]
     nvcc += flags
     nvcc += [f"-gencode=arch=compute_{architecture},code=compute_{architecture}", "--keep", "--keep-dir", str(folder)]
     command = [*nvcc, "-c", str(source), "-o", str(folder / "kernels.o")]
@@ -91,7 +98,11 @@ def test_hopper_kernels_on_the_host(tmp_path):
     cutlass = find_cutlass()
     if cutlass is None:
         pytest.skip("needs CUTLASS: pip install --no-deps nvidia-cutlass==4.2.0.0")
-    kernels = [*sorted(KERNELS.glob("hopper/*.cu")), KERNELS / "hopper/hopper.cpp", KERNELS / "elementwise/preactivation_grad.cu"]
+    kernels = [
+        *sorted(KERNELS.glob("hopper/*.cu")),
+        KERNELS / "hopper/hopper.cpp",
+        KERNELS / "elementwise/preactivation_grad.cu",
+    ]
     run_ptx("hopper_kernels_test", tmp_path, kernels, "90a", [["bf16"], ["f16"], ["f32"]], f"-I{cutlass}")
     # And what it would say of kernels that lack a fence.
     text, fence = (tmp_path / "kernels.ptx").read_text(), "fence.proxy.async.shared::cta;"

@@ -1,8 +1,8 @@
 """Hooks of autograd and of modules: as often, in the same order, with the same values as in eager.
 
 The leaves of a fused node get their gradients in the order of its edges, which the engine's heap turns into eager's
-(`csrc/ops/autograd/edges.h`). The order may differ where one leaf serves several layers of one stack, or where nodes of another
-branch of the graph are ready at the same moment; how often, and with which values, may not.
+(`csrc/ops/autograd/edges.h`). The order may differ where one leaf serves several layers of one stack, or where nodes of
+another branch of the graph are ready at the same moment; how often, and with which values, may not.
 """
 
 from functools import partial

@@ -44,7 +44,9 @@ def test_an_isa_file_exports_one_symbol(isa, tmp_path):
         pytest.skip("needs a C++ compiler and nm")
     assembled = tmp_path / "isa.o"
     source = KERNELS / "cpu" / "isa" / f"{isa}.cpp"
-    subprocess.run([compiler, "-std=c++17", "-O1", "-fPIC", "-w", f"-I{ROOT / 'csrc'}", "-c", source, "-o", assembled], check=True)
+    subprocess.run(
+        [compiler, "-std=c++17", "-O1", "-fPIC", "-w", f"-I{ROOT / 'csrc'}", "-c", source, "-o", assembled], check=True
+    )
     listing = subprocess.run(["nm", "-C", "--defined-only", assembled], capture_output=True, text=True, check=True)
     exported = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
     exported = [(kind, name) for _, kind, name in exported if kind not in "tbrdn" and "DW.ref" not in name]

@@ -29,7 +29,8 @@ def sweep(tmp_path_factory):
     program = tmp_path_factory.mktemp("sweep") / "sweep"
     sources = [*ROOT.glob("csrc/kernels/cpu/**/*.cpp"), *ROOT.glob("tests/native/cpu/*.cpp")]
     subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-w", f"-I{ROOT / 'csrc'}"] + [*sources, "-o", program],
+        [compiler, "-std=c++17", "-O1", "-ffp-contract=off", "-pthread", "-w", f"-I{ROOT / 'csrc'}"]
+        + [*sources, "-o", program],
         check=True,
     )
     return program

@@ -176,7 +176,7 @@ _EMPTY_MODULE = frozenset(vars(nn.Module()))
 
 
 class Partial(NamedTuple):
-    """What a ``functools.partial`` holds: the object can be changed in place. csrc/plan_call.cpp reads it."""
+    """What a ``functools.partial`` holds: the object can be changed in place. csrc/python/plan_call.cpp reads it."""
 
     function: Any
     arguments: tuple[Any, ...]

@@ -21,7 +21,7 @@ from .._plain import constant_while_traced, is_of_fx
 
 
 class Role(IntEnum):
-    """What a child does in a fused step; csrc/plan_call.cpp reads the numbers."""
+    """What a child does in a fused step; csrc/python/plan_call.cpp reads the numbers."""
 
     LINEAR = 0
     TRANSPOSED_LINEAR = 1
@@ -141,7 +141,7 @@ class Calls:
 @dataclass(frozen=True)
 class Plan:
     """A forward of ``inputs`` positional arguments, by name, in ``steps``; ``last_uses`` are the values that no later
-    step reads. The rest is what must still hold at a call: csrc/plan_call.cpp reads it.
+    step reads. The rest is what must still hold at a call: csrc/python/plan_call.cpp reads it.
     """
 
     kind: type  # the container's class
@@ -158,7 +158,7 @@ class Plan:
     calls: Calls = field(default_factory=Calls, compare=False)
     looked_up_early: frozenset[int] = field(init=False, compare=False)  # `Call.looked_up` of those with a call between
     key: int = field(init=False, compare=False)  # by which code that torch.compile traces names the plan
-    checks: tuple[Any, ...] = field(init=False, compare=False)  # csrc/plan_call.cpp's ``CheckField``
+    checks: tuple[Any, ...] = field(init=False, compare=False)  # csrc/python/plan_call.cpp's ``CheckField``
 
     def __post_init__(self) -> None:
         checks = (self.facts, self.kind, self.lookups, self.names, self.order, self.constants, self.children)

@@ -1,7 +1,7 @@
 """Prints a hash of the results of 2,000 random calls for each operator and kernel set.
 
-    python tests/bits.py                 every kernel set that this CPU has
-    python tests/bits.py --json FILE     the hashes as JSON too
+    python tests/support/bits.py                 every kernel set that this CPU has
+    python tests/support/bits.py --json FILE     the hashes as JSON too
 
 A change that means to leave all bits alone leaves all hashes alone: compare before and after. The hashes depend on the
 CPU's caches, which the blocking follows, and on the library's GEMM, so compare on one machine.
@@ -53,9 +53,7 @@ def call_of(torch, fl, op, draw):
     weights = [make(o, i, scale=i**-0.5) for i, o in zip(fan_in, widths[1:], strict=True)]
     biases = [maybe(o) for o in widths[1:]]
     differ = [shortcut == "projection" and i != o for i, o in zip(fan_in, widths[1:], strict=True)]
-    projections = [
-        make(o, i, scale=i**-0.5) if d else None for d, i, o in zip(differ, fan_in, widths[1:], strict=True)
-    ]
+    projections = [make(o, i, scale=i**-0.5) if d else None for d, i, o in zip(differ, fan_in, widths[1:], strict=True)]
 
     def run(t):
         parts = [t[1 + i * layers : 1 + (i + 1) * layers] for i in range(3)]
