@@ -11,10 +11,10 @@ def build_info() -> dict[str, Any]:
     """Facts about the compiled library.
 
     Returns a dict with ``version``, ``torch_version`` and ``torch_cuda`` (what it was built against),
-    ``compiler``, ``compiled_isas`` and ``supported_isas`` (best first; the second is what this CPU can run),
-    ``cpu_isa_reason`` (why `cpu_isa` is what it is, or what is wrong with FASTLANE_CPU_ISA),
+    ``compiler``, ``compiled_isas`` and ``supported_isas`` (best first; this CPU can run the supported ones),
+    ``cpu_isa_reason`` (the reason for the value of `cpu_isa`, or the error in FASTLANE_CPU_ISA),
     ``cuda_archs`` (empty in a CPU-only build) and ``cuda_reason`` (why CUDA was or was not compiled), ``hopper``
-    (whether the fused CUDA products for capability 9.0 were) and ``hopper_reason``.
+    (whether the fused CUDA products for capability 9.0 were compiled) and ``hopper_reason`` (why or why not).
 
     >>> "scalar" in build_info()["compiled_isas"]
     True
@@ -41,11 +41,11 @@ def build_info() -> dict[str, Any]:
 def cpu_isa() -> str:
     """The kernel set this process runs: ``"avx512_bf16"``, ``"avx512"``, ``"avx2"`` or ``"scalar"``, or ``"none"``.
 
-    ``"none"``: torch's own operators run instead, at eager's speed, with eager's rounding and memory. It is chosen
-    where there are no vector kernels for the CPU, as on Arm; FASTLANE_CPU_ISA=none chooses it anywhere, and
-    FASTLANE_CPU_ISA=scalar forces the slow scalar kernels. `build_info` says why.
+    With ``"none"`` torch's own operators run, at eager's speed, with eager's rounding and memory. This happens where
+    there are no vector kernels for the CPU, as on Arm. FASTLANE_CPU_ISA=none chooses ``"none"`` anywhere, and
+    FASTLANE_CPU_ISA=scalar forces the slow scalar kernels. `build_info` gives the reason for the choice.
 
-    Raises RuntimeError if FASTLANE_CPU_ISA names one that is unknown or that this machine does not support.
+    Raises RuntimeError if FASTLANE_CPU_ISA names a kernel set that is unknown or that this machine does not support.
 
     >>> cpu_isa() in [*build_info()["supported_isas"], "none"]
     True
@@ -56,13 +56,17 @@ def cpu_isa() -> str:
 def stats() -> dict[str, dict[str, int]]:
     """Calls since the start of the process or the last `reset_stats`, in all threads.
 
-    ``{path: {"forward": n, "backward": n}, ..., "fallback": {reason: n}}``: a call of a layer, an MLP or a network
-    counts once, under the path it took or under the reason for which eager operations ran instead. The paths are
-    ``"fused"``, this library's own kernels; ``"library"``, the machine's own GEMM, where it is expected to win, and
-    one fused pass after it (also a network any of whose products took it); ``"hopper"``, the fused CUDA product
-    for capability 9.0; and ``"torch"``, torch's own operators on a CPU where `cpu_isa` is ``"none"``. There autograd
-    is torch's too, so that a backward is counted only with ``recompute=True`` or in a graph exported elsewhere. On
-    CUDA dW is always the library's: backward counts by its dgrad.
+    Returns ``{path: {"forward": n, "backward": n}, ..., "fallback": {reason: n}}``. A call of a layer, an MLP or a
+    network counts once, under the path it took or under the reason for which eager operations ran instead. The paths:
+
+    * ``"fused"``: this library's own kernels;
+    * ``"library"``: the machine's own GEMM, where it is expected to win, and one fused pass after it. A network counts
+      here if any of its products took this path;
+    * ``"hopper"``: the fused CUDA product for capability 9.0;
+    * ``"torch"``: torch's own operators on a CPU where `cpu_isa` is ``"none"``. Autograd is torch's there too, so that
+      a backward is counted only with ``recompute=True`` or in a graph exported elsewhere.
+
+    On CUDA the library always computes dW, so that a backward counts under the path of its dgrad.
 
     >>> reset_stats()
     >>> stats()["fused"], stats()["fallback"]

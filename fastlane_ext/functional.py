@@ -28,19 +28,18 @@ def linear_gelu_residual(
         x: ``(..., in_features)``, any leading sizes, any strides; float32, float64, bfloat16 or float16.
         weight: ``(out_features, in_features)`` like ``nn.Linear``'s, of x's dtype and device.
         bias: ``(out_features,)`` or None.
-        residual: broadcasts to the output's shape, or None. Where it is x itself, backward adds its gradient
-            inside the product that computes x's.
-        activation: ``"gelu"`` (exact, with erf), ``"gelu_tanh"`` or ``"none"``; the formulas are those of
-            Hendrycks and Gimpel, arXiv:1606.08415.
-        recompute: keep x alone for backward and compute the pre-activation a second time there.
+        residual: broadcasts to the output's shape; None adds nothing. If residual is x itself, backward adds the
+            shortcut's gradient inside the product that computes x's gradient.
+        activation: ``"gelu"`` (exact, with erf), ``"gelu_tanh"`` or ``"none"``. Formulas: Hendrycks and Gimpel,
+            arXiv:1606.08415.
+        recompute: keep no pre-activation for backward; backward computes the pre-activation again.
 
     Returns:
-        ``(..., out_features)``, contiguous, x's dtype; 16-bit dtypes are accumulated in float32 and
-        rounded once.
+        ``(..., out_features)``, contiguous, in x's dtype. 16-bit dtypes are accumulated in float32 and rounded once.
 
     Raises:
         RuntimeError: a dtype, device, layout or shape does not fit; the message names the argument.
-        TypeError: an argument is no tensor.
+        TypeError: an argument is not a tensor.
         ValueError: unknown activation.
 
     >>> x, weight, bias = torch.randn(8, 64), torch.randn(64, 64) / 8, torch.zeros(64)
@@ -65,10 +64,9 @@ def linear_gelu_residual(
 
 
 def linear_gelu_concat(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "gelu") -> Tensor:
-    """``cat([x, act(x Wᵀ + b)], -1)``; the kernel writes the activated part into its slice.
+    """``cat([x, act(x Wᵀ + b)], -1)``; the kernel writes the activated part into its slice of the output.
 
-    Shapes, dtypes and errors as in `linear_gelu_residual`; the output is
-    ``(..., in_features + out_features)``.
+    Shapes, dtypes and errors are as in `linear_gelu_residual`. The output is ``(..., in_features + out_features)``.
 
     >>> linear_gelu_concat(torch.randn(8, 64), torch.randn(32, 64)).shape
     torch.Size([8, 96])
@@ -94,39 +92,43 @@ def residual_stack(
     activation: str = "gelu",
     recompute: bool = False,
 ) -> Tensor:
-    """A network of residual layers, each ``act(h Wᵀ + b)`` joined with its shortcut of h, as one operation.
+    """A network of residual layers as one operation; each layer joins ``act(h Wᵀ + b)`` with a shortcut of its input h.
 
-    Forward and backward are one autograd node. Where the layers are narrow enough for their weights to stay in
-    cache, a block of rows goes through all of them there; wider layers run one after the other. For backward it
-    keeps x and every layer's pre-activation, half of what eager keeps; of narrow layers beyond 32 MiB of
-    pre-activations x alone, and computes them again in cache. (Where `cpu_isa` is ``"none"``, what eager keeps.)
+    Forward and backward are one autograd node. If the layers are narrow enough for their weights to stay in cache,
+    a block of rows goes through all layers there; wider layers run one after the other.
 
-    Backward reads some tensors again that eager's does not, since eager keeps every layer's input; between forward
-    and backward they must not change. These are x, if the gradient of a weight or projection is needed and
-    shortcuts lead from x to that layer's input; and a projection with its bias, if that of a later layer's weight
-    or projection is. Where the pre-activations are computed again, which on a GPU is always so, backward reads
-    x, every weight, bias and projection.
+    For backward the operation keeps x and every layer's pre-activation (for narrow layers on a GPU, every layer's
+    output), half of what eager keeps. On a CPU, narrow layers with more than 32 MiB of pre-activations keep only x, and
+    backward computes the pre-activations again in cache. (If `cpu_isa` is ``"none"``, the operation keeps what eager
+    keeps.)
+
+    Eager keeps every layer's input; this backward reads other tensors instead. Do not change these tensors between
+    forward and backward:
+
+    * x, if the gradient of a weight or projection is needed and shortcuts lead from x to that layer's input;
+    * a projection and its bias, if the gradient of a later layer's weight or projection is needed;
+    * x, every weight, bias and projection on a GPU, and wherever the pre-activations are computed again.
 
     Args:
         x: ``(..., in_features)``.
-        weights: one ``(out, in)`` tensor a layer; ``in`` is the previous layer's output width, with
-            ``shortcut="concat"`` the sum of all widths so far.
-        biases: one ``(out,)`` tensor or None a layer, or None for no bias at all.
+        weights: one ``(out, in)`` tensor for each layer. ``in`` is the output width of the layer before, or, with
+            ``shortcut="concat"``, the sum of all widths so far.
+        biases: one ``(out,)`` tensor or None for each layer, or None for no bias at all.
         shortcut: ``"identity"`` adds h where ``in == out`` and nothing elsewhere; ``"projection"`` adds h
             where ``in == out`` and ``h Pᵀ + p`` elsewhere; ``"concat"`` returns ``cat([h, layer(h)], -1)``;
             ``"none"`` does nothing.
-        projections: for ``"projection"``, one ``(out, in)`` tensor or None a layer; needed where
+        projections: for ``"projection"``, one ``(out, in)`` tensor or None for each layer; a tensor is needed where
             ``in != out``.
-        projection_biases: one ``(out,)`` tensor or None a layer.
+        projection_biases: one ``(out,)`` tensor or None for each layer.
         activation: as in `linear_gelu_residual`.
-        recompute: never keep pre-activations for backward; compute them there again from x and the parameters.
+        recompute: never keep pre-activations; backward computes them again from x and the parameters.
 
     Returns:
         ``(..., out_features of the last layer)``; with ``"concat"``, the sum of all widths.
 
     Raises:
         ValueError: unknown shortcut or activation, lists of different length, a missing or unused projection.
-        TypeError: an argument is no tensor, or no list of tensors.
+        TypeError: an argument is not a tensor, or not a list of tensors.
         RuntimeError: a dtype, device or shape does not fit.
 
     >>> weights = [torch.randn(64, 64) / 8 for _ in range(4)]
@@ -174,20 +176,20 @@ def mlp_residual(
 ) -> Tensor:
     """``residual + fc2(act(fc1(x)))``, the transformer block's MLP, as one operation.
 
-    For backward it keeps x and fc1's output; the activated one is computed again where fc2's weight gradient
-    needs it. (Where `cpu_isa` is ``"none"``, what eager keeps.)
+    For backward the operation keeps x and fc1's output. Backward computes the activated output again where fc2's
+    weight gradient needs it. (If `cpu_isa` is ``"none"``, the operation keeps what eager keeps.)
 
     Args:
         x: ``(..., in_features)``, any leading sizes, any strides; float32, float64, bfloat16 or float16.
-        fc1_weight, fc1_bias: ``(hidden, in_features)`` and ``(hidden,)`` or None. Any strides: a weight that is
-            stored ``(in, out)``, as transformers' ``Conv1D`` does, is passed as ``weight.t()``, is read where it
-            lies, and its gradient lies the same way.
+        fc1_weight, fc1_bias: ``(hidden, in_features)`` and ``(hidden,)`` or None. Any strides. Pass a weight stored
+            ``(in, out)``, as transformers' ``Conv1D`` stores its weight, as ``weight.t()``: the kernels read the
+            weight in place, and its gradient is laid out the same way.
         fc2_weight, fc2_bias: ``(out_features, hidden)`` and ``(out_features,)`` or None.
-        residual: broadcasts to ``(..., out_features)``, or None to add nothing.
+        residual: broadcasts to ``(..., out_features)``; None adds nothing.
         activation, recompute: as in `linear_gelu_residual`.
 
     Returns:
-        ``(..., out_features)``, contiguous, x's dtype. In 16-bit dtypes the hidden activations are rounded, as
+        ``(..., out_features)``, contiguous, in x's dtype. In 16-bit dtypes the hidden activations are rounded, as
         eager rounds them.
 
     Raises:
@@ -217,9 +219,9 @@ def mlp_residual(
 
 
 def record_fallback(reason: str) -> None:
-    """Count a module's call that leaves the fused path; RuntimeError under FASTLANE_STRICT=1.
+    """Count a module's call that leaves the fused path; raises RuntimeError under FASTLANE_STRICT=1.
 
-    Not while torch.compile traces: a graph has no place for a counter.
+    Does nothing while torch.compile traces: a graph has no place for a counter.
     """
     if not torch.compiler.is_compiling():
         library.leave_fused_path(reason)

@@ -1,7 +1,7 @@
-"""How large the gradients are, layer by layer: printed, as a table, as JSON, as a picture.
+"""How large the gradients are, layer by layer: printed, as a table, as JSON or as a picture.
 
 Looking at gradients changes nothing: ``.grad``, buffers (a BatchNorm's running statistics), the random state and train
-or eval mode stay as they were, and no optimizer steps. `_differentiate` says how.
+or eval mode stay as they were, and no optimizer steps. `_differentiate` describes how.
 
 ``GradientReport.plot`` and `fastlane_ext.plots` need matplotlib: ``pip install "fastlane_ext[plot]"``.
 """
@@ -95,7 +95,7 @@ def _gradients(
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    # fp32 and fp64 as eager code computes it, to the last digit; narrower types would round the mean.
+    # In fp32 and fp64 the mean equals eager code's to the last digit; narrower types would round the mean.
     narrow = {torch.complex32: torch.complex64, torch.float64: torch.float64, torch.complex128: torch.complex128}
     return tensor.to(narrow.get(tensor.dtype, torch.complex64 if tensor.is_complex() else torch.float32))
 
@@ -115,22 +115,24 @@ def print_gradients(
     keep_grad: bool = False,
     file: TextIO | None = None,
 ) -> None:
-    """Print every weight's mean absolute gradient, a line each, for one forward and backward of ``model``.
+    """Print the mean absolute gradient of every weight, one line each, for one forward and backward of ``model``.
 
     Args:
         model: any module; a weight is a parameter with "weight" in its name.
         x: passed as ``model(x)``.
         style: ``"lines"``: ``{name} has gradient mean of {value:.6e}``; ``"full"``: the value's full digits;
             ``"table"``: a heading, a rule and ``{name}: gradient mean = {value:.6f}``.
-        target: zeros in the output's shape, dtype and device unless given.
-        loss_fn: ``loss_fn(output, target)`` returning one element; mean squared error unless given.
+        target: the loss's second argument; zeros in the output's shape, dtype and device unless given.
+        loss_fn: a function ``loss_fn(output, target)`` that returns a tensor of one element; mean squared error unless
+            given.
         keep_grad: also add the gradients to ``.grad``, as ``backward()`` would.
         file: where to print; standard output unless given.
 
     Raises:
-        TypeError: the model's output is no tensor and there is no ``loss_fn``.
-        ValueError: unknown ``style``, a target of another shape, nothing to differentiate, parameters on the meta
-            device or made in inference mode, a FullyShardedDataParallel.
+        TypeError: the model's output is not a floating-point tensor and there is no ``loss_fn``, or an argument has
+            the wrong type.
+        ValueError: unknown ``style``, a target of another shape, a loss that is not one real number, nothing to
+            differentiate, parameters on the meta device or made in inference mode, a FullyShardedDataParallel.
 
     >>> import torch
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -182,12 +184,13 @@ def gradient_report(
 ) -> GradientReport:
     """Figures on every parameter's gradient for one forward and backward of ``model``.
 
-    Arguments and errors are those of `print_gradients`. A shared parameter is listed once, under its
-    first name; one that is frozen or unused has no gradient and shows "-". Figures of complex numbers are those of
-    their absolute values. Lazy modules are initialised, as by any forward.
+    Arguments and errors are as in `print_gradients`. A shared parameter is listed once, under its first name. A frozen
+    or unused parameter has no gradient and shows "-". Figures of complex gradients use the absolute values. Lazy
+    modules are initialised, as by any forward.
 
-    Under FSDP2 and tensor parallelism every process has to call it, and the figures are those of whole parameters, with
-    gradients averaged as ``backward()`` averages them. Under DistributedDataParallel they are the process's own.
+    Under FSDP2 and tensor parallelism every process has to make the call. The figures then describe whole parameters,
+    with gradients averaged as ``backward()`` averages them. Under DistributedDataParallel the figures describe the
+    process's own gradients.
 
     >>> import torch
     >>> report = gradient_report(torch.nn.Linear(2, 1), torch.zeros(3, 2))
@@ -217,18 +220,18 @@ def shortcut_demo(
 ) -> ShortcutDemo:
     """The pair of networks that shows what shortcuts do to gradients: the ``example`` of `fastlane_ext.experiments`.
 
-    After one ``torch.manual_seed(seed)`` come ``torch.randn(1, layer_sizes[0])``, the parameters of the network without
-    shortcuts, and those of the network with them, in this order: the two networks start from different values. The
-    random state is given back.
+    After one ``torch.manual_seed(seed)``, first ``torch.randn(1, layer_sizes[0])`` is drawn, then the parameters of the
+    network without shortcuts, then the parameters of the network with shortcuts. The two networks therefore start from
+    different values. The random state is restored.
 
     Args:
         layer_sizes, activation, shortcut: as in `ResidualNetwork`; ``"identity"`` adds x where the sizes are equal.
         seed: for ``torch.manual_seed``, at least -2**63 and less than 2**64.
         x: an input of your own in place of the random one, ``(*, layer_sizes[0])``.
-        eager: make the networks of `fastlane_ext.reference`, same values, instead of the fused ones.
+        eager: make the networks of `fastlane_ext.reference`, with the same values, instead of the fused networks.
 
     Raises:
-        TypeError, ValueError: one line naming the argument, what came and what was expected.
+        TypeError, ValueError: one line naming the argument, its value and the expected one.
 
     >>> demo = shortcut_demo(eager=True)
     >>> f"{gradient_report(demo.without, demo.x).rows[0].mean_abs:.5e}"
@@ -244,7 +247,7 @@ def shortcut_demo(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A block that draws what ``torch.manual_seed(seed)`` leads to, and leaves the random state as it was."""
+    """A block whose random numbers follow ``torch.manual_seed(seed)``; the random state is restored after the block."""
     check_seed("seed", seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

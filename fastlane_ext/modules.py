@@ -1,8 +1,8 @@
 """Layers on the fused kernels, with the parameters, names and initial values of the eager ones.
 
-A layer calls one fused op. Where a child has become something else than what the layer was built with (a
-hook, a parametrization, an adapter in its place), that child is called as a module, so that its behaviour is
-kept, and ``fastlane_ext.stats()`` counts the fallback.
+A layer calls one fused op. A child may have changed since the layer was built: it may have a hook or a
+parametrization, or an adapter in its place. The layer then calls that child as a module, so that the child's
+behaviour is kept, and ``fastlane_ext.stats()`` counts the fallback.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["LinearGELUResidual", "ResidualMLP"]
 
 
 def run_linear(child: nn.Linear, name: str, x: Tensor) -> Tensor:
-    """``child(x)``, through the fused op where that is all the same."""
+    """``child(x)``, by the fused op where the op computes the same."""
     reason = why_network_changed() or why_odd_tensor(x) or why_not_plain_linear(child)
     if reason is None:
         return linear_gelu_residual(x, child.weight, child.bias, activation="none")
@@ -41,7 +41,9 @@ def run_linear(child: nn.Linear, name: str, x: Tensor) -> Tensor:
 
 
 def _checked(name: str) -> Any:
-    """The function of that name, fused, or eager where the formula's own parts are watched or replaced."""
+    """The fused function ``name``, or the eager one where a mode watches, torch's functions were replaced or a tensor
+    is not a plain one.
+    """
     fused, eager = getattr(functional, name), getattr(reference, name)
 
     def layer(*args: Any, **options: Any) -> Tensor:
@@ -58,7 +60,7 @@ _checked_residual = _checked("linear_gelu_residual")
 
 
 def _residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *, activation: str) -> Tensor:
-    """``_checked_residual``, whose checks are made in C++ where nothing special is found."""
+    """``_checked_residual``; C++ makes the checks first, and runs the layer if it finds nothing special."""
     if not torch.compiler.is_compiling():
         y = library.run_plain_layer(FORMULA, x, weight, bias, residual, activation, False)
         if y is not None:

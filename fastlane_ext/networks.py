@@ -1,8 +1,9 @@
 """Networks of fused layers: the whole stack is one call of `residual_stack`.
 
-Construction is the eager network's own, from `fastlane_ext.reference`. A child that has become something
-else than what the network was built with (a hook, an adapter, another activation) is called as a module, so
-that its behaviour is kept; the other layers stay fused, and ``fastlane_ext.stats()`` counts the fallback.
+The constructors are the eager networks' own, from `fastlane_ext.reference`. A layer may have changed since the
+network was built: it may have a hook, an adapter or another activation. The network then calls that layer as a
+module, so that the layer's behaviour is kept. The other layers stay fused, and ``fastlane_ext.stats()`` counts the
+fallback.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _GELU_NAMES = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def _plain_layer(layer: nn.Module) -> tuple[Tensor, Tensor | None, str] | str:
-    """Weight, bias and activation where the fused op can stand in for ``layer``, else the reason why not."""
+    """Weight, bias and activation if the fused op can stand in for ``layer``, else the reason why not."""
     reason = why_not_plain(layer, nn.Sequential)
     if reason is not None:
         return reason
@@ -95,7 +96,7 @@ class _FusedForward(reference.ResidualNetwork):
             return self._forward_by_layer(x)
         for layer in self.layers:
             plain = _plain_layer(layer)
-            # The stack op knows one activation; a network whose layers differ is still fused layer by layer.
+            # The stack op takes one activation for all layers; a network whose layers differ is fused layer by layer.
             if isinstance(plain, str) or plain[2] != (common or plain[2]):
                 return self._forward_by_layer(x)
             weight, bias, common = plain
@@ -127,7 +128,9 @@ class _FusedForward(reference.ResidualNetwork):
         )
 
     def _why_other_shapes(self, index: int, weight: Tensor) -> str | None:
-        """Eager adds what broadcasts, where a layer's identity or projection has another width than its output."""
+        """Why the fused op cannot add this layer's shortcut, or None. Eager also adds a shortcut of another width than
+        the layer's output, if the two broadcast.
+        """
         if self.shortcut != "projection" or self.projections is None:
             return None
         if not isinstance(weight, Tensor):  # torch.fx's stand-ins have no sizes

@@ -1,7 +1,7 @@
 """The same layers and networks in plain eager PyTorch: specification, test oracle and benchmark baseline.
 
 Nothing here touches the compiled extension. The fused classes inherit their constructors from this file, so
-that parameters, their names and their initial values under a seed agree by construction.
+that the parameters, their names and their initial values under a seed are the same.
 
 Source of the formulas: GELU, Hendrycks & Gimpel, arXiv:1606.08415; identity and projection shortcuts, He et
 al., arXiv:1512.03385; concatenation, Huang et al., arXiv:1608.06993.
@@ -75,9 +75,9 @@ def linear_gelu_residual(
 
     ``x`` is ``(*, in)``, ``weight`` ``(out, in)``, ``bias`` ``(out,)``; ``residual`` broadcasts to the
     result, ``(*, out)``. ``activation`` is ``"gelu"`` (exact, erf), ``"gelu_tanh"`` or ``"none"``.
-    ``recompute`` is accepted for the signature's sake: it changes what is saved, never a value.
+    ``recompute`` has no effect here; the fused function has the same parameter.
 
-    Raises ValueError for an unknown ``activation``; shapes and dtypes are PyTorch's to check (RuntimeError).
+    Raises ValueError for an unknown ``activation``. PyTorch checks shapes and dtypes (RuntimeError).
 
     >>> import torch
     >>> linear_gelu_residual(torch.ones(2, 3), torch.zeros(4, 3), residual=torch.ones(4)).sum().item()
@@ -90,7 +90,7 @@ def linear_gelu_residual(
 def linear_gelu_concat(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "gelu") -> Tensor:
     """``cat([x, act(x @ weight.T + bias)], -1)``: ``(*, in)`` becomes ``(*, in + out)``.
 
-    Arguments and errors are those of `linear_gelu_residual`.
+    Arguments and errors are as in `linear_gelu_residual`.
 
     >>> import torch
     >>> linear_gelu_concat(torch.ones(2, 3), torch.zeros(4, 3)).shape
@@ -112,13 +112,13 @@ def residual_stack(
 ) -> Tensor:
     """A network of layers, each ``act(x @ weight.T + bias)`` plus its shortcut, one after the other.
 
-    ``x`` is ``(*, in)``; the other tensors come one a layer: weights and projections ``(out, in)``, biases
+    ``x`` is ``(*, in)``. Each list holds one entry for each layer: weights and projections ``(out, in)``, biases
     ``(out,)``, None where a layer has none. The result is ``(*, out of the last layer)``.
 
     ``shortcut="identity"`` adds x where ``in == out``; ``"projection"`` adds a linear map of x where there is
     one, else x; ``"concat"`` puts x in front of each layer's output; ``"none"`` does nothing.
 
-    ``recompute`` is accepted for the signature's sake: it changes what is saved, never a value.
+    ``recompute`` has no effect here; the fused function has the same parameter.
 
     Raises ValueError for an unknown ``shortcut`` or ``activation``, a list of the wrong length, a missing or
     an unused projection.
@@ -160,7 +160,7 @@ def mlp_residual(
     """``residual + fc2(act(fc1(x)))``, the MLP of a transformer block; without ``residual`` nothing is added.
 
     ``x`` is ``(*, in)``, ``fc1_weight`` ``(hidden, in)``, ``fc2_weight`` ``(out, hidden)``, the result
-    ``(*, out)``. Other arguments and errors are those of `linear_gelu_residual`.
+    ``(*, out)``. Other arguments and errors are as in `linear_gelu_residual`.
 
     >>> import torch
     >>> mlp_residual(torch.ones(2, 3), torch.ones(5, 3), None, torch.zeros(3, 5), None).shape
@@ -175,19 +175,19 @@ class LinearGELUResidual(nn.Module):
 
     Args:
         in_features, out_features: sizes of the last dimension of input and output.
-        bias: whether the layer (and its projection) has one.
+        bias: whether the layer and its projection have a bias.
         shortcut: ``"identity"``, ``"projection"``, ``"concat"`` or ``"none"``, as in `residual_stack`.
         activation: ``"gelu"``, ``"gelu_tanh"`` or ``"none"``.
-        device, dtype: of the parameters, as in ``nn.Linear``.
+        device, dtype: the parameters' device and dtype, as in ``nn.Linear``.
 
     Attributes:
-        weight: ``(out_features, in_features)``, initialised as ``nn.Linear`` does.
+        weight: ``(out_features, in_features)``, with the initial values of an ``nn.Linear``.
         bias: ``(out_features,)`` or None.
-        projection: an ``nn.Linear(in_features, out_features)`` with ``"projection"`` where the sizes differ,
+        projection: an ``nn.Linear(in_features, out_features)`` if ``shortcut="projection"`` and the sizes differ,
             else None.
 
     Raises:
-        TypeError, ValueError: one line naming the argument, what it got and what was expected.
+        TypeError, ValueError: one line naming the argument, its value and the expected one.
 
     >>> import torch
     >>> LinearGELUResidual(3, 4, shortcut="concat")(torch.zeros(2, 3)).shape
@@ -217,7 +217,7 @@ class LinearGELUResidual(nn.Module):
         self.out_features = check_size("out_features", out_features)
         self.shortcut = shortcut
         self.activation = activation
-        # Taking them from an nn.Linear gives its initial values under any seed, also those of a later torch.
+        # Parameters taken from an nn.Linear have its initial values under any seed, in later versions of torch too.
         linear = nn.Linear(self.in_features, self.out_features, bias, device=device, dtype=dtype)
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
@@ -234,8 +234,8 @@ class LinearGELUResidual(nn.Module):
         A projection, where the shortcut needs one, is new and has ``linear``'s device and dtype.
 
         Raises:
-            TypeError: ``linear`` is not exactly an ``nn.Linear`` with ordinary parameters, or carries hooks:
-                its behaviour would be lost.
+            TypeError: ``linear`` is not exactly an ``nn.Linear`` with ordinary parameters, or hooks run in its calls.
+                The new layer would lose that behaviour.
 
         >>> linear = nn.Linear(3, 3)
         >>> LinearGELUResidual.from_linear(linear).weight is linear.weight
@@ -258,14 +258,13 @@ class LinearGELUResidual(nn.Module):
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
-        """Draw new initial values for ``weight`` and ``bias`` (a projection has its own method)."""
+        """Draw new initial values for ``weight`` and ``bias``; the projection has a ``reset_parameters`` of its own."""
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``, or ``(*, in + out)`` with ``shortcut="concat"``.
 
-        ``residual``, if given, is added in place of the shortcut's own addend; with ``"concat"`` it is a
-        ValueError.
+        ``residual``, if given, is added in place of the shortcut. With ``"concat"`` a residual raises ValueError.
         """
         if self.shortcut == "concat":
             self._refuse(residual)
@@ -297,10 +296,10 @@ class ResidualMLP(nn.Module):
         dim: size of the last dimension of input and output.
         hidden_dim: size between the two linear maps.
         activation: ``"gelu"``, ``"gelu_tanh"`` or ``"none"``.
-        bias: whether the two linear maps have one.
+        bias: whether the two linear maps have a bias.
 
     Raises:
-        TypeError, ValueError: one line naming the argument, what it got and what was expected.
+        TypeError, ValueError: one line naming the argument, its value and the expected one.
 
     >>> import torch
     >>> ResidualMLP(3, 12)(torch.zeros(2, 3)).shape
@@ -330,15 +329,15 @@ class ResidualNetwork(nn.Module):
         shortcut: ``"identity"``, ``"projection"``, ``"concat"`` or ``"none"``, as in `residual_stack`.
             With ``"concat"`` a layer reads the sum of all widths before it.
         activation: ``"gelu"``, ``"gelu_tanh"`` or ``"none"``.
-        bias: whether the linear maps have one.
+        bias: whether the linear maps have a bias.
 
     Attributes:
         layers: ``nn.ModuleList``; parameters ``layers.{i}.0.weight`` and ``layers.{i}.0.bias``.
-        projections: with ``"projection"`` an ``nn.ModuleList`` of ``nn.Linear`` where the sizes differ and
-            None elsewhere; otherwise None.
+        projections: with ``shortcut="projection"`` an ``nn.ModuleList`` that holds an ``nn.Linear`` where a layer's
+            sizes differ and None elsewhere; with other shortcuts None.
 
     Raises:
-        TypeError, ValueError: one line naming the argument, what it got and what was expected.
+        TypeError, ValueError: one line naming the argument, its value and the expected one.
 
     >>> import torch
     >>> ResidualNetwork([3, 3, 5], shortcut="projection")(torch.zeros(2, 3)).shape
@@ -372,7 +371,7 @@ class ResidualNetwork(nn.Module):
         self.projections = nn.ModuleList(projections) if shortcut == "projection" else None  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(*, layer_sizes[0])`` to ``(*, layer_sizes[-1])``, or, with concat, ``(*, sum(layer_sizes))``."""
+        """``(*, layer_sizes[0])`` to ``(*, layer_sizes[-1])``, or, with ``"concat"``, ``(*, sum(layer_sizes))``."""
         for index, layer in enumerate(self.layers):
             x = self._run_layer(index, layer, x)
         return x
@@ -398,7 +397,7 @@ class ResidualNetwork(nn.Module):
 class ExampleDeepNeuralNetwork(ResidualNetwork):
     """Any number of layers; each adds its input if ``use_shortcut`` and the shapes are equal.
 
-    Arguments are those of `ResidualNetwork`. The published gradient table uses ``"gelu_tanh"``.
+    ``layer_sizes`` and ``activation`` are as in `ResidualNetwork`. The published gradient table uses ``"gelu_tanh"``.
 
     >>> import torch
     >>> ExampleDeepNeuralNetwork([3, 3, 1])(torch.zeros(2, 3)).shape
@@ -413,8 +412,8 @@ class ExampleDeepNeuralNetwork(ResidualNetwork):
 class ImprovedResidualNetwork(ResidualNetwork):
     """With shortcuts on, every layer adds its input, through a learned ``nn.Linear`` where the sizes differ.
 
-    Arguments are those of `ResidualNetwork`. ``projections`` is always an ``nn.ModuleList`` of one
-    entry a layer, None where nothing is projected.
+    ``layer_sizes`` and ``activation`` are as in `ResidualNetwork`. ``projections`` is always an ``nn.ModuleList`` with
+    one entry for each layer: None where the layer has no projection.
 
     >>> sorted(ImprovedResidualNetwork([3, 3, 1]).state_dict())[-2:]
     ['projections.1.bias', 'projections.1.weight']
@@ -430,7 +429,7 @@ class ImprovedResidualNetwork(ResidualNetwork):
 class DeepNeuralNet(ResidualNetwork):
     """Inputs of any rank; each layer adds its input if ``use_skip_connection`` and the shapes are equal.
 
-    ``layer_size`` lists the sizes as in `ResidualNetwork`. ``activation="none"`` reproduces a
+    ``layer_size`` lists the sizes, as ``layer_sizes`` of `ResidualNetwork` does. ``activation="none"`` reproduces a
     notebook in which the GELU never took effect.
 
     >>> import torch

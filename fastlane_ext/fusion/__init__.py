@@ -1,4 +1,4 @@
-"""`fuse`: fused operations in models that somebody else wrote, in place, and back."""
+"""`fuse` puts fused operations into a model that somebody else wrote, in place; `unfuse` takes them out again."""
 
 from __future__ import annotations
 
@@ -27,27 +27,33 @@ def fuse(
     strict: bool = False,
     dry_run: bool = False,
 ) -> FusionReport:
-    """Let fused operations run in ``model``, in place, wherever its modules compute what they compute.
+    """Make the modules of ``model`` run fused operations, in place, wherever a fused operation computes the same.
 
-    Found, by following each container's forward and not by its class's name: Linear→GELU,
-    Linear→GELU→(inactive dropout)→Linear, and a Linear whose result is added to another input; ``nn.Linear`` and
-    transformers' ``Conv1D``; any activation whose values and slopes are GELU's, exact or tanh; the networks of
-    `fastlane_ext.reference`. No parameter is made, renamed or copied: the container's class becomes a subclass of
-    it. At every call that forward looks whether all that it stands in for still is what it was (children, hooks,
-    attributes, code, torch's own functions, modes), and runs the original one where it is not.
+    `fuse` finds Linear→GELU, Linear→GELU→(inactive dropout)→Linear, and a Linear whose result is added to another
+    input. A Linear is an ``nn.Linear`` or transformers' ``Conv1D``. A GELU is any activation whose values and slopes
+    are GELU's, exact or tanh. The networks of `fastlane_ext.reference` become fused networks. The search follows each
+    container's forward and does not go by class names.
+
+    No parameter is made, renamed or copied: the container gets a subclass of its class, with another forward. At
+    every call the new forward checks that everything the plan rests on is unchanged (children, hooks, attributes,
+    code, torch's own functions, modes), and runs the original forward if anything has changed.
 
     Args:
-        model: any module. Its submodules are looked at, and it itself.
-        filter_fn: called with the name and the module of each candidate; false leaves it alone.
-        linears: take plain linear layers too, each only where a measurement now, 128 rows forward, finds the fused
-            op at least 5 % faster than the library on this machine. Only on CPUs; costs some ten milliseconds for
-            each shape.
-        strict: RuntimeError, and nothing changed, if a site is refused for what it is: not one that ``filter_fn``
-            or a measurement leaves out.
+        model: any module; the search covers the module and all its submodules.
+        filter_fn: called as ``filter_fn(name, module)`` for each candidate; a false result leaves the candidate alone.
+        linears: fuse plain linear layers too, each only if a measurement now, 128 rows forward, finds the fused op at
+            least 5 % faster than the library on this machine. Only on CPUs; costs some ten milliseconds for each
+            shape.
+        strict: raise RuntimeError and change nothing if a site cannot be fused. Sites that ``filter_fn`` or a
+            measurement leaves out do not count.
         dry_run: report, and change nothing.
 
     Returns:
-        A `FusionReport`. A warning tells if nothing in the model runs fused.
+        A `FusionReport`. Without ``dry_run``, a UserWarning says if nothing in the model runs fused.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        RuntimeError: ``strict`` is set and a site cannot be fused.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
     >>> report = fuse(model)
@@ -78,7 +84,10 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> int:
-    """Undo `fuse`: every module gets its own class back. Returns how many were fused.
+    """Undo `fuse`: every module gets its original class back. Returns how many modules were fused.
+
+    Raises TypeError if ``model`` is not a module. Raises RuntimeError, and changes nothing, if a module's class changed
+    after `fuse`, or if its fused class was given another forward.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())
     >>> len(fuse(model)), unfuse(model), type(model).__name__
@@ -108,9 +117,10 @@ def unfuse(model: nn.Module) -> int:
 
 
 def explain(model: nn.Module, linears: bool = False) -> FusionReport:
-    """What runs fused in ``model`` now, what could, and why the rest does not; changes nothing.
+    """Report what runs fused in ``model`` now, what could, and why the rest cannot; change nothing.
 
-    A row of a module that was called since `fuse` also says what ran: ``site.calls``.
+    For a fused module, ``site.calls`` counts its calls since `fuse`: how many ran fused, how many ran the original
+    forward.
 
     >>> print(explain(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())).summary())
     Sequential: 1 of 1 sites fused
@@ -119,10 +129,11 @@ def explain(model: nn.Module, linears: bool = False) -> FusionReport:
 
 
 class disabled(_DecoratorContextManager):
-    """In this block, in this thread, everything runs as eager PyTorch would run it: fused modules their original
-    forward, the functions of `fastlane_ext` their composition. ``stats()["fallback"]`` counts the latter. What is
-    compiled or exported in the block is eager PyTorch, too. Also a decorator, of generators too. The backward of a
-    fused forward stays fused.
+    """Run everything in this block, in this thread, as eager PyTorch would.
+
+    Fused modules run their original forward. The functions of `fastlane_ext` run eager operations, and
+    ``stats()["fallback"]`` counts their calls. Graphs compiled or exported in the block hold eager operations too. The
+    backward of a fused forward stays fused. `disabled` is also a decorator, of generators too.
 
     >>> from fastlane_ext import linear_gelu_residual
     >>> with disabled():

@@ -1,7 +1,7 @@
-"""Which form of GELU a module or function computes, found by what it computes and not by its name.
+"""Which form of GELU a module or function computes; its name does not matter.
 
-A module counts as a GELU where its code can do nothing but arithmetic (reads.py), and its values and its slope agree
-with GELU's on a grid, for several ranks. In doubt it is none.
+A module counts as a GELU if its code can do nothing but arithmetic (reads.py), and its values and slopes agree with
+GELU's on a grid, for several ranks. In doubt a module does not count as a GELU.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ _registered: dict[type[nn.Module], str] = {}
 def register_activation(cls: type[nn.Module], form: str) -> None:
     """Tell `fuse` that modules of exactly this class compute ``form``: ``"gelu"`` or ``"gelu_tanh"``.
 
-    Classes whose forward is plain arithmetic need no registration: `fuse` finds them by their values and slopes. This
-    is for those that it cannot read or call, such as wrappers of GPU kernels, or that branch or have a state.
+    Classes whose forward is plain arithmetic need no registration: `fuse` finds them by their values and slopes.
+    Register classes that `fuse` cannot read or call, such as wrappers of GPU kernels, and classes that branch or have a
+    state.
 
-    Raises TypeError if ``cls`` is no subclass of ``nn.Module``, ValueError for an unknown ``form`` or a class of
-    torch's own, whose meaning is known.
+    Raises TypeError if ``cls`` is not a subclass of ``nn.Module`` or ``form`` is not a string. Raises ValueError for an
+    unknown ``form`` or for a class of ``torch.nn``, whose meaning is known.
 
     >>> class MyGELU(torch.nn.GELU):
     ...     pass
@@ -53,7 +54,7 @@ def register_activation(cls: type[nn.Module], form: str) -> None:
 
 @contextmanager
 def outside_modes() -> Iterator[None]:
-    """Real tensors on the CPU, whatever device, tracer or torch.func transform the caller has switched on."""
+    """A block whose tensors are real CPU tensors, whatever device, tracer or torch.func transform the caller is in."""
     with (
         temporarily_clear_interpreter_stack(),
         torch._C.DisableTorchFunction(),
@@ -73,7 +74,7 @@ class _Grid(NamedTuple):
 
 @functools.cache
 def _grid() -> _Grid:
-    # Dense where the forms differ, sparse as far as float32 goes: somebody may clip, or switch, anywhere.
+    # Dense where the forms differ, sparse out to float32's limits: an activation may clip or switch anywhere.
     far = torch.logspace(1, 38.47, 160, dtype=torch.float64)
     near = torch.linspace(-24, 24, 480, dtype=torch.float64)
     tiny = torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-38, -1, 79, dtype=torch.float64)])
@@ -89,9 +90,9 @@ def _grid() -> _Grid:
 def form_of_values(call: Callable[[Tensor], Any]) -> str | None:
     """The form whose values and slopes ``call`` has, or None.
 
-    In float64 from −3e38 to 3e38, where no formula overflows on its way, in one to five dimensions; in float32 where
-    |x| is at most 1e4; and at infinities and NaN, which must not become ordinary numbers. Leaves torch's random
-    numbers alone.
+    Compares in float64 from −3e38 to 3e38, where no intermediate value overflows, in one to five dimensions; and in
+    float32 where |x| is at most 1e4. Infinities and NaN must not become ordinary numbers. Leaves torch's random state
+    alone.
     """
     with outside_modes(), torch.random.fork_rng(devices=[]):
         x, forms = _grid()
@@ -111,7 +112,9 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 
 def _keeps_dtype(call: Callable[[Tensor], Any], dtype: torch.dtype, form: str) -> bool:
-    """Whether the result of 16 bits is of 16 bits, and about GELU as far as the type goes: nothing overflows."""
+    """Whether a 16-bit input gives a result of the same dtype that is about GELU up to half the dtype's largest number:
+    an overflow would show.
+    """
     largest = min(torch.finfo(dtype).max, 3e38)
     x = torch.linspace(-largest / 2, largest / 2, 64, dtype=torch.float64)
     x = torch.cat([x, torch.linspace(-300, 300, 121, dtype=torch.float64)]).to(dtype)
@@ -156,7 +159,7 @@ def _form_in(
 
 
 def _keeps_special_values(call: Callable[[Tensor], Any]) -> bool:
-    """NaN stays NaN; infinities give GELU's limits, or the NaN that torch's own GELU gives at minus infinity."""
+    """Whether NaN stays NaN and infinities give GELU's limits or NaN, as torch's own GELU does at minus infinity."""
     inf, nan = float("inf"), float("nan")
     for dtype in (torch.float64, torch.float32):
         got = _values_and_slopes(call, torch.tensor([-inf, inf, nan, 1.0], dtype=dtype))
@@ -176,7 +179,7 @@ _EMPTY_MODULE = frozenset(vars(nn.Module()))
 
 
 class Partial(NamedTuple):
-    """What a ``functools.partial`` holds: the object can be changed in place. csrc/python/plan_call.cpp reads it."""
+    """The contents of a ``functools.partial``, which can be changed in place. csrc/python/plan_call.cpp reads them."""
 
     function: Any
     arguments: tuple[Any, ...]
@@ -194,8 +197,8 @@ def state_of(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 
 def is_same(now: Any, value: Any) -> bool:
-    """Whether an attribute still is what `state_of` found: the same object, or an equal constant. No ``__eq__`` of
-    somebody else's is asked.
+    """Whether an attribute is still the same object that `state_of` found, or an equal constant. Calls no ``__eq__``
+    that somebody else wrote.
     """
     if type(value) is Partial:
         return type(now) is functools.partial and Partial.of(now) == value
@@ -206,8 +209,8 @@ NO_GELU = "which computes no GELU"
 
 
 class Activation(NamedTuple):
-    """What a module was found to compute, and what that rests on: its own attributes, names that its own dict must
-    not hold, facts.
+    """The form of GELU that a module computes, and what the finding rests on: the module's own attributes, names that
+    its own dict must not hold, facts.
     """
 
     form: str
@@ -217,8 +220,8 @@ class Activation(NamedTuple):
 
 
 def read_activation(module: nn.Module) -> Activation | str:
-    """What ``module`` computes; a reason where it is no GELU, or may become another function. Its code is called only
-    where it was read to be arithmetic.
+    """What ``module`` computes; a reason if it is not a GELU or may become another function. Calls the module's code
+    only after reading that the code is arithmetic.
     """
     kind = type(module)
     if kind in _registered:
@@ -237,7 +240,7 @@ def read_activation(module: nn.Module) -> Activation | str:
     reason = why_own_call(kind) or _why_not_closed(module, evidence)
     if reason is not None:
         return _not_known(reason)
-    # In both modes, since some ask `self.training`; on a copy, so that nothing of the model changes.
+    # In both modes, since some activations read `self.training`; on a copy, so that the model does not change.
     forms = set()
     for training in (False, True):
         stand_in = copy.copy(module)
@@ -274,7 +277,7 @@ def _not_known(reason: str) -> str:
 
 
 def form_of_module(module: nn.Module) -> str | None:
-    """``"gelu"``, ``"gelu_tanh"``, or None for a module that computes something else, or not always the same."""
+    """``"gelu"``, ``"gelu_tanh"``, or None for a module that computes, or may come to compute, something else."""
     found = read_activation(module)
     return found.form if isinstance(found, Activation) else None
 

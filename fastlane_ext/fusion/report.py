@@ -1,4 +1,4 @@
-"""What `fuse` says of a model: one `Site` a place where a fused operation runs or could."""
+"""The report of `fuse` on a model: one `Site` for each place where a fused operation runs or could run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._text import aligned, for_stream
 
 
 class PassedOver(NamedTuple):
-    """A module that was not looked into: its name in ``named_modules()``, its class's, and why."""
+    """A module that was not looked into: its name in ``named_modules()``, its class's name, and the reason."""
 
     name: str
     class_name: str
@@ -21,12 +21,13 @@ class PassedOver(NamedTuple):
 
 @dataclass(frozen=True)
 class Site:
-    """One place where a fused operation runs, or could.
+    """One place where a fused operation runs or could run.
 
-    ``name`` is the module's, as in ``named_modules()``, ``class_name`` its class's; ``pattern`` what was found there;
-    ``fused`` whether it runs fused; ``reason`` why not, or what to know; ``measured`` the times of a plain linear
-    layer, by the library and fused, in milliseconds, or None; ``calls`` how often the module has run fused since
-    `fuse`, and its original forward (torch.compile counts nothing), or None for a module that is not fused.
+    ``name`` is the module's name in ``named_modules()``, ``class_name`` its class's name. ``pattern`` is the pattern
+    found there, and ``fused`` whether it runs fused. ``reason`` says why it does not, or is a note. ``measured`` holds
+    the times of a plain linear layer in milliseconds, by the library and fused, or None. ``calls`` counts how often the
+    module ran fused since `fuse` and how often its original forward ran (torch.compile counts nothing); None for a
+    module that is not fused.
     """
 
     name: str
@@ -39,11 +40,11 @@ class Site:
 
 
 class FusionReport:
-    """What `fuse` found in a model: a `Site` a row, in the order of ``named_modules()``.
+    """The sites that `fuse` found in a model, each a `Site`, in the order of ``named_modules()``.
 
-    ``str(report)`` is a table with a summary line, in letters that standard output knows; ``len``, iteration and
-    ``report.sites`` give the rows.
-    ``report.passed_over`` lists the modules that were not looked into, each a `PassedOver`.
+    ``str(report)`` is a table with a summary line, in characters that standard output can encode. ``len``, iteration
+    and ``report.sites`` give the rows. ``report.passed_over`` lists the modules that were not looked into, each a
+    `PassedOver`.
     """
 
     def __init__(self, model_name: str, sites: list[Site], passed_over: list[PassedOver] | None = None) -> None:
@@ -66,7 +67,7 @@ class FusionReport:
         return [site for site in self.sites if not site.fused]
 
     def summary(self) -> str:
-        """One line: how many sites there are, how many run fused, and how many modules were not looked into."""
+        """One line: the number of sites, of fused sites, and of modules that were not looked into."""
         found = f"{len(self.fused)} of {len(self.sites)} sites fused"
         if not self.sites:
             found = "no Linear next to a GELU was found"
@@ -88,7 +89,7 @@ class FusionReport:
     __repr__ = __str__
 
     def to_json(self) -> str:
-        """The rows, how many are fused, and what was passed over, as JSON text."""
+        """JSON text: the rows, the number of fused sites, and the modules passed over."""
         result = {
             "model": self.model_name,
             "fused": len(self.fused),
@@ -98,6 +99,6 @@ class FusionReport:
         return to_json(result)
 
     def assert_fused(self, count: int) -> None:
-        """AssertionError, with the table, unless exactly ``count`` sites run fused."""
+        """Raise AssertionError, with the table, unless exactly ``count`` sites run fused."""
         if len(self.fused) != count:
             raise AssertionError(f"expected {count} fused sites, got {len(self.fused)}\n{self}")
