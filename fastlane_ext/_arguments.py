@@ -1,4 +1,4 @@
-"""Checks of Python-level arguments, one form of message. Tensors are checked in csrc/ops/checks/checks.h."""
+"""Checks of Python-level arguments; all messages have one form. csrc/ops/checks/checks.h checks tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHORTCUTS = ("identity", "projection", "concat", "none")
 
 
 def bad(argument: str, got: object, expected: str, remedy: str, error: type[Exception] = ValueError) -> Exception:
-    """The one form of message for a refused argument: its name, what came, what was expected, what to do."""
+    """An error for a refused argument: its name, the value it got, the value expected, and a remedy."""
     return error(f"{argument}: got {got}, expected {expected}; {remedy}")
 
 
@@ -25,7 +25,7 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_flag(argument: str, value: object) -> bool:
-    # "none" is a true value: what was meant as a shortcut's name must not switch shortcuts on.
+    # A non-empty string is true: somebody who passes "none" must not switch shortcuts on.
     if not isinstance(value, (bool, int)):
         raise bad(argument, repr(value), "True or False", "pass one of these", TypeError)
     return bool(value)
@@ -60,7 +60,7 @@ def check_seed(argument: str, value: Any) -> int:
 
 
 def shortened(value: object) -> str:
-    """``repr`` for a message of one line: what is long loses its middle."""
+    """``repr`` for a message of one line; a long one loses its middle."""
     # An int of thousands of digits has no repr at all.
     text = f"an int of {value.bit_length()} bits" if isinstance(value, int) and abs(value) >= 10**40 else repr(value)
     return text if len(text) <= 60 else f"{text[:30]}...{text[-10:]}"
@@ -78,15 +78,15 @@ def overrides_torch(kind: type) -> bool:
 
 
 def check_tensor(argument: str, value: object, *, optional: bool = False) -> None:
-    """TypeError for what is no tensor; torch itself would not name the argument."""
-    # torch.fx's proxies and their like stand in for tensors through __torch_function__.
+    """Raise TypeError if ``value`` is not a tensor; torch itself would not name the argument."""
+    # torch.fx's proxies, among others, stand in for tensors through __torch_function__.
     if not isinstance(value, Tensor) and not (optional and value is None) and not overrides_torch(type(value)):
         expected = "a tensor or None" if optional else "a tensor"
         raise bad(argument, f"a {type(value).__name__}", expected, "convert it with torch.as_tensor", TypeError)
 
 
 def check_list(argument: str, values: object) -> None:
-    """A list with a tensor or None a layer, or None; its length is the operator's to check."""
+    """Check that ``values`` is None or a list of tensors and Nones; the operator checks the length."""
     if values is None:
         return
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
@@ -97,7 +97,7 @@ def check_list(argument: str, values: object) -> None:
 
 
 def check_stack(x: object, weights: object, shortcut: str, activation: str, *, has_projections: bool) -> None:
-    """What the lists of a stack are before their tensors meet the layers' own checks."""
+    """Check a stack's arguments as far as Python can; the operator checks the tensors' dtypes and shapes."""
     check_tensor("x", x)
     if not isinstance(weights, Sequence) or isinstance(weights, (str, bytes)) or not weights:
         got = "an empty list" if isinstance(weights, Sequence) else f"a {type(weights).__name__}"

@@ -1,8 +1,8 @@
-"""One forward and backward of any model that leaves no trace: which of autograd's ways is right, and what is put back.
+"""One forward and backward of any model that leaves no trace in the model.
 
-``torch.autograd.grad`` writes no ``.grad`` and calls no optimizer's hook, so it is the way wherever it works. It fails
-under FSDP2, whose parameters are not those that the forward used, and through a re-entrant checkpoint, which refuses
-it. There ``backward()`` runs, and what it wrote is taken away again.
+``torch.autograd.grad`` writes no ``.grad`` and calls no optimizer's hook, so it is used wherever it works. It fails
+under FSDP2, where the forward uses other tensors than the parameters, and through a re-entrant checkpoint. In these
+cases ``backward()`` runs, and the ``.grad`` that it wrote is removed again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Rows = list[tuple[str, Tensor, "Tensor | None"]]
 
 
 def check_model(model: object) -> None:
-    """TypeError or ValueError, in one line, for what has no gradients to look at."""
+    """Raise TypeError or ValueError, in one line, for a model without gradients to look at."""
     if not isinstance(model, nn.Module):
         raise bad("model", f"a {type(model).__name__}", "an nn.Module", "wrap a function in one", TypeError)
     parameters = list(model.parameters())
@@ -45,7 +45,7 @@ def check_model(model: object) -> None:
 
 @contextmanager
 def untouched(model: nn.Module, *inputs: Any) -> Iterator[None]:
-    """Give buffers, random state and settings back as they were: dropout and BatchNorm change them in a forward."""
+    """Restore buffers, random state and settings after the block: dropout and BatchNorm change some in a forward."""
     tensors = [*model.parameters(), *(t for t in tree_leaves(inputs) if isinstance(t, Tensor))]
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     kind = next(iter(devices)).type if devices else "cuda"
@@ -72,7 +72,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         keep(module)
         if any(buffer is not None and is_lazy(buffer) for buffer in module._buffers.values()):
-            # A lazy module gives its buffers their first values in a hook before its first forward; ours comes next.
+            # A lazy module fills its buffers in a hook before its first forward; our hook runs after that one.
             handles.append(module.register_forward_pre_hook(keep))
     try:
         yield
@@ -88,7 +88,7 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unsynchronised(module: DistributedDataParallel) -> Iterator[None]:
-    # The reducer must not expect a backward that never comes, nor average the gradients of one that does.
+    # The reducer must neither wait for a backward that never comes nor average this backward's gradients.
     names = ("require_backward_grad_sync", "require_forward_param_sync", "_static_graph_delay_allreduce_enqueued")
     before = {name: getattr(module, name) for name in names if hasattr(module, name)}
     module.require_backward_grad_sync = False
@@ -115,7 +115,7 @@ def _groups(module: Any) -> list[Any]:
 
 @contextmanager
 def _synchronised(modules: list[Any]) -> Iterator[None]:
-    """FSDP2 reduces the gradients and shards the parameters again, whatever the training loop has switched off."""
+    """Inside, FSDP2 reduces gradients and shards parameters again, even if the training loop has switched that off."""
     groups = [group for module in modules for group in _groups(module)]
     contexts = [module._get_fsdp_state()._state_ctx for module in modules]
     pending = any(
@@ -142,7 +142,7 @@ def _synchronised(modules: list[Any]) -> Iterator[None]:
 
 
 def _survey(loss: Tensor) -> tuple[list[Tensor], bool]:
-    """The leaves that a backward from ``loss`` writes to, and whether a re-entrant checkpoint is on its way."""
+    """The leaves that a backward from ``loss`` writes to, and whether it passes through a re-entrant checkpoint."""
     leaves, reentrant = [], False
     seen, todo = set(), [loss.grad_fn]
     while todo:
@@ -160,7 +160,7 @@ def _survey(loss: Tensor) -> tuple[list[Tensor], bool]:
 
 @contextmanager
 def _set_aside(leaves: list[Tensor]) -> Iterator[None]:
-    """No leaf has a ``.grad`` inside, nor a post-accumulate hook, which may hold an optimizer; after it, all have."""
+    """Take ``.grad`` and post-accumulate hooks, which may run an optimizer, from all leaves; give them back after."""
     held = []
     for leaf in leaves:
         hooks = getattr(leaf, "_post_accumulate_grad_hooks", None)
@@ -181,15 +181,15 @@ def _set_aside(leaves: list[Tensor]) -> Iterator[None]:
 def differentiate(model: nn.Module, loss: Tensor, known: list[Tensor]) -> Rows:
     """Each parameter once: its name, itself, and its gradient, or None if it has no part in ``loss``.
 
-    Hooks on parameters and modules run as in ``backward()``, post-accumulate hooks do not. ``known`` are the parameters
-    from before the forward, and other tensors that ``loss`` may depend on. A lazy parameter that the forward did not
-    reach has no shape yet and is left out.
+    Hooks on parameters and modules run as in ``backward()``; post-accumulate hooks do not run. ``known`` holds the
+    parameters from before the forward and other tensors that ``loss`` may depend on. A lazy parameter that the forward
+    did not reach has no shape yet and is left out.
     """
     leaves, reentrant = _survey(loss)
     known = [t for t in known if t.is_leaf and t.requires_grad]
     leaves = list({id(t): t for t in [*known, *model.parameters(), *leaves] if not is_lazy(t)}.values())
     if reentrant and any(isinstance(m, DistributedDataParallel) and m.static_graph for m in model.modules()):
-        # Its reducer counts the calls of each parameter's hook, ours included, and expects as many ever after.
+        # The reducer counts the calls of each parameter's hook in this backward and expects as many in every later one.
         got = "a DistributedDataParallel with static_graph=True over a re-entrant checkpoint"
         raise bad("model", got, "a checkpoint that takes part in autograd", "pass checkpoint(..., use_reentrant=False)")
     with _set_aside(leaves):
@@ -200,7 +200,7 @@ def differentiate(model: nn.Module, loss: Tensor, known: list[Tensor]) -> Rows:
             wanted = [p for p in model.parameters() if p.requires_grad and not is_lazy(p)]
             found = torch.autograd.grad(loss, wanted, allow_unused=True)
             captured = {id(p): grad for p, grad in zip(wanted, found, strict=True)}
-        # A function may call backward() in its own backward, as reversible layers do: that part lands in .grad.
+        # A function may call backward() in its own backward, as reversible layers do; these gradients are in .grad.
         named = [(name, p) for name, p in model.named_parameters() if not is_lazy(p)]
         return [(name, p, _sum(captured.get(id(p)), p.grad)) for name, p in named]
 
@@ -210,7 +210,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """``tensor`` as one dense tensor: a sharded one is gathered, which all its processes have to call for."""
+    """``tensor`` as one dense tensor. A sharded tensor is gathered: all its processes have to make this call."""
     gather: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
     tensor = tensor if gather is None else gather()
     return tensor.to_dense() if tensor.layout != torch.strided else tensor

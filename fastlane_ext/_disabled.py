@@ -1,4 +1,4 @@
-"""Whether eager operations run instead of fused ones, also for what is being traced."""
+"""Whether eager operations run instead of fused ones, in calls and in graphs that are being traced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BY_VARIABLE = os.environ.get("FASTLANE_DISABLE") == "1"
 def is_disabled() -> bool:
     """Whether this thread is inside `disabled`, or FASTLANE_DISABLE is set.
 
-    While a graph is traced, what `records_eager` says.
+    While a graph is traced, the answer of `records_eager`.
     """
     if torch.compiler.is_compiling():
         return records_eager()
@@ -22,9 +22,9 @@ def is_disabled() -> bool:
 
 
 def records_eager() -> bool:
-    """Whether a graph is being traced that shall hold eager operations: for ONNX, or while any thread is disabled.
+    """Whether a graph is being traced that has to hold eager operations: for ONNX, or while any thread is disabled.
 
-    One graph serves all threads, and torch.compile traces anew when the answer changes.
+    One graph serves all threads. torch.compile traces again when the answer changes.
     """
     if not torch.compiler.is_compiling():
         return False

@@ -1,9 +1,9 @@
-"""What was found of classes, functions and globals, and whether it still is so.
+"""Facts about classes, functions and globals, and whether the facts are still true.
 
 A fused operation stands in for code that somebody may replace later: a class's forward, ``F.linear``, the code inside a
-function object, a global that a function reads. Whoever concludes something from code writes down the facts that the
-conclusion rests on. Before each use all of them are looked at again: by `why_changed` here, which names the first that
-is no longer true, and by csrc/python/facts.cpp, which answers yes or no in a few nanoseconds a fact.
+function object, a global that a function reads. A conclusion from code is kept with the facts that it rests on. Before
+each use all these facts are checked again: by csrc/python/facts.cpp, which answers yes or no in a few nanoseconds for
+each fact, and by `why_changed` here, which names the first fact that is no longer true.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ ABSENT = _Absent()
 class Fact(NamedTuple):
     """``holder`` has this very object under ``name``.
 
-    A dict holds its items, a class what Python finds along its ``__mro__``, a cell its contents. A function holds the
-    tuple of its code, its defaults and its keyword defaults, whatever the name.
+    A dict holds its items, a class the attributes that Python finds along its ``__mro__``, a cell its contents. A
+    function holds the tuple of its code, its defaults and its keyword defaults, under any name.
     """
 
     holder: dict[str, Any] | type | types.FunctionType | types.CellType
@@ -39,7 +39,7 @@ Facts = tuple[Fact, ...]
 
 
 def lookup(kind: type, name: str) -> Any:
-    """What Python finds of a class's attribute, before any descriptor acts; ABSENT if there is none."""
+    """The class attribute that Python finds under ``name``, before any descriptor acts; ABSENT if there is none."""
     for base in kind.__mro__:
         if name in base.__dict__:
             return base.__dict__[name]
@@ -65,7 +65,7 @@ def contents(cell: types.CellType) -> Any:
 
 
 def of_class(kind: type, *names: str) -> Iterator[Fact]:
-    """What the class has under each name now, and the code of what is a function."""
+    """Facts: the class's attribute under each name now, and its code if the attribute is a function."""
     for name in names:
         value = lookup(kind, name)
         yield Fact(kind, name, value)
@@ -77,14 +77,14 @@ def of_item(holder: dict[str, Any], name: str) -> Fact:
 
 
 def of_function(value: Any) -> Iterator[Fact]:
-    """The function's code now; nothing for what is no Python function."""
+    """A fact: the function's code now. Nothing if ``value`` is not a Python function."""
     if isinstance(value, types.FunctionType):
         fact = Fact(value, "", None)
         yield fact._replace(value=_now(fact))
 
 
 def collected(facts: Iterable[Fact]) -> Facts:
-    """Each fact once, in their order. Two that contradict each other both stay: no call satisfies them."""
+    """Each fact once, in their order. Facts that contradict each other all stay, so that no call satisfies them."""
     seen: dict[tuple[int, str, tuple[int, ...]], Fact] = {}
     for fact in facts:
         values = fact.value if type(fact.value) is tuple else (fact.value,)
@@ -99,16 +99,16 @@ def _is_same(now: Any, value: Any) -> bool:
 
 
 def hold_slowly(facts: Facts) -> bool:
-    """Whether all of them still are true: what csrc/python/facts.cpp tells faster."""
+    """Whether all facts are still true; csrc/python/facts.cpp computes the same faster."""
     return all(_is_same(_now(fact), fact.value) for fact in facts)
 
 
 hold: Callable[[Facts], bool] = hold_slowly
-"""The compiled extension's, as soon as it is loaded; `fastlane_ext.reference` does without."""
+"""Replaced by the compiled extension's function when that is loaded; `fastlane_ext.reference` works without it."""
 
 
 def why_changed(facts: Facts, allowed: Callable[[Any], bool] = lambda now: False) -> str | None:
-    """None if all of them still are true, or what is there now is ``allowed``; else what is another now."""
+    """None if each fact is still true or its new value is ``allowed``; else the first change, in words."""
     if hold(facts):
         return None
     for fact in facts:
@@ -130,9 +130,9 @@ def _describe(fact: Fact) -> str:
 
 
 def comes_from(function: object, module: str, name: str) -> bool:
-    """Whether the function was written in that module under that name, and is no wrapper that only says so.
+    """Whether the function was written in that module under that name; a wrapper that only claims so was not.
 
-    What a compiled extension defines has no source; there its own record of the module and the name counts.
+    A function of a compiled extension has no source; its own record of module and name counts instead.
     """
     code = getattr(function, "__code__", None)
     if isinstance(function, types.FunctionType) and isinstance(code, types.CodeType):

@@ -10,7 +10,7 @@ import shutil
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` to a temporary file beside ``path`` and rename it; OSError leaves ``path`` as it was.
 
-    A symbolic link stays one. Devices, pipes, and a file in a folder where none can be made are written directly.
+    A symbolic link stays a link. Devices, pipes, and files in a folder that takes no new file are written directly.
     """
     path = os.path.abspath(os.fspath(path))
     special = os.path.exists(path) and not os.path.isfile(path)

@@ -1,4 +1,4 @@
-"""Formulas for torch.utils.flop_counter: 2·M·N·K a product, of those that a call computes."""
+"""Formulas for torch.utils.flop_counter: 2·M·N·K for each product that a call computes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _layer_backward(
 ) -> int:
     needs_x, needs_weight, _needs_bias = output_mask
     again = z is None and activation != "none" and any(output_mask)
-    # Where neither is there, no product is.
+    # Without x and weight there is no product, so that any number will do.
     in_features = x[-1] if x is not None else weight[1] if weight is not None else 0
     return (needs_x + needs_weight + again) * 2 * _rows(grad) * grad[-1] * in_features
 

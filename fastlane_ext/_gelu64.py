@@ -1,4 +1,4 @@
-"""GELU and its derivative in fp64, exact far into the tails: what fused results are measured against."""
+"""GELU and its derivative in fp64, exact far into the tails: the measure for fused results."""
 
 from __future__ import annotations
 

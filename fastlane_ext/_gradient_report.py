@@ -1,4 +1,4 @@
-"""Figures on gradients as values: a row a parameter, a report of all rows, two reports side by side."""
+"""Figures on gradients as values: a row for each parameter, a report of all rows, two reports side by side."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .plots import plot_report
 
 @dataclass(frozen=True)
 class GradientRow:
-    """One parameter's gradient in figures; all None but name and shape if it has no gradient.
+    """One parameter's gradient in figures. A parameter without a gradient has None in all fields but name and shape.
 
-    A gradient with NaN or infinity in it gives NaN or infinity in the figures; ``nonfinite_fraction`` says
-    how much of it. ``ratio`` is |g|/|w| by L2 norms: infinite where w is all zeros, NaN where both are.
+    NaN or infinity in a gradient gives NaN or infinity in the figures; ``nonfinite_fraction`` is the fraction of such
+    elements. ``ratio`` is |g|/|w| by L2 norms: infinite where w is all zeros, NaN where w and g both are.
     """
 
     name: str
@@ -44,7 +44,7 @@ def _cell(value: object) -> str:
 
 @dataclass(frozen=True)
 class GradientComparison:
-    """Two reports side by side, by parameter name: rows of (name, first, second, second / first)."""
+    """Two reports side by side, by parameter name. Each row is (name, first, second, second / first)."""
 
     labels: tuple[str, str]
     rows: tuple[tuple[str, float | None, float | None, float | None], ...]
@@ -60,7 +60,7 @@ class GradientComparison:
 
 @dataclass(frozen=True)
 class GradientReport:
-    """The loss and one `GradientRow` a parameter; ``str()`` is a table in plain text."""
+    """The loss and one `GradientRow` for each parameter; ``str()`` is a table in plain text."""
 
     loss: float
     rows: tuple[GradientRow, ...]
@@ -79,17 +79,18 @@ class GradientReport:
         return _text_table(heading, [cells(row) for row in self.rows])
 
     def to_json(self) -> str:
-        """``{"loss": ..., "rows": [...]}``, valid JSON always.
+        """``{"loss": ..., "rows": [...]}``, always valid JSON.
 
-        NaN and infinity become null, and ``nonfinite_fraction`` says that they were there; a parameter
-        without a gradient has null there too.
+        NaN and infinity become null; ``nonfinite_fraction`` tells how much of the gradient was not finite. For a
+        parameter without a gradient all figures are null, ``nonfinite_fraction`` too.
         """
         return to_json({"loss": self.loss, "rows": [asdict(row) for row in self.rows]})
 
     def compare(self, other: GradientReport, labels: tuple[str, str] = ("first", "second")) -> GradientComparison:
-        """Mean |gradient| here and in ``other`` by parameter name, and how many times larger the other's is.
+        """Mean |gradient| here and in ``other`` by parameter name, and the other's mean divided by this one's.
 
-        The models may differ: a parameter only one of them has shows "-" for the other.
+        The models may differ: a parameter that only one model has shows "-" for the other model. Raises TypeError if
+        ``other`` is not a `GradientReport`.
         """
         if not isinstance(other, GradientReport):
             raise bad(
@@ -107,10 +108,10 @@ class GradientReport:
     def plot(self, path: str | os.PathLike[str], *, title: str = "Mean |gradient| by parameter") -> None:
         """Save log-scale bars of mean |gradient|, first layer on top, weights dark and other parameters pale.
 
-        Zero, no gradient and non-finite values have no bar on a log scale; they are written out instead.
+        Zeros, missing gradients and non-finite values have no bar on a log scale; they are written out instead.
 
         Raises:
             ImportError: matplotlib is missing; the message has the command that installs it.
-            OSError, ValueError: the picture cannot be written, as a whole or in the format that ``path`` ends in.
+            OSError, ValueError: the picture cannot be written, or not in the format that ``path`` ends in.
         """
         plot_report(self, path, title=title)

@@ -1,4 +1,4 @@
-"""JSON that every reader takes."""
+"""JSON that every parser accepts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def to_json(value: Any, *, ascii_only: bool = True) -> str:
-    """JSON proper has no NaN or infinity: null stands for them.
+    """``value`` as JSON text. JSON has no NaN or infinity: null stands for them.
 
     >>> print(to_json({"a": [float("nan"), 1.5]}))
     {

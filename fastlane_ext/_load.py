@@ -1,4 +1,4 @@
-"""Loads the compiled half, or says in one sentence why it cannot be loaded and what to do."""
+"""Loads the compiled library, or says in one sentence why the library cannot be loaded and what to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def read_build_record(folder: Path | None = None) -> dict[str, Any]:
-    """What setup.py wrote down beside the library. Raises ImportError if nothing was built."""
+    """The record that setup.py wrote beside the library. Raises ImportError if the record is missing or damaged."""
     path = (folder or Path(__file__).parent) / "_build_record.json"
     try:
         record = json.loads(path.read_text())
@@ -45,11 +45,11 @@ def check_torch(built: str, running: str) -> None:
 
 
 def is_cut_short(library: Path) -> bool:
-    """Whether an ELF file ends before the table that its header announces: loading it would be a bus error."""
+    """Whether an ELF file ends before the table that its header announces does; loading it would be a bus error."""
     with library.open("rb") as file:
         header = file.read(64)
     if len(header) < 64 or not header.startswith(b"\x7fELF\x02\x01"):
-        return False  # the loader says itself what is wrong
+        return False  # the loader's own error says what is wrong
     (table,) = struct.unpack_from("<Q", header, 0x28)
     entry_size, entries = struct.unpack_from("<HH", header, 0x3A)
     return library.stat().st_size < table + entry_size * entries
@@ -58,7 +58,7 @@ def is_cut_short(library: Path) -> bool:
 def load(record: dict[str, Any]) -> ModuleType:
     check_torch(record["torch"], torch.__version__)
     try:
-        # Beside this file alone: the finder of an editable install would look in its source folder too.
+        # Search beside this file only: an editable install's finder would look in its source folder too.
         folder = Path(__file__).parent
         spec = PathFinder.find_spec("fastlane_ext._C", [str(folder)])
         if spec is None or spec.origin is None:

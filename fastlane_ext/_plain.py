@@ -1,9 +1,9 @@
-"""Whether calling a module is just what its class says, so that a fused operation may stand in for the call.
+"""Whether a call of a module does only what its class says, so that a fused operation may stand in for the call.
 
-This is the one place in Python that decides it; csrc/python/plain_module.cpp decides the same faster, without a
-reason. The question has four parts: the instance (its type, hooks, what its own dict puts before the class), the class
-and the functions that it calls (`_facts`, with what torch itself defined when this package was imported), the
-parameters, and who watches all calls (hooks for all modules, modes). Anything unusual has to be called as a module.
+In Python only this file decides the question; csrc/python/plain_module.cpp decides it faster, without a reason. The
+question has four parts: the instance (its type, hooks, names in its own dict that hide the class's), the class and the
+functions that it calls (`_facts`, compared with torch's own when this package was imported), the parameters, and
+watchers of all calls (hooks for all modules, modes). Anything unusual has to be called as a module.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ PLAIN_DICTS = (dict, OrderedDict)
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 SHADOWS = ("forward", "_call_impl", "_slow_forward")
-"""What nn.Module's call looks up on the instance first."""
+"""Names that nn.Module's call looks up on the instance first."""
 _TRACERS = ("torch.export.", "torch._export.", "torch.fx.experimental.proxy_tensor")
-"""Whose function modes watch what torch.export and make_fx record, and change nothing."""
+"""Modules whose function modes watch the recordings of torch.export and make_fx, and change nothing."""
 _CALL = {
     "__call__": "_wrapped_call_impl",
     "_call_impl": "_call_impl",
@@ -42,7 +42,7 @@ _LOOKUP = ("__getattribute__", "_compiled_call_impl")
 
 
 def constant_while_traced(function: Any) -> Any:
-    """What ``torch.compiler.assume_constant_result`` does, which imports the whole compiler."""
+    """The same as ``torch.compiler.assume_constant_result``, which would import the whole compiler."""
     function._dynamo_marked_constant = True
     return function
 
@@ -53,7 +53,7 @@ def class_name(kind: type) -> str:
 
 
 def why_own_call(kind: type[nn.Module]) -> str | None:
-    """None if modules of this class are called, and find their attributes, as torch wrote it; else what is other."""
+    """None if modules of this class are called and find their attributes by torch's own code; else the difference."""
     for name, own in _CALL.items():
         if not comes_from(lookup(kind, name), nn_module.__name__, own):
             return f"has a {name} other than nn.Module's"
@@ -63,7 +63,7 @@ def why_own_call(kind: type[nn.Module]) -> str | None:
 
 
 def call_facts(kind: type[nn.Module], names: Iterable[str] = ()) -> Facts:
-    """What a call of such a module rests on: nn.Module's machinery, the forward, and how it finds ``names``."""
+    """The facts that a call of such a module rests on: nn.Module's machinery, the forward, and its ``names``."""
     return collected(of_class(kind, *_CALL, *_LOOKUP, "forward", *names))
 
 
@@ -78,10 +78,10 @@ class Known(NamedTuple):
 def know(
     kind: type[nn.Module], module: str, reads: tuple[tuple[str, str, str], ...] = (), own: tuple[str, ...] = ()
 ) -> Known:
-    """What is found of ``kind`` now, whose forward was written in ``module``.
+    """The facts about ``kind`` now; its forward is expected to come from ``module``.
 
-    ``reads``: for each function that the forward calls, the name of its module in the forward's globals, its own,
-    and the module where it was written. ``own``: methods of the class on which the forward relies.
+    ``reads``: for each function that the forward calls, the name of the function's module in the forward's globals, the
+    function's name, and the module where it was written. ``own``: methods of the class on which the forward relies.
     """
     reason = why_own_call(kind)
     for name in ("forward", *own):
@@ -114,13 +114,13 @@ def _torchs() -> dict[type[nn.Module], Known]:
 
 
 KNOWN = _torchs()
-"""As they were when this package was imported: somebody may assign others to the classes."""
+"""Read when this package was imported: later somebody may assign another forward to a class."""
 
 _NOT_TORCHS = next((f"{known.kind.__name__} {known.reason}" for known in KNOWN.values() if known.reason), None)
-"""What was not torch's own even then. No formula holds if there is any."""
+"""The first class that was not torch's own even then, and why; None if all were. No formula holds if there is one."""
 
 GELU = F.gelu
-"""torch's own, if `known` says so of nn.GELU."""
+"""torch's own ``gelu``, if `known` has no reason against nn.GELU."""
 SUMS = tuple(of_class(Tensor, "__add__", "__radd__"))
 FORMULA = (
     Fact(vars(F), "linear", F.linear),
@@ -129,7 +129,7 @@ FORMULA = (
     *SUMS,
     *([] if _NOT_TORCHS is None else [Fact({}, _NOT_TORCHS, True)]),
 )
-"""What eager's layers compute with. Whoever replaces any of it means every layer of the model."""
+"""The functions that eager's layers compute with. Whoever replaces one of them means every layer of the model."""
 NETWORK = collected(
     [
         *(fact for known in KNOWN.values() for fact in known.facts if known.kind is not nn.Dropout),
@@ -137,16 +137,16 @@ NETWORK = collected(
         *FORMULA,
     ]
 )
-"""What the networks of `fastlane_ext.reference` rest on."""
+"""The facts that the networks of `fastlane_ext.reference` rest on."""
 
 
 def why_touched(module: nn.Module) -> str | None:
-    """None if the instance adds nothing to a call, else what it adds."""
+    """None if the instance adds nothing to a call, else the addition."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
     own = module.__dict__
     if torch.compiler.is_dynamo_compiling():
-        # torch.compile guards on attributes that it saw being read, not on a dict that it saw being asked.
+        # torch.compile guards on attributes that were read while it traced, not on a dict that was searched.
         _ = (module.forward, module._call_impl)
     for name in SHADOWS:
         if name in own:
@@ -155,7 +155,7 @@ def why_touched(module: nn.Module) -> str | None:
 
 
 def why_watched() -> str | None:
-    """The reason to call every child as a module: somebody watches all calls, or what they compute with is another."""
+    """The reason to call every child as a module, or None: a hook or a mode watches all calls."""
     if (
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
@@ -168,14 +168,14 @@ def why_watched() -> str | None:
 
 def _why_under_mode() -> str | None:
     if torch.compiler.is_dynamo_compiling():
-        # Which one cannot be asked while torch.compile traces. It traces again where the modes are others.
+        # While torch.compile traces, the modes' types cannot be read. It traces again when the modes change.
         return "is under a mode" if torch._C._len_torch_function_stack() > 0 else None
     if torch._C._len_torch_function_stack() and torch._C._is_torch_function_mode_enabled():
         for mode in _get_current_function_mode_stack():
             if type(mode) is not DeviceContext and not type(mode).__module__.startswith(_TRACERS):
                 return f"is under a {type(mode).__name__}"
     for mode in _get_current_dispatch_mode_stack():
-        # torch's own trace, fake, count or save; any other may compute something else.
+        # torch's own modes trace, fake, count or save; any other mode may compute something else.
         if not type(mode).__module__.startswith("torch."):
             return f"is under a {type(mode).__name__}"
     return None
@@ -187,7 +187,7 @@ def why_formula_changed() -> str | None:
 
 
 def why_network_changed() -> str | None:
-    """The reason to call every child of a network as a module, likewise."""
+    """The reason to call every child of a network as a module: a watcher, or replaced code of torch's."""
     return why_watched() or _why_torch_changed(NETWORK)
 
 
@@ -197,12 +197,12 @@ def _why_torch_changed(facts: Facts) -> str | None:
 
 @constant_while_traced
 def _why_traced_torch_changed() -> str | None:
-    """Asked once while torch.compile traces: facts are about code, and what changes later no graph notices."""
+    """Asked once while torch.compile traces: facts are about code, and a graph does not notice later changes."""
     return _NOT_TORCHS or why_changed(NETWORK, is_of_fx)
 
 
 def is_of_fx(value: Any) -> bool:
-    """Whether torch.fx replaced this method while it traces: what is traced then may well be the fused operations."""
+    """Whether torch.fx has put this method in place while it traces; its graph may hold the fused operations."""
     return any(
         comes_from(value, "torch.fx._symbolic_trace", name)
         for name in ("module_call_wrapper", "module_getattr_wrapper")
@@ -214,7 +214,7 @@ def is_plain_tensor(value: Any) -> bool:
 
 
 def why_odd_tensor(*values: Any) -> str | None:
-    """None if these are plain tensors, or no tensors at all; others may know ``F.linear`` and nothing of ours."""
+    """None if no value is an unusual tensor, else a reason. Other tensors may support ``F.linear`` and not our ops."""
     for value in values:
         if isinstance(value, Tensor) and not is_plain_tensor(value):
             kind = type(value).__name__
@@ -223,8 +223,8 @@ def why_odd_tensor(*values: Any) -> str | None:
 
 
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """None if ``module`` is exactly of this class and its own dict adds nothing to a call; else why not. What the class
-    itself does is for `why_network_changed` to say.
+    """None if ``module`` is exactly of this class and its own dict adds nothing to a call; else why not. Does not check
+    the class; `why_network_changed` does.
     """
     if type(module) is not kind:
         name = type(module).__name__
@@ -234,8 +234,8 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 def parameter_of(linear: nn.Module, name: str) -> Any:
-    """What the layer's forward finds under the name: an attribute goes before a parameter (data-parallel replicas keep
-    theirs so). A buffer counts as absent.
+    """The value that the layer's forward finds under ``name``: an attribute goes before a parameter (data-parallel
+    replicas keep their parameters as attributes). A buffer counts as absent.
     """
     own = linear.__dict__
     if name in own:

@@ -34,7 +34,7 @@ def _logical_rank(x: Tensor, x_dim: int | None) -> int:
 def _batched_layer(
     in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
-    """act(x Wᵀ + b) where weight or bias differs from example to example: no fused kernel does that."""
+    """act(x Wᵀ + b) where weight or bias differs between examples; no fused kernel computes this."""
     library.leave_fused_path("vmap over weight or bias")
     x_dim, weight_dim, bias_dim = in_dims
     rank = _logical_rank(x, x_dim)
@@ -103,7 +103,7 @@ def _vmap_mlp(
         options = {"activation": activation, "recompute": recompute}
         parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         return torch.ops.fastlane.mlp_residual(_batch_first(x, x_dim), *parameters, residual, **options), 0
-    # Layer by layer, so that the rule above decides for each.
+    # Layer by layer, so that the rule for one layer decides for each of the two.
     fc1_dims, fc2_dims = parameter_dims[:2], parameter_dims[2:]
     if all(dim is None for dim in (x_dim, *fc1_dims)):
         hidden = torch.ops.fastlane.linear_gelu_residual(x, fc1_weight, fc1_bias, activation=activation)
@@ -160,7 +160,7 @@ def _vmap_stack(
         _logical_rank(x, x_dim)
         options = {"shortcut": shortcut, "activation": activation, **rest}
         return torch.ops.fastlane.residual_stack(_batch_first(x, x_dim), *lists, **options), 0
-    # Layer by layer, so that the rules above decide for each.
+    # Layer by layer, so that the rules for one layer decide for each.
     none = [None] * len(weights)
     tensors = zip(*(values or none for values in lists), strict=True)
     dims = zip(*(dims or none for dims in parameter_dims), strict=True)
@@ -196,7 +196,7 @@ def _vmap_stack_backward(
     needed: Sequence[int],
     **options: Any,
 ) -> tuple[list[Tensor], list[int]]:
-    """One example after the other, as torch does it by itself for operators that return no list."""
+    """One example after the other. torch falls back to the same by itself, but not for operators that return a list."""
     arguments = (grad, x, weights, biases, projections, projection_biases, z)[: len(in_dims)]
 
     def example(value: Any, dim: Any, index: int) -> Any:

@@ -81,7 +81,7 @@ def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
         raise error
     character = error.object[error.start]
     if "\udc80" <= character <= "\udcff":
-        # A byte of a file's name that is no text: it goes out as it came in.
+        # A byte of a file name that is not text is written out unchanged.
         return bytes([ord(character) - 0xDC00]), error.start + 1
     return _spell(character), error.start + 1
 
@@ -91,7 +91,7 @@ codecs.register_error(_HANDLER, _replace)
 
 @contextlib.contextmanager
 def tolerant(stream: Any) -> Iterator[None]:
-    """Inside, ``stream`` spells what it cannot encode, unless its user has chosen another way (PYTHONIOENCODING)."""
+    """Inside, ``stream`` spells in ASCII what it cannot encode, unless PYTHONIOENCODING asks for something else."""
     errors = getattr(stream, "errors", None)
     if errors not in ("strict", "surrogateescape", "backslashreplace") or not hasattr(stream, "reconfigure"):
         yield
@@ -100,13 +100,13 @@ def tolerant(stream: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        # Reconfiguring flushes, which a full disk refuses; whoever wrote has been told.
+        # Reconfiguring flushes, and a flush fails on a full disk; the earlier write has raised already.
         with contextlib.suppress(OSError, ValueError):
             stream.reconfigure(errors=errors)
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """A line a row, with columns as wide as their longest cell; the first ``left`` are aligned left, the others right.
+    """One line for each row, columns as wide as their longest cell; the first ``left`` are aligned left, others right.
 
     >>> aligned([["name", "size"], ["x", "10"]], left=1)
     ['name  size', 'x       10']

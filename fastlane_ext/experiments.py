@@ -1,7 +1,7 @@
 """The experiments of ``fastlane gradients``: scripts that show what a shortcut does, run fused and in eager PyTorch.
 
-Each draws its random numbers in the order of the plain script that it stands for: what is seeded once is seeded once.
-`run` runs one of them both ways and says how far apart the two are.
+Each experiment draws its random numbers in the order of the plain script that it stands for, and seeds as often as the
+script does. `run` runs one experiment fused and in eager, and reports how far apart the two are.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEADINGS = {"without": "=== Gradients WITHOUT shortcuts ===", "with": "=== Gradi
 
 @dataclass(frozen=True)
 class Block:
-    """A part of an experiment: a heading, the lines below it, the values they show, fused against eager."""
+    """A part of an experiment: a heading, the lines below it, the values that the lines show, fused against eager."""
 
     heading: str
     lines: list[str]
@@ -38,7 +38,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Result:
-    """What `run` returns. ``reports`` and ``pairs`` (fused, eager) are empty where no networks are compared."""
+    """The result of `run`. ``reports`` and ``pairs`` (fused, eager) are empty where no networks are compared."""
 
     experiment: str
     description: str
@@ -68,7 +68,7 @@ def example(
 
 
 def published(*, eager: bool = False) -> ShortcutDemo:
-    """The published gradient table's networks 1, each from seed 123, with a given input.
+    """The two networks 1 of the published gradient table, each from seed 123, with a given input.
 
     >>> published().x.tolist()
     [[1.0, 0.0, -1.0]]
@@ -84,7 +84,7 @@ def published(*, eager: bool = False) -> ShortcutDemo:
 def projection(
     sizes: Sequence[int] = (128, 64, 32, 16, 8, 1), *, seed: int = 0, activation: str = "gelu", eager: bool = False
 ) -> ShortcutDemo:
-    """Network 2 without, then with shortcuts, then ten rows of x, from one seed: sizes that differ are projected.
+    """Network 2 without, then with shortcuts (projections where sizes differ), then ten rows of x, all from one seed.
 
     >>> len(projection([4, 3, 3, 1]).with_shortcuts.state_dict())
     10
@@ -158,7 +158,7 @@ def any_rank(
     activation: str = "gelu_tanh",
     eager: bool = False,
 ) -> Tensor:
-    """What network 3 makes of a ``(2, 3, sizes[0])`` input; x is drawn after the parameters, from one seed.
+    """Network 3's output for a ``(2, 3, sizes[0])`` input; x is drawn after the parameters, from one seed.
 
     >>> any_rank().shape
     torch.Size([2, 3, 54])
@@ -214,7 +214,7 @@ def _lists(*tensors: Tensor) -> list[list[float]]:
 class _Experiment:
     summary: str
     defaults: dict[str, Any]
-    """The options that the experiment has, and their values unless given."""
+    """The experiment's options and their default values."""
     describe: str
     run: Callable[..., dict[str, Any]]
 
@@ -255,7 +255,7 @@ EXPERIMENTS = {
         _any_rank,
     ),
 }
-"""What `run` runs, by name: each has a ``summary``, and its options' ``defaults``."""
+"""The experiments of `run`, by name; each has a ``summary`` and its options' ``defaults``."""
 
 
 def run(name: str = "example", **options: Any) -> Result:
@@ -263,8 +263,8 @@ def run(name: str = "example", **options: Any) -> Result:
 
     Args:
         name: a key of ``EXPERIMENTS``.
-        options: those of the experiment's ``defaults``: ``sizes`` (input size, then each layer's), ``seed``,
-            ``activation``, ``style`` (as in `print_gradients`); None is the default.
+        options: the options in the experiment's ``defaults``, from ``sizes`` (the input size, then each layer's),
+            ``seed``, ``activation`` and ``style`` (as in `print_gradients`). None means the default.
 
     Raises:
         TypeError, ValueError: one line; also for an option that this experiment does not have.
@@ -296,7 +296,7 @@ def _relative(value: float | None, expected: float | None) -> float:
 
 
 def _distance(value: Tensor, expected: Tensor) -> float:
-    # Relative to the largest: an element in which much cancels would measure the cancelling.
+    # Relative to the largest element: relative to its own size, an element near zero would show cancellation only.
     value, expected = value.double(), expected.double()
     if not value.numel() or torch.equal(value, expected):
         return 0.0

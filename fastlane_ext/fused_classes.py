@@ -1,6 +1,6 @@
 """Names that pickles of fused models look up here, though the classes are made in fusion/classes.py now.
 
-Only ``pickle`` reads this file. `_plan` is its other half.
+Only ``pickle`` reads this file; `_plan` serves pickles too.
 """
 
 from __future__ import annotations

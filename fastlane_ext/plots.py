@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["plot_gradients", "plot_report"]
 
 _INK, _MUTED, _GRID = "#1a1a1a", "#6b6b6b", "#dddddd"
-# Blue, orange, green, purple: apart from each other for colour-blind eyes too.
+# Blue, orange, green, purple: colour-blind eyes can tell them apart too.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#7b5ea7")
 
 
 class Row(Protocol):
-    """What a picture shows of a parameter: `fastlane_ext.gradients.GradientRow` has it."""
+    """The part of a parameter's row that a picture shows; `fastlane_ext.gradients.GradientRow` has it."""
 
     @property
     def name(self) -> str: ...
@@ -35,14 +35,14 @@ class Row(Protocol):
 
 
 class Report(Protocol):
-    """What a picture is of: `fastlane_ext.gradients.GradientReport` has it."""
+    """The part of a report that a picture shows; `fastlane_ext.gradients.GradientReport` has it."""
 
     @property
     def rows(self) -> Sequence[Row]: ...
 
 
 def plot_report(report: Report, path: str | os.PathLike[str], *, title: str) -> None:
-    """What `GradientReport.plot` does."""
+    """The work of `GradientReport.plot`."""
     figure = _figure(7.5, 1.3 + 0.28 * len(report.rows))
     axes = figure.add_subplot()
     drawn = [row.mean_abs for row in report.rows if row.mean_abs and math.isfinite(row.mean_abs)]
@@ -71,18 +71,18 @@ def plot_gradients(
     title: str = "Shortcuts keep gradients from vanishing",
     subtitle: str | None = None,
 ) -> None:
-    """Save a line a report: mean |gradient| of each layer's weight on a log scale, from the input's side on.
+    """Save a picture, one line for each report: mean |gradient| of each layer's weight, log scale, input side first.
 
     Args:
-        reports: label to report, e.g. ``{"without shortcuts": a, "with shortcuts": b}``. Layers are the
-            weights that all of them have, in order; a projection that only one network has is left out.
+        reports: label to report, e.g. ``{"without shortcuts": a, "with shortcuts": b}``. The layers are the weights
+            that all reports have, in order; a projection that only one network has is left out.
         path: where to save; the ending picks the format.
         title: the picture's heading.
         subtitle: a line below the heading, such as which network it is.
 
     Raises:
         ImportError: matplotlib is missing; the message has the command that installs it.
-        OSError, ValueError: the picture cannot be written; no report, or no weight that all have.
+        OSError, ValueError: the picture cannot be written; there is no report, or no weight that all reports have.
     """
     means = {
         label: {row.name: row.mean_abs for row in report.rows if "weight" in row.name}
@@ -122,10 +122,10 @@ def plot_gradients(
 
 
 def figure_class() -> type[Figure]:
-    """matplotlib's ``Figure``; ImportError, with the command that installs it, where it is missing.
+    """matplotlib's ``Figure``. Raises ImportError, with the command that installs matplotlib, where it is missing.
 
-    A notebook's MPLBACKEND may name a package that is not here, which matplotlib refuses while it is imported. A bare
-    Figure needs no backend, so the variable says ``agg`` for that moment.
+    A notebook's MPLBACKEND may name a package that is not installed; importing matplotlib then fails. A bare Figure
+    needs no backend, so the variable says ``agg`` during the import.
     """
     wanted = os.environ.get("MPLBACKEND")
     fresh = "matplotlib" not in sys.modules
@@ -146,7 +146,7 @@ def figure_class() -> type[Figure]:
 
 
 def picture_format(path: str | os.PathLike[str]) -> str:
-    """The format that the ending of ``path`` names, PNG without one; ValueError for one that nothing here writes."""
+    """The format named by the ending of ``path``, PNG without an ending. Raises ValueError for an unknown format."""
     figure = figure_class()(figsize=(1, 1))
     known = sorted(figure.canvas.get_supported_filetypes())
     ending = os.path.splitext(os.fspath(path))[1][1:].lower() or "png"
@@ -156,7 +156,7 @@ def picture_format(path: str | os.PathLike[str]) -> str:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Save a picture whole or, with OSError or ValueError, not at all; the ending of ``path`` picks the format."""
+    """Save a picture whole, or raise OSError or ValueError and write nothing; ``path``'s ending picks the format."""
     picture = io.BytesIO()
     figure.savefig(picture, format=picture_format(path), dpi=150)
     write_whole(path, picture.getvalue())

@@ -1,11 +1,11 @@
-"""Whether a function is a straight line of calls and sums, so that one symbolic run of it says all that it does."""
+"""Whether a function is a straight line of calls and sums, so that one symbolic run shows everything it does."""
 
 from __future__ import annotations
 
 import dis
 import types
 
-# Opcodes by parts of their names, which Python's versions share, and what they stand for in a message.
+# Parts of opcodes' names, which all Python versions share, and their meaning in a message.
 _REFUSED = {
     "WITH": "has a with block",
     "INPLACE_": "changes something in place",
@@ -32,8 +32,8 @@ _CALLS = ("CALL", "CALL_FUNCTION", "CALL_METHOD", "CALL_KW", "CALL_FUNCTION_KW",
 
 
 def why_not_straight(function: object) -> str | None:
-    """None if ``function`` is a plain Python function without branches, loops, blocks, assignments to anything but its
-    own variables, and decorators; else what it does.
+    """None if ``function`` is a plain Python function without branches, loops, blocks, decorators, and assignments to
+    anything but its own variables; else a reason.
     """
     if not isinstance(function, types.FunctionType):
         return "is no plain function"

@@ -1,4 +1,4 @@
-"""Whether a fused module still is what its plan was read from, and why not."""
+"""Whether a fused module is still the same as when its plan was read, and why not."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def _why_structure_changed(module: nn.Module, plan: Plan) -> str | None:
 def why_changed(module: nn.Module, plan: Plan, *, ignore_dropout: bool = False) -> str | None:
     """Why the plan is no longer true of the module, or None.
 
-    csrc/python/plan_call.cpp's ``is_as_planned`` asks the same faster, but gives no reason, and where it says no this
-    decides: a linear layer that `fuse` took by itself since is still one.
+    csrc/python/plan_call.cpp's ``is_as_planned`` checks the same faster, without a reason. Where it says no, this
+    function decides: a linear layer whose class `fuse` has changed since is still a linear layer here.
     """
     reason = why_watched() or _why_structure_changed(module, plan)
     if reason is None:

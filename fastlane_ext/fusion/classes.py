@@ -1,8 +1,8 @@
 """Classes of modules that `fuse` has fused: each a subclass of the module's own class, with another forward.
 
-At every call the forward looks whether all that the plan rests on still holds, and runs the original forward where it
-does not. A fused class calls itself by the original's name and module, and its instances are pickled as the original
-class and their state, so that they travel as the original's would.
+At every call the forward checks that all facts of the plan still hold, and runs the original forward if one does not. A
+fused class has the original's name and module. Its instances are pickled as the original class and their state, so that
+they can be saved and loaded like the original's instances.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def plan_of(module: nn.Module) -> Plan | str:
 
 
 def _is_traced() -> bool:
-    """Whether code is traced just now, so that nothing can be learned from it."""
+    """Whether a tracer is running now, so that nothing can be learned from code."""
     return torch.compiler.is_compiling() or is_of_fx(lookup(nn.Module, "__call__"))
 
 
 def _container_forward(original: type[nn.Module]) -> Any:
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Who makes a new instance of this class (a slice of a Sequential, for one) makes one that nobody fused.
+        # A new instance of this class (a slice of a Sequential, for one) has no plan: nobody fused it.
         plan = self.__dict__.get(PLAN)
         if plan is None or is_disabled() or (type(plan) is Unread and _is_traced()):
             return original.forward(self, *args, **kwargs)
@@ -132,7 +132,7 @@ def _linear_forward(original: type[nn.Module]) -> Any:
 
 
 class _Quiet:
-    """Keeps a fused class from the original's ``__init_subclass__``, which may enter classes into a registry."""
+    """Hides a fused class from the original's ``__init_subclass__``, which may enter classes into a registry."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         if "_fastlane_class" not in cls.__dict__:
@@ -143,7 +143,7 @@ _making = threading.Lock()
 
 
 def why_no_class(kind: type[nn.Module]) -> str | None:
-    """Why no fused class can be made of ``kind``, or None. Makes none."""
+    """Why no fused class can be made of ``kind``, or None. Does not make the class."""
     kind = original_class(kind)
     if type(kind) not in (type, abc.ABCMeta):
         return f"its class has a metaclass, {type(kind).__name__}"
@@ -158,7 +158,7 @@ def why_no_class(kind: type[nn.Module]) -> str | None:
 
 
 def why_forward_replaced(module: nn.Module) -> str | None:
-    """Why another forward than the one that `fuse` gave runs in a module of a fused class, or None."""
+    """Why a module of a fused class does not run the forward that `fuse` gave it, or None."""
     kind = type(module)
     if "forward" in module.__dict__:
         return "has a forward of its own, which decides what runs"
@@ -169,10 +169,10 @@ def why_forward_replaced(module: nn.Module) -> str | None:
 
 
 def fused_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``original`` whose instances run fused; whatever making a subclass raises is raised."""
+    """The subclass of ``original`` whose instances run fused. Passes on any error from making the subclass."""
     original = original_class(original)
     with _making:
-        # The original knows its subclasses weakly: no list of ours keeps a class that a notebook defined anew.
+        # The original refers to its subclasses weakly; a list of ours would keep classes that a notebook has redefined.
         for kind in type.__subclasses__(original):
             if kind.__dict__.get("_fastlane_class") is kind:
                 return kind
@@ -197,12 +197,12 @@ def _make_class(original: type[nn.Module]) -> type[nn.Module]:
         namespace["__firstlineno__"] = original.__dict__["__firstlineno__"]
     metaclass: Any = type(original)
     made = metaclass(original.__name__, (_Quiet, original), namespace)
-    made._fastlane_class = made  # a subclass of it inherits another class's name here
+    made._fastlane_class = made  # in a subclass this attribute is inherited, and so is not the subclass itself
     return made
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    """What a module of its class would be pickled as, with the original class in place of this one."""
+    """The pickle that the original class would make, with the fused class replaced by the original."""
     fused = type(self)._fastlane_class
     original = fused._fastlane_original
     if original in copyreg.dispatch_table:
@@ -214,13 +214,13 @@ def _reduce(self: Any, protocol: Any) -> Any:
 
 
 def remake(make: Any, original: type[nn.Module], *arguments: Any) -> nn.Module:
-    """What a pickle calls: an instance of the original's fused class."""
+    """A new instance of the original's fused class; pickles call this function."""
     return make(fused_class(original), *arguments)
 
 
 def _set_state(self: Any, state: Any) -> None:
     super(type(self)._fastlane_class, self).__setstate__(state)
     if type(self.__dict__.get(PLAN)) is Unread and not _is_traced():
-        # At once, while no tracer or transform is on. What is not complete yet is read at the first call.
+        # At once, while no tracer or transform is on. A module that is not complete yet is read at the first call.
         with contextlib.suppress(Exception):
             self.__dict__[PLAN] = read_plan(self)

@@ -28,7 +28,7 @@ def _run_fused(children: dict[str, Any], step: Fused, values: list[Any]) -> Tens
         call = mlp_residual
     if step.residual is not None:
         residual = values[step.residual]
-        # What eager broadcasts or promotes further than the kernels do is added afterwards.
+        # Eager broadcasts and promotes further than the kernels do; such a residual is added afterwards.
         if residual.dtype != x.dtype or residual.shape != (*x.shape[:-1], parameters[-2].shape[0]):
             residual, late = None, residual
     y = call(x, *parameters, residual, activation=step.activation)
@@ -36,7 +36,7 @@ def _run_fused(children: dict[str, Any], step: Fused, values: list[Any]) -> Tens
 
 
 def _is_inactive_dropout(child: nn.Module) -> bool:
-    # A graph has the call for nothing, and torch.compile guards on it.
+    # In a traced graph the call costs nothing, and torch.compile guards on it.
     if type(child) is not nn.Dropout or (child.training and child.p != 0) or torch.compiler.is_compiling():
         return False
     dropout = known(nn.Dropout)
@@ -50,8 +50,8 @@ def _call(child: nn.Module, values: list[Any], sources: tuple[int, ...]) -> Any:
 
 
 class _Lookup:
-    """Finds children as the original forward does: at the moment when its code names them, not when it calls them.
-    A child that is called may put another one in the place of a third.
+    """Finds children as the original forward does: when its code names them, not when it calls them. A child that is
+    called may replace another child.
     """
 
     def __init__(self, module: nn.Module, early: frozenset[int]) -> None:
@@ -61,7 +61,7 @@ class _Lookup:
         self.before: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
 
     def called(self, times: int = 1) -> None:
-        """To be told before children are called."""
+        """Call this before children are called."""
         for _ in range(times):
             if self.calls in self.early:
                 own = self.module.__dict__
@@ -84,7 +84,7 @@ def _sum(step: Add, values: list[Any]) -> Any:
 
 
 def _run_instead(lookup: _Lookup, step: Fused, values: list[Any]) -> None:
-    """The step as eager takes it."""
+    """Run the step as eager does."""
     for part in step.instead:
         if isinstance(part, Call):
             child = lookup.child(part)
@@ -99,7 +99,7 @@ def _run_instead(lookup: _Lookup, step: Fused, values: list[Any]) -> None:
 
 
 def _why_not_here(lookup: _Lookup, plan: Plan, step: Fused, values: list[Any], is_checked: bool) -> str | None:
-    """Why this step cannot run fused, though the call could: what the children before it gave, or did to the others."""
+    """Why this step cannot run fused, or None: an earlier child returned an odd value or changed another child."""
     if not all(is_plain_tensor(values[read]) for read in step.reads):
         return "a child gave something else than a plain tensor"
     if is_checked:

@@ -1,8 +1,9 @@
-"""The formula that an activation computes, followed with a stand-in for its input.
+"""The formula that an activation computes, found by calling the activation with a stand-in for its input.
 
-A grid of values tells one formula from another only where the formulas are few. So an activation may be a polynomial
-of low degree in x and in one value of one function (GELU, erf, tanh, the normal distribution), whose argument is such
-a polynomial of x. Two of these that agree on hundreds of points, from 1e-38 to 3e38, agree between them.
+A grid of values can tell formulas apart only if few formulas are possible. So an activation may only be a polynomial of
+low degree in x and in one value of one function (GELU, erf, tanh, the normal distribution); the function's argument is
+a polynomial of low degree in x. Two such formulas that agree on hundreds of points, from 1e-38 to 3e38, agree between
+these points too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 _DEGREE = 4
 _OF_ARGUMENT = 3
 _CONSTANTS = (1e-3, 1e3)
-"""How small and large a constant may be: what is multiplied by 1e4 on its way overflows in float16."""
+"""How small and large a constant may be: a value that is multiplied by 1e4 on its way overflows in float16."""
 _FUNCTIONS = ("gelu", "erf", "erfc", "tanh", "ndtr", "special_erf", "special_erfc", "special_ndtr")
 
 
@@ -22,7 +23,7 @@ _names = itertools.count()
 
 
 class NoFormula(Exception):
-    """Why it is none."""
+    """Why a function computes no such formula."""
 
 
 def _constant(value: Any) -> float:
@@ -34,7 +35,7 @@ def _constant(value: Any) -> float:
 
 
 class Formula:
-    """A value: its degree in x, and which values of a function of x are in it (one, at most)."""
+    """A value: its degree in x, and the function values that are in it (one, at most)."""
 
     def __init__(self, degree: int, functions: frozenset[int] = frozenset()) -> None:
         if degree > _DEGREE or len(functions) > 1:
@@ -98,7 +99,7 @@ class Formula:
         if kwargs or name not in cls.__dict__:
             raise NoFormula(f"calls {name}")
         if not isinstance(first, Formula):
-            # A constant before x, as in `torch.mul(0.5, x)`: sums and products do not mind the order.
+            # A constant before x, as in `torch.mul(0.5, x)`: the order does not matter in sums and products.
             if name not in ("add", "mul", "multiply") or len(args) != 2:
                 raise NoFormula(f"calls {name} of a {type(first).__name__}")
             first, args = args[1], args[::-1]
@@ -111,8 +112,8 @@ class Formula:
 
 
 def why_no_formula(call: Callable[[Any], Any]) -> str | None:
-    """None if ``call`` computes such a formula of its input, else what it does beside that. Only code that is known to
-    be arithmetic and nothing else (reads.py) may be called so.
+    """None if ``call`` computes such a formula of its input, else a reason. Use it only for code that is known to be
+    arithmetic and nothing else (reads.py): the code is run.
     """
     try:
         found = call(Formula(1))

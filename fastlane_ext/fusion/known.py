@@ -17,12 +17,12 @@ def original_class(kind: type) -> type:
 
 
 def conv1d() -> type[nn.Module] | None:
-    """transformers' ``Conv1D``, or None. A model with such layers has imported it; nobody else shall."""
+    """transformers' ``Conv1D``, or None. A model with such layers has imported transformers; this function does not."""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
 
 
 def known(kind: type) -> Known | None:
-    """What is known of ``kind``: one of torch's plain classes or transformers' ``Conv1D``; None for any other."""
+    """The ``Known`` of ``kind`` if it is one of torch's plain classes or transformers' ``Conv1D``, else None."""
     if kind in KNOWN:
         return KNOWN[kind]
     if kind not in _conv1ds and kind is conv1d():

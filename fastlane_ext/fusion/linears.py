@@ -1,4 +1,4 @@
-"""Linear layers as `fuse` takes them: ``nn.Linear``, and transformers' ``Conv1D``, whose weight is stored (in, out)."""
+"""The linear layers that `fuse` takes: ``nn.Linear`` and transformers' ``Conv1D``, whose weight is stored (in, out)."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ Measure = Callable[[torch.Tensor, "torch.Tensor | None"], dict[str, float]]
 
 
 def why_not_faster(linear: nn.Module, measure: Measure) -> tuple[str | None, dict[str, float] | None]:
-    """None if the fused operation is at least 5 % faster for this layer, else why it stays the library's; and the
-    times, if ``measure`` (`measured`) was asked.
+    """None if the fused operation is at least 5 % faster for this layer, else why the layer is left to the library; and
+    the times, if ``measure`` (`measured`) was called.
     """
     weight, bias = weight_and_bias(linear, is_transposed(linear))
     if type(weight) is FakeTensor:
@@ -49,7 +49,9 @@ _measuring = threading.Lock()
 
 
 def measured(weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, float]:
-    """The least times of interleaved calls on 128 random rows, in milliseconds; once a shape. They are not counted."""
+    """The least times of interleaved calls on 128 random rows, in milliseconds; measured once for each shape.
+    ``stats()`` does not count these calls.
+    """
     path = os.environ.get("FASTLANE_PATH")
     key = (weight.shape, weight.stride(), weight.dtype, bias is None, torch.get_num_threads(), path)
     with _measuring, torch.no_grad(), outside_modes():

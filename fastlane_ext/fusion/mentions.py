@@ -1,7 +1,7 @@
-"""Whether a module's code speaks of a GELU or of a linear layer, wherever they stand: for the report of `fuse`.
+"""Whether a module's code mentions a GELU or a linear layer, anywhere: for the report of `fuse`.
 
-Nothing is fused for what is found here. A place that looks as if a fused operation belonged there is listed, with the
-reason why there is none.
+Nothing is fused because of these findings. The report lists places where a fused operation seems to belong, with the
+reason why none runs.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _own_functions(kind: type) -> Iterator[types.FunctionType]:
-    """The forward that a class below torch's own defines, and its methods that the forward's code names, and so on.
-    What initialises weights says nothing of the forward.
+    """The class's forward, the methods of the class that the forward's code names, the methods that these name, and so
+    on, without nn.Module's own. Other methods do not count: code that initialises weights says nothing of the forward.
     """
     names, seen = ["forward", "__call__"], set()
     while names:
@@ -72,7 +72,7 @@ def _function_mentions_gelu(function: types.FunctionType, depth: int) -> bool:
 
 
 def inner(function: types.FunctionType) -> types.FunctionType:
-    """What decorators that keep ``__wrapped__`` were put around."""
+    """The function inside a decorator that keeps ``__wrapped__``, or ``function`` itself."""
     found = getattr(function, "__wrapped__", function)
     return found if isinstance(found, types.FunctionType) else function
 
@@ -85,7 +85,7 @@ def _is_filled(cell: types.CellType) -> bool:
 
 
 def _value_mentions_gelu(value: Any, depth: int) -> bool:
-    """Whether a function, a class or an object that code reads is a GELU by its name or by its own code."""
+    """Whether a function, class or object that code reads is a GELU, by its name or by its own code."""
     if value is None or isinstance(value, types.ModuleType) or depth <= 0:
         return False
     if isinstance(value, functools.partial):
@@ -107,7 +107,7 @@ def _value_mentions_gelu(value: Any, depth: int) -> bool:
 
 
 def _descendants(module: nn.Module) -> Iterator[nn.Module]:
-    """The children, and those in lists, dicts and sequences of modules."""
+    """The children, with those inside lists, dicts and sequences of modules in place of the containers."""
     for child in module._modules.values():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)) or type(child) is nn.Sequential:
             yield from _descendants(child)
@@ -116,7 +116,7 @@ def _descendants(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def looks_linear(child: nn.Module) -> bool:
-    """Whether a child is a linear layer or stands for one, as adapters and quantised layers do."""
+    """Whether a child is a linear layer or stands in for one, as adapters and quantised layers do."""
     if is_linear(child) or isinstance(child, nn.Linear) or "in_features" in vars(child):
         return True
     return lookup(type(child), "in_features") is not ABSENT
@@ -144,7 +144,7 @@ def says_gelu(value: Any) -> bool:
 
 
 def _attributes(module: nn.Module) -> Iterator[Any]:
-    """What the module keeps beside its children, also in plain lists and dicts, that could be called."""
+    """Callable values that the module keeps beside its children, also in plain lists and dicts."""
     for name, value in vars(module).items():
         if name.startswith("_") and hasattr(nn.Module(), name):
             continue

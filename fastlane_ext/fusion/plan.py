@@ -1,7 +1,7 @@
-"""What a container's forward computes, as far as the fused operations can stand in for it.
+"""The plan of a container: the steps of its forward, with fused operations where they can stand in.
 
-A plan is a list of steps on numbered values; children appear by name, and are looked up at every call. A plan is copied
-with the module. It is not pickled: whoever loads the module reads the plan again, from the code that is there then.
+A plan is a list of steps on numbered values. Children appear by name and are looked up at every call. A plan is copied
+with its module, but not pickled: a loaded module's plan is read again, from the code that is there then.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Child(NamedTuple):
 
 
 DROPOUTS = (nn.Dropout, nn.Identity)
-"""What does nothing to its input, or nothing in evaluation: these very classes, no subclass."""
+"""Classes that do nothing to their input, or nothing in evaluation: these very classes, no subclass."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class Fused:
-    """``values[target] = [fc2](act(fc1(values[source]))) [+ values[residual]]``; ``instead`` are the steps that eager
-    takes, for values that the fused operation does not.
+    """``values[target] = [fc2](act(fc1(values[source]))) [+ values[residual]]``. ``instead`` are eager's steps, for
+    values that the fused operation does not take.
     """
 
     source: int
@@ -78,7 +78,7 @@ class Fused:
 
     @property
     def children(self) -> int:
-        """How many children the step stands for."""
+        """How many calls of children the step replaces."""
         return sum(isinstance(part, Call) for part in self.instead)
 
     @property
@@ -92,8 +92,8 @@ class Fused:
 
 @dataclass(frozen=True)
 class Call:
-    """``values[target] = child(*values[sources])``; the forward looks the child up when ``looked_up`` children of it
-    have been called, which may be long before.
+    """``values[target] = child(*values[sources])``. The forward looks this child up when ``looked_up`` children have
+    been called, which may be long before it calls the child.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Add:
 
 @dataclass
 class Calls:
-    """How often a module ran fused since `fuse`, how often it ran its original forward, and why the last time."""
+    """How often a module ran fused since `fuse`, how often its original forward ran, and the last reason for that."""
 
     fused: int = 0
     original: int = 0
@@ -140,8 +140,8 @@ class Calls:
 
 @dataclass(frozen=True)
 class Plan:
-    """A forward of ``inputs`` positional arguments, by name, in ``steps``; ``last_uses`` are the values that no later
-    step reads. The rest is what must still hold at a call: csrc/python/plan_call.cpp reads it.
+    """A forward with positional arguments named ``inputs``, in ``steps``. ``last_uses`` lists, for each step, the
+    values that no later step reads. ``checks`` is what must still hold at a call; csrc/python/plan_call.cpp reads it.
     """
 
     kind: type  # the container's class
@@ -177,7 +177,7 @@ class Plan:
         return tuple(step for step in self.steps if isinstance(step, Fused))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
-        # Facts are about objects that no copy has of its own. A child's state may be: its bound methods.
+        # Facts are about objects that the copy shares. A child's state may hold bound methods, which are copied.
         return replace(self, children=copy.deepcopy(self.children, memo), calls=Calls())
 
     def __copy__(self) -> Plan:
@@ -187,7 +187,7 @@ class Plan:
         return unread, ()
 
     def __setstate__(self, state: object) -> None:
-        """What an earlier version pickled: such a plan knows too little, and is read again."""
+        """For plans that an earlier version pickled: they hold too little, and are read again."""
         object.__setattr__(self, "__class__", Unread)
 
 
@@ -197,12 +197,12 @@ _plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 
 @constant_while_traced
 def why_traced_class_changed(key: int, kind: type) -> str | None:
-    """Asked once while torch.compile traces: facts are about code, and what changes later no graph notices."""
+    """Asked once while torch.compile traces: facts are about code, and a graph does not notice later changes."""
     return why_class_changed(_plans[key], kind)
 
 
 def why_class_changed(plan: Plan, kind: type) -> str | None:
-    """Why a module of class ``kind`` may do something else than the plan, whatever the instance is; or None."""
+    """Why modules of class ``kind`` may do something else than the plan, or None; looks at no instance."""
     if kind is not plan.kind:
         for name in plan.lookups:
             if lookup(kind, name) is not lookup(plan.kind, name):
@@ -221,19 +221,19 @@ _UNREAD = Unread()
 
 
 def unread() -> Unread:
-    """What a plan is pickled as."""
+    """Stands for every plan in a pickle."""
     return _UNREAD
 
 
 def _looked_up_early(steps: Iterable[Fused | Call | Add]) -> frozenset[int]:
-    """How many children have been called where a child is looked up that others are called before."""
+    """The values of `Call.looked_up` of children that are looked up before other children are called."""
     parts = [part for step in steps for part in (step.instead if isinstance(step, Fused) else (step,))]
     calls = [part for part in parts if isinstance(part, Call)]
     return frozenset(part.looked_up for index, part in enumerate(calls) if part.looked_up < index)
 
 
 def last_uses(steps: list[Fused | Call | Add], output: int) -> tuple[tuple[int, ...], ...]:
-    """For each step, the values to let go of after it: none that the output or a later step needs."""
+    """For each step, the values to release after it, which neither the output nor a later step needs."""
     found: list[tuple[int, ...]] = []
     needed = {output}
     for step in reversed(steps):

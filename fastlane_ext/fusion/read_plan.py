@@ -101,16 +101,18 @@ class _Reader:
             return None
         (user,) = node.users
         between = self.record.nodes[self.positions[node] + 1 : self.positions[user]]
-        # A child called meanwhile may change in place what a fused step would read too early.
+        # A child called in between may change in place a value that a fused step would read too early.
         return None if any(other.kind == "call" for other in between) else user
 
     def _precedes_gelu(self, linear: Node) -> bool:
-        # Such a layer is better fused with its own activation.
+        # Such a linear layer is better fused with its own activation.
         user = self._only_user(linear)
         return user is not None and self._activation(user) is not None
 
     def _skip_dropouts(self, node: Node) -> tuple[list[Node], Node | None]:
-        """Dropouts and identities that follow ``node`` and alone use each other's results; who uses the last."""
+        """The dropouts and identities that follow ``node``, each the only user of the value before it; then the user of
+        the last one's value, or None.
+        """
         passed: list[Node] = []
         user = self._only_user(node)
         while user is not None and type(self._child(user)) in DROPOUTS:
@@ -181,7 +183,7 @@ class _Reader:
 
 
 def other_activation(module: nn.Module, plan: Plan) -> str | None:
-    """The name of a child, no GELU, that stands between two linear layers as one would."""
+    """The name of a child that is called between two linear layers, where a GELU would be, but is none; or None."""
     children = {name: child for name, child in module._modules.items() if child is not None}
     calls = {step.target: step for step in plan.steps if isinstance(step, Call)}
 
@@ -206,5 +208,5 @@ def _may_activate(module: nn.Module) -> bool:
 
 
 def read_plan(module: nn.Module) -> Plan:
-    """The plan of ``module``'s forward. Refused, with the reason, where it has none."""
+    """The plan of ``module``'s forward. Raises Refused, with the reason, if the forward has no plan."""
     return _Reader(module).plan()

@@ -1,4 +1,4 @@
-"""What a function reads beside its arguments, so that its values are known to stay what they were found to be."""
+"""What a function reads beside its arguments: its values stay the same only as long as these do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CHOICES = ("SUBSCR", "SLICE")
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.ModuleType, type)
 CONSTANTS = (bool, int, float, str, type(None))
 _TRUSTED = ("math", "torch")
-"""Whose constants nobody assigns."""
+"""Modules whose constants nobody assigns."""
 _ARITHMETIC = frozenset(
     "add div erf erfc gelu mul multiply ndtr neg negative pow rsub sqrt square sub subtract tanh true_divide".split()  # noqa: SIM905
 )
@@ -32,9 +32,9 @@ _TRUSTED_BUILTINS = (abs, float, int, pow)
 
 
 class Read(NamedTuple):
-    """A global, a builtin or a variable of an enclosing function; ``name`` is dotted where it was found in a module, a
-    class or a function. ``kept``: in a local variable, through which anything of it may be read. ``facts``: the way
-    to it.
+    """A global, a builtin or a variable of an enclosing function. ``name`` is dotted for an attribute of a module, a
+    class or a function. ``kept``: the code keeps the value in a local variable, and may read any attribute from there.
+    ``facts`` lead to the value.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Read(NamedTuple):
 
 
 class Attribute(NamedTuple):
-    """An attribute of something else than a `Read`: of an argument or of a result."""
+    """The name of an attribute of anything but a `Read`: of an argument or of a result."""
 
     name: str
 
@@ -59,7 +59,7 @@ def _attribute(found: Read, name: str) -> Read:
     if isinstance(value, type):
         fact = Fact(value, name, lookup(value, name))
     else:
-        # A module with a __getattr__ may answer otherwise next time: what its dict lacks counts as absent.
+        # A module's __getattr__ may answer otherwise next time, so that a name missing in its dict counts as absent.
         fact = of_item(vars(value) if hasattr(value, "__dict__") else {}, name)
     module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None) or ""
     return Read(f"{found.name}.{name}", fact.value, (*found.facts, fact), module)
@@ -98,8 +98,8 @@ def reads_of(function: types.FunctionType) -> Iterator[Read | Attribute]:
 
 
 def why_not_fixed(function: types.FunctionType, facts: list[Fact]) -> str | None:
-    """None if the function reads code from outside, and no data but constants of math and torch; else what it reads.
-    What it reads is added to ``facts``.
+    """None if the function reads only code from outside, and no data but constants of math and torch; else a reason.
+    Adds to ``facts`` how each of them was found.
     """
     for read in reads_of(function):
         if isinstance(read, Attribute):
@@ -123,7 +123,7 @@ def _is_arithmetic(value: Any) -> bool:
 
 
 class Evidence:
-    """What a conclusion from code rests on: facts, and names that an instance's own dict must not hold."""
+    """The basis of a conclusion from code: facts, and names that an instance's own dict must not hold."""
 
     def __init__(self) -> None:
         self.facts: list[Fact] = []
@@ -131,8 +131,8 @@ class Evidence:
 
 
 def why_not_closed(value: Any, owner: nn.Module, evidence: Evidence, seen: tuple[Any, ...] = ()) -> str | None:
-    """None if ``value`` computes arithmetic of its arguments and of ``owner``'s own attributes and nothing else,
-    whatever Python functions it calls; else what it does beside that.
+    """None if ``value``, with all Python functions that it calls, computes arithmetic of its arguments and of
+    ``owner``'s own attributes, and nothing else; else a reason.
     """
     name = getattr(value, "__name__", repr(value))
     if any(value is other for other in seen):
@@ -164,7 +164,7 @@ def _why_code_not_closed(
     if reason is not None:
         return reason
     for instruction in dis.get_instructions(function):
-        # A form may be chosen without a branch, by an index.
+        # An index can choose between two formulas without a branch.
         if any(part in instruction.opname for part in _CHOICES) or instruction.argrepr == "[]":
             return "chooses by a value"
     called = []
@@ -180,8 +180,8 @@ def _why_code_not_closed(
 
 
 def _method(name: str, owner: nn.Module, evidence: Evidence) -> Any:
-    """The method of the owner's class that the code means; None where that is an attribute of the owner's own or a
-    tensor's arithmetic; ABSENT where it may be anything.
+    """The method of the owner's class that the code means by ``name``; None for an attribute of the owner's own or for
+    a tensor's arithmetic; ABSENT if ``name`` may mean anything.
     """
     if name in _ARITHMETIC:
         evidence.facts += of_class(Tensor, name)

@@ -37,12 +37,12 @@ _NEVER = "no call counted since fuse(): its owner may call its children, or a gr
 
 
 class _OfFilter(Exception):
-    """Carries what the caller's filter_fn raised past the search's own net."""
+    """Carries an exception of the caller's filter_fn past the search's own ``except``."""
 
 
 class Search:
-    """``sites`` and ``passed_over`` are what `run` found, ``refused`` how many sites are refused for what they are, and
-    ``changes`` what `fuse` has to do: a module, a function that makes its class, its plan.
+    """`run` fills ``sites`` and ``passed_over``. ``refused`` counts the sites and modules that cannot be fused.
+    ``changes`` lists the work of `fuse`: a module, a function that makes its class, its plan.
     """
 
     def __init__(self, wanted: Callable[[str, nn.Module], bool], linears: bool, measure: Measure) -> None:
@@ -119,7 +119,7 @@ class Search:
             if isinstance(plan, str):
                 raise Refused(plan)
         except Refused as refused:
-            # Without a GELU in sight this is no place where anyone would expect a fused operation.
+            # Without any mention of a GELU nobody would expect a fused operation here.
             if mentions_gelu(module):
                 self.refused += 1
                 self._add(name, module, "Linear, GELU", str(refused))
@@ -148,7 +148,9 @@ class Search:
             self._add(name, module, step.pattern, reason, note, calls=calls)
 
     def _note_uncalled(self) -> None:
-        """Where others of the model were called since `fuse` and one was not, its owner may go past it."""
+        """Add a note to fused modules that were not called since `fuse`, if others were: their owner may call their
+        children directly.
+        """
         called = [site for site in self.sites if site.calls is not None and any(site.calls.values())]
         for index, site in enumerate(self.sites):
             if called and site.fused and not site.reason and site.calls is not None and not any(site.calls.values()):
@@ -193,7 +195,7 @@ class Search:
 
 
 def _why_apart(module: nn.Module) -> str | None:
-    """What stands in the way of a child that may be a GELU, in a forward that was followed and has no pair to fuse."""
+    """Why a child that may be a GELU is not one, or None; for a forward that was followed and has no pair to fuse."""
     for name, child in module._modules.items():
         if child is None:
             continue

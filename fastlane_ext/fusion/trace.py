@@ -1,9 +1,8 @@
 """A container's forward, run once with stand-ins for the container and its inputs.
 
-Nothing of the model is called or changed: a child called on a stand-in is written down, and so are sums and
-F.gelu. Straight lines alone are followed (bytecode.py), and each of their calls has to be written down, so
-that nothing can happen in a forward that its record does not show: no branch, no context such as
-``torch.no_grad()``, nothing in place, no helper.
+No child is called, and nothing is changed: calls of children on stand-ins are recorded, and so are sums and F.gelu.
+Only straight lines are followed (bytecode.py), and each of their calls has to be recorded. So the record shows
+everything that the forward does: it has no branch, no context such as ``torch.no_grad()``, nothing in place, no helper.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class Record:
 
 
 class _Value:
-    """Stands for a tensor. Whatever is not written down is refused."""
+    """Stands for a tensor. Operations that are not recorded are refused."""
 
     def __init__(self, record: Record, node: Node) -> None:
         self._record, self._node = record, node
@@ -110,8 +109,8 @@ for _name in ("__rmul__", "__rsub__", "__rtruediv__", "__rmatmul__", "__rpow__",
 
 
 class _Container:
-    """Stands for the container: its children can be called, its constants read; nothing else of it is there. Names are
-    looked up as Python does: what the class has under a child's name would go before the child.
+    """Stands for the container: its children can be called and its constants read, and nothing else. A name that the
+    class defines is refused, since Python would find it before a child of that name.
     """
 
     def __init__(self, record: Record, module: nn.Module) -> None:
@@ -143,7 +142,7 @@ class _Container:
 
 
 def _why_other_lookup(kind: type) -> str | None:
-    """Why attributes of a container of this class may be others than those that nn.Module would find."""
+    """Why a container of this class may find other attributes than nn.Module would, or None."""
     found = lookup(kind, "__getattr__")
     if not is_of_fx(found) and not comes_from(found, nn_module.__name__, "__getattr__"):
         return "its class has a __getattr__ of its own"
@@ -164,14 +163,14 @@ def _follow_sequential(module: nn.Module, record: Record) -> None:
 
 
 def is_sequential(module: nn.Module) -> bool:
-    """Whether its forward calls its children in their order."""
+    """Whether the module's forward is nn.Sequential's, which calls the children in their order."""
     kind = original_class(type(module))
     return all(lookup(kind, name) is lookup(nn.Sequential, name) for name in ("forward", "__iter__"))
 
 
 def follow(module: nn.Module) -> Record:
-    """What the forward of the module's class does with its positional arguments. Refused, with the reason, where that
-    is not all that it does.
+    """The record of what the forward of the module's class does with its positional arguments. Raises Refused, with the
+    reason, if a record cannot show everything that the forward does.
     """
     kind = original_class(type(module))
     record, forward = Record(), lookup(kind, "forward")
@@ -197,7 +196,7 @@ def follow(module: nn.Module) -> Record:
     for parameter in list(inspect.signature(forward).parameters.values())[1:]:
         if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
             raise Refused("its forward takes any number of arguments")
-        # An argument with a default is left at it: a call that gives it runs the original forward.
+        # An argument with a default keeps its default: a call that passes the argument runs the original forward.
         if parameter.default is parameter.empty:
             inputs.append(_Value(record, record.add("input", parameter.name)))
         elif not isinstance(parameter.default, CONSTANTS):
@@ -220,7 +219,9 @@ def follow(module: nn.Module) -> Record:
 
 
 def _why_calls_others(forward: types.FunctionType) -> str | None:
-    """Code that the forward reads runs when it is followed, so that it has to be torch's own ``gelu`` or ``add``."""
+    """Why the forward reads other code than torch's own ``gelu`` and ``add``, or None: following the forward would run
+    such code.
+    """
     for read in reads_of(forward):
         if not isinstance(read, Read) or not callable(read.value):
             continue
