@@ -1,4 +1,4 @@
-"""Decisions of the build, apart from setup.py so that tests can ask for them without building anything."""
+"""Decisions of the build. They are not in setup.py, so that tests can check them without building anything."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pathlib import Path
 
 MINIMUM_TORCH = (2, 11)
 MINIMUM_SETUPTOOLS = (77, 0)  # the first that takes pyproject.toml's licence expression
-# Turing and newer; GPUs without code of their own compile the PTX when they load it. 9.0a, unlike 9.0, has wgmma.
+# Turing and newer. A GPU without code of its own compiles the PTX at load time. 9.0a, unlike 9.0, has wgmma.
 DEFAULT_CUDA_ARCHITECTURES = "7.5;8.0+PTX;9.0a"
 
 
 class BuildError(RuntimeError):
-    """A one-line explanation of why the extension cannot be built here, and what to do."""
+    """One line: why the extension cannot be built here, and what to do."""
 
 
 @dataclass(frozen=True)
 class CudaDecision:
-    """Whether the CUDA half is compiled, and why: the build prints it, `build_info()` repeats it."""
+    """Whether the CUDA half is compiled, and why. The build prints the reason; `build_info()` repeats it."""
 
     build: bool
     reason: str
@@ -40,7 +40,8 @@ def decide_cuda(
     """Decide from the installed torch and toolkit alone, never from a visible GPU.
 
     `requested` is the value of FASTLANE_CUDA (None, "" , "0" or "1"); `torch_cuda` is `torch.version.cuda`;
-    the toolkit is what `find_cuda_home` found. Raises BuildError where "1" asks for what cannot be done.
+    `find_cuda_home` finds the toolkit. Raises BuildError if FASTLANE_CUDA has another value, or if it is "1" and CUDA
+    cannot be compiled.
     """
     if requested not in (None, "", "0", "1"):
         raise BuildError(f"FASTLANE_CUDA: got {requested!r}, expected 0 or 1; unset it to let the build decide")
@@ -66,9 +67,9 @@ def decide_cuda(
 
 
 def find_cuda_home(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The toolkit's root: CUDA_HOME, or what nvcc itself names as its TOP.
+    """The toolkit's root: CUDA_HOME, CUDA_PATH, or the folder that nvcc itself names as its TOP.
 
-    nvcc on PATH may be a wrapper script, so its folder says nothing; `nvcc --dryrun` prints the real root.
+    nvcc on PATH may be a wrapper script in another folder; `nvcc --dryrun` prints the real root.
     """
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         home = environment.get(variable)
@@ -101,10 +102,10 @@ def cuda_toolkit_version(home: str | None) -> str | None:
 
 
 def cuda_architectures(requested: str | None) -> list[str]:
-    """The architectures to compile for: those of TORCH_CUDA_ARCH_LIST, or the default ones if it is not set.
+    """The architectures to compile for, from TORCH_CUDA_ARCH_LIST or, if that is not set, the default ones.
 
-    Entries are such as "9.0a+PTX". Raises BuildError where one is not a compute capability of 7.5 or newer, or asks for
-    PTX of one below 8.0.
+    An entry looks like "9.0a+PTX". Raises BuildError if an entry is not a compute capability of 7.5 or newer, or asks
+    for PTX below 8.0.
     """
     entries = [entry for entry in re.split(r"[;\s]+", requested or "") if entry] or DEFAULT_CUDA_ARCHITECTURES.split(
         ";"
@@ -127,14 +128,14 @@ def cuda_architectures(requested: str | None) -> list[str]:
 
 @dataclass(frozen=True)
 class HopperDecision:
-    """Whether the Hopper kernels are compiled, with which folder of CUTLASS's headers, and why."""
+    """Whether the Hopper kernels are compiled, and why. ``include`` is the folder of CUTLASS's headers, or None."""
 
     include: str | None
     reason: str
 
 
 def decide_hopper(*, architectures: Sequence[str], cutlass: str | None) -> HopperDecision:
-    """From the architectures of the CUDA half (none without it) and what `find_cutlass` found."""
+    """Decide from the architectures of the CUDA half (none without it) and the folder that `find_cutlass` found."""
     if not architectures:
         return HopperDecision(None, "no CUDA kernels are built")
     if not any(entry.startswith("9.0a") for entry in architectures):
@@ -149,9 +150,9 @@ def decide_hopper(*, architectures: Sequence[str], cutlass: str | None) -> Hoppe
 
 
 def find_cutlass(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The folder of CUTLASS's headers: FASTLANE_CUTLASS, or the one in the wheel nvidia-cutlass.
+    """The folder of CUTLASS's headers: FASTLANE_CUTLASS, or the folder in the wheel nvidia-cutlass, or None.
 
-    Raises BuildError where FASTLANE_CUTLASS has no `cutlass/cutlass.h`.
+    Raises BuildError if FASTLANE_CUTLASS has no `cutlass/cutlass.h`.
     """
     named = environment.get("FASTLANE_CUTLASS")
     if named:
@@ -180,7 +181,7 @@ def check_version(package: str, version: str, minimum: tuple[int, int]) -> None:
 
 
 def find_compiler(environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
-    """The C++ compiler's command and its version line. Raises BuildError where there is none."""
+    """The C++ compiler's command and its version line. Raises BuildError if there is no compiler."""
     command = environment.get("CXX") or "c++"
     executable = shutil.which(command.split()[0], path=environment.get("PATH"))
     if executable is None:

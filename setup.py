@@ -54,7 +54,7 @@ def extension_and_command():
 
     toolkit_home = find_cuda_home() if torch.version.cuda else None
     if toolkit_home:
-        os.environ["CUDA_HOME"] = toolkit_home  # before cpp_extension guesses it from nvcc's folder
+        os.environ["CUDA_HOME"] = toolkit_home  # set before cpp_extension guesses it from nvcc's folder
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     decision = decide_cuda(
@@ -70,11 +70,11 @@ def extension_and_command():
     hopper = decide_hopper(architectures=architectures, cutlass=find_cutlass() if decision.build else None)
     print(f"fastlane_ext: Hopper kernels: {'yes' if hopper.include else 'no'} ({hopper.reason})")
     if decision.build:
-        # Left unset, torch would compile for the GPUs that are visible now.
+        # If this is unset, torch compiles for the GPUs that are visible now.
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures)
 
     class RecordingBuildExtension(BuildExtension):
-        """Writes down, beside the library, which torch it fits: to be read where it cannot be loaded."""
+        """Writes a record beside the library, with the torch that it fits; readable where the library does not load."""
 
         def run(self):
             super().run()
@@ -96,7 +96,7 @@ def extension_and_command():
         relative_sources(decision.build, hopper.include is not None),
         include_dirs=[str(ROOT / "csrc"), *([hopper.include] if hopper.include else [])],
         define_macros=[("FASTLANE_CUDA_REASON", json.dumps(decision.reason))],
-        # -ffp-contract=off: a product and a sum are fused where the source says fma, the same in every ISA.
+        # -ffp-contract=off: a product and a sum are fused only where the source says fma, the same in every ISA.
         # -fopenmp is for at::parallel_for's header and is not a link flag: the runtime must be the one torch
         # loaded, since a second one would not follow torch.set_num_threads.
         extra_compile_args={

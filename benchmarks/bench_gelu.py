@@ -3,8 +3,8 @@
     python benchmarks/bench_gelu.py                        # minutes: checks two thousand million values
     python benchmarks/bench_gelu.py --stride 1000          # seconds: one value in a thousand
 
-Compiles ``gelu_throughput.cpp``, which includes the kernels' own vectors and formulas, with ``$CXX``
-(g++); no torch in it.
+Compiles ``gelu_throughput.cpp``, which includes the kernels' own vectors and formulas but no torch, with ``$CXX``
+(default: g++).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SCHEMA = 1
 
 
 def compile_program(folder: Path) -> tuple[Path, str]:
-    """The compiled program and the compiler's name and version; CommandError if it cannot be had."""
+    """The compiled program, and the compiler's name and version. Raises CommandError if compiling fails."""
     command = shlex.split(os.environ.get("CXX") or "g++")
     if shutil.which(command[0]) is None:
         raise CommandError(f"{command[0]}: no such compiler; install g++, or set CXX to a C++17 compiler")
@@ -62,7 +62,7 @@ def _run(program: Path, *arguments: object) -> dict[str, Any]:
 
 
 def measure(*, stride: int = 1, threads: int | None = None, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Time the formulas, then check every ``stride``-th float32 on ``threads`` threads; the JSON document."""
+    """Time the formulas, then check every ``stride``-th float32 on ``threads`` threads. Returns the JSON document."""
     with tempfile.TemporaryDirectory() as folder:
         program, compiler = compile_program(Path(folder))
         with machine.Neighbours() as neighbours:
@@ -82,7 +82,7 @@ def measure(*, stride: int = 1, threads: int | None = None, rounds: int = ROUNDS
 
 
 def render(document: dict[str, Any]) -> None:
-    """Print the table; as markdown where rich is not installed."""
+    """Print the table, as markdown where rich is not installed."""
     try:
         out = console()
     except CommandError:
@@ -104,7 +104,7 @@ def _positive(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0, or 2 with one line on stderr."""
+    """Run the command line. Returns 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", default=str(RESULTS), metavar="PATH", help="where to write the results")
     parser.add_argument("--stride", type=_positive, default=1, help="check every N-th float32 (default: each one)")

@@ -1,4 +1,4 @@
-"""Options and the one fixture of the benchmarks: a contest by the protocol of ``fastlane_ext.bench``."""
+"""Options of the benchmarks, and their one fixture, a contest by the protocol of ``fastlane_ext.bench``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = metafunc.config.getoption("--threads")
     threads = [int(part) for part in chosen.split(",")] if chosen else None
     jobs = suites.plan(metafunc.module.SUITE, threads, quick=metafunc.config.getoption("--quick"))
-    # Plain ASCII, or pytest shows escapes.
+    # Plain ASCII, since pytest shows other characters as escapes.
     ids = [str(job).replace("×", "x").replace("→", "to") for job in jobs]
     metafunc.parametrize("job", jobs, ids=ids)
     metafunc.parametrize("mode", suites.MODES)
@@ -38,11 +38,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture
 def contest(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[suites.Job, str], None]:
-    """Time one job in one mode: pytest-benchmark times the fused contestant, the others run between its
-    rounds.
+    """Time one job in one mode: pytest-benchmark times the fused contestant; the others run between its rounds.
 
-    The row of ``fastlane bench``, with every contestant's quartiles and the ratios, goes into
-    ``extra_info``.
+    ``extra_info`` gets the row of ``fastlane bench``, with every contestant's quartiles and the ratios.
     """
 
     def run(job: suites.Job, mode: str) -> None:

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_bench.py --json results.json
 
-Contestants take turns; each sample is one call between two CUDA events, with the L2 cache overwritten before it, so
-that operands come from memory. A tiny network is bound by its launches: there the clock is the host's, over many
-calls.
+Contestants take turns. Each sample is one call between two CUDA events; the L2 cache is overwritten before the call, so
+that operands come from memory. A tiny network is bound by its launches, so that the host's clock times many calls of
+such a network.
 ``--device cpu --quick`` runs the same code on small shapes, to try the script without a GPU; its times mean nothing.
 """
 
@@ -45,7 +45,7 @@ def normal(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
 def with_steps(
     forwards: dict[str, Forward], leaves: list[Tensor], dy: Tensor, compiled: bool
 ) -> dict[str, tuple[Call, Call]]:
-    """(forward, step) of each contestant, eager compiled among them; a step leaves no gradient behind."""
+    """(forward, step) of each contestant; ``compiled`` adds eager compiled. A step leaves no gradient behind."""
     if compiled:
         forwards["compile"] = torch.compile(forwards["eager"], mode="max-autotune-no-cudagraphs", dynamic=False)
     calls: dict[str, tuple[Call, Call]] = {
@@ -56,7 +56,7 @@ def with_steps(
 
 
 def with_tiles(calls: dict[str, tuple[Call, Call]], device: torch.device) -> dict[str, tuple[Call, Call]]:
-    """And the fused one with each tile that `hopper_tile` chooses among, to see whether it chooses well."""
+    """``calls``, and on Hopper the fused call with each tile that `hopper_tile` chooses among, to judge its choice."""
     if device.type != "cuda" or not fastlane_ext.build_info()["hopper"]:
         return calls
     if torch.cuda.get_device_capability(device) != (9, 0):
@@ -69,7 +69,7 @@ def with_tiles(calls: dict[str, tuple[Call, Call]], device: torch.device) -> dic
 
 
 def with_tile(cols: int, call: Call) -> Call:
-    """Call with the given tile for every product of which there is such a Hopper kernel."""
+    """``call`` with the given tile for every product that has a Hopper kernel with this tile."""
 
     def forced() -> object:
         fastlane_ext._C.force_hopper_tile(cols)
@@ -186,7 +186,7 @@ QUICK_CASES: tuple[Case, ...] = (Layer(64, 32, 32), Layer(64, 32, 48), Network((
 
 
 class Sampler:
-    """Seconds of a call, by device events after the cache was overwritten, or by the host's clock."""
+    """Measures a call's seconds, by device events after the cache was overwritten, or by the host's clock."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device != "cpu"
@@ -214,7 +214,7 @@ class Sampler:
 
 
 def worst_difference(calls: dict[str, tuple[Call, Call]]) -> float:
-    """Of the fused output from eager's, relative to eager's largest element."""
+    """The largest difference between the fused output and eager's, relative to eager's largest element."""
     with torch.no_grad():
         eager, fused = calls["eager"][0]().double(), calls["fused"][0]().double()
     return ((fused - eager).abs().max() / eager.abs().max()).item()
@@ -275,7 +275,7 @@ def main() -> None:
     for case in QUICK_CASES if arguments.quick else CASES:
         rows += run_case(case, arguments.device, dtype, arguments.rounds, not arguments.no_compile)
         torch._dynamo.reset()
-        # After each case, so that a run that is cut keeps what it has.
+        # After each case, so that an interrupted run keeps its results.
         if arguments.json:
             result = {"kind": "fastlane-gpu-bench", "schema": 1, **machine.environment(), "rows": rows}
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")

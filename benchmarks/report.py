@@ -4,11 +4,10 @@
     python benchmarks/report.py bench.json --plot docs/bench.png    # and a picture
     python benchmarks/report.py bench.json --readme PAGE.md         # rewrite the table between its markers
 
-Reads what ``fastlane bench --json`` writes and what pytest-benchmark writes for the files beside this
-one; several files are put together, and a row that several of them measured becomes the median of its
-runs. Losing rows stay in. ``--threads`` and ``--suite`` choose rows by
-what was run, never by result. ``--suite networks``, ``--suite models`` and the JSON of ``bench_gelu.py`` have markers
-of their own.
+Reads the JSON of ``fastlane bench --json``, and the JSON of pytest-benchmark for the files beside this one. Several
+files are merged; a row that several files measured becomes the median of its runs. Losing rows stay in. ``--threads``
+and ``--suite`` choose rows by the case, never by the result. ``--suite networks``, ``--suite models`` and the JSON of
+``bench_gelu.py`` have markers of their own.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def _read(path: str | Path) -> Any:
 
 
 def _median_of_runs(rows: Sequence[Document]) -> Document:
-    """The same case measured by several runs: medians of what was measured; ratios within a run come first."""
+    """One row for a case that several runs measured: medians over the runs, of ratios taken within each run."""
 
     def medians(tables: Sequence[Document]) -> Document:
         return {key: statistics.median(t[key] for t in tables) for key in tables[0] if all(key in t for t in tables)}
@@ -72,7 +71,7 @@ def _median_of_runs(rows: Sequence[Document]) -> Document:
     for name, first in rows[0]["results"].items():
         runs = [row["results"].get(name, {}) for row in rows]
         results[name] = medians(runs) if all("median_s" in run for run in runs) else first
-    # A limit is the best that any run saw.
+    # The limit of the case is the best limit that any run measured.
     limit = dict(rows[0]["limit"])
     for key in ("flops_per_s", "bytes_per_s"):
         limit[key] = max(row["limit"][key] for row in rows)
@@ -98,9 +97,8 @@ def _median_of_runs(rows: Sequence[Document]) -> Document:
 
 
 def load(paths: Sequence[str | Path]) -> Document:
-    """Rows and machine facts of one or several result files; ReportError if they are not benchmark results.
-
-    Files from different machines or versions do not mix in one table.
+    """Rows and machine facts of one or several result files. Raises ReportError if a file holds no benchmark results,
+    or if the files come from different machines or versions.
     """
     merged: Document = {"rows": []}
     runs: dict[tuple[Any, ...], list[Document]] = {}
@@ -127,7 +125,7 @@ def load(paths: Sequence[str | Path]) -> Document:
 
 
 def choose(document: Document, suite: str | None, threads: Sequence[int] | None) -> Document:
-    """The rows of one suite and of some numbers of threads."""
+    """The rows of one suite and of the given numbers of threads."""
     rows = [
         row for row in document["rows"] if suite in (None, row["suite"]) and (not threads or row["threads"] in threads)
     ]
@@ -145,7 +143,7 @@ def _ratio(row: Document, name: str) -> str:
 
 
 def _part_of_limit(row: Document) -> str:
-    """The part of what bounds the case, and always the part of the multiply-add peak."""
+    """The fraction of the limit that bounds the case, and always the fraction of the multiply-add peak."""
     took = row["results"]["fused"].get("median_s")
     if took is None:
         return "–"
@@ -162,8 +160,7 @@ def _version(document: Document) -> str:
 
 
 def markdown(document: Document) -> str:
-    """The table: for each case and mode how many times the fused time every rival takes, bold where it
-    is less."""
+    """The table: for each case and mode every rival's time over the fused time, bold where a rival takes less."""
     facts = f"{document['cpu']}, {document['cores']} cores, {document['isa']}; torch {document['torch']}, "
     facts += _version(document)
     quiet = document["quiet_cores"]
@@ -202,7 +199,7 @@ def markdown(document: Document) -> str:
 
 
 def _facts(rows: Sequence[Document]) -> list[str]:
-    """What some cases say beside their times."""
+    """Facts that some cases give beside their times."""
     lines = []
     for row in rows:
         place = f"{row['case']} {row['dtype']}, {row['threads']} thread{'' if row['threads'] == 1 else 's'}"
@@ -306,7 +303,7 @@ def gelu_facts(document: Document) -> list[str]:
 
 
 def gelu_markdown(document: Document) -> str:
-    """The table of ``bench_gelu.py``: bold where the formulas of now are slower than those before."""
+    """The table of ``bench_gelu.py``: bold where today's formulas are slower than the earlier ones."""
     lines = [
         " ".join(gelu_facts(document)),
         "",
@@ -318,8 +315,7 @@ def gelu_markdown(document: Document) -> str:
 
 
 def rewrite(readme: Path, table: str, start: str = START, end: str = END) -> None:
-    """Put ``table`` between the markers of ``readme``; ReportError if they are not there once each, in
-    order."""
+    """Put ``table`` between the markers of ``readme``. Raises ReportError unless each is there once, in order."""
     try:
         text = readme.read_text(encoding="utf-8")
     except OSError as error:
@@ -332,8 +328,9 @@ def rewrite(readme: Path, table: str, start: str = START, end: str = END) -> Non
 
 
 def plot(document: Document, path: Path) -> None:
-    """Save bars, one panel a mode and number of threads: rivals' time over the fused time, log scale,
-    line at 1."""
+    """Save bars of the rivals' times over the fused time, log scale, line at 1; a panel for each mode and number of
+    threads.
+    """
     try:
         from fastlane_ext import plots
 
@@ -398,7 +395,7 @@ def _gelu_document(paths: Sequence[str]) -> Document | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0, or 2 with one line on stderr."""
+    """Run the command line. Returns 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "results", nargs="+", help="JSON from `fastlane bench --json`, pytest-benchmark or bench_gelu.py"

@@ -3,7 +3,7 @@
     python benchmarks/summary.py                        # to standard output
     python benchmarks/summary.py --readme README.md     # between its markers
 
-`ROWS` chooses by what was run, never by result; docs/performance.md has all rows.
+`ROWS` chooses rows by the case, never by the result; docs/performance.md has all rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ START, END = "<!-- summary table start -->", "<!-- summary table end -->"
 RESULTS = Path(__file__).resolve().parent / "results"
 RIVALS = ("eager", "compile", "onednn")
 MACHINES = {"Zen 5": "", "Zen 4": "zen4-"}
-"""The CPUs, and what the names of their results begin with."""
+"""The CPUs, and the prefixes of their result files."""
 
 
 class Row(NamedTuple):
@@ -43,14 +43,14 @@ WHAT = {"layer": "layer ", "networks": "", "models": ""}
 
 
 def load(machine: str, suite: str) -> report.Document:
-    """The rows of one suite on one machine with all its threads, medians of the runs."""
+    """The rows of one suite on one machine with all its threads; times are medians over the runs."""
     paths = sorted(RESULTS.glob(f"{MACHINES[machine]}{suite}-[0-9].json"))
     document = report.load(paths)
     return report.choose(document, suite, [document["cores"]])
 
 
 def table() -> Iterator[str]:
-    """The six rows, with how many times the fused time the others take."""
+    """The six rows, with the rivals' times over the fused time."""
     yield "| CPU | case | mode | fused | " + " | ".join(report.LABELS[name] for name in RIVALS) + " |"
     yield "|---|---|---|" + "---:|" * (1 + len(RIVALS))
     for row in ROWS:
@@ -78,7 +78,7 @@ def _sentence(subject: str, dtype: str, machines: Sequence[str]) -> str:
 
 
 def sentences() -> Iterator[str]:
-    """A sentence for AVX-512, AVX2 and bf16 each: the ranges of all measured layers."""
+    """One sentence each for AVX-512, AVX2 and bf16: the ranges over all measured layers."""
     isas = {machine: load(machine, "layer")["isa"] for machine in MACHINES}
     avx512 = [machine for machine, isa in isas.items() if isa.startswith("avx512")]
     avx2 = [machine for machine, isa in isas.items() if isa == "avx2"]
@@ -94,12 +94,12 @@ INTRODUCTION = "The least and the largest such number over all measured layers, 
 
 
 def text() -> str:
-    """What stands between the markers."""
+    """The text between the markers."""
     return "\n".join([*table(), "", INTRODUCTION, "", *sentences()]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0, or 2 with one line on stderr."""
+    """Run the command line. Returns 0, or 2 after one line on stderr."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--readme", type=Path, metavar="PATH", help="rewrite the text between the markers of PATH")
     args = parser.parse_args(argv)

@@ -1,8 +1,8 @@
 """The measuring protocol behind ``fastlane bench`` and the scripts in ``benchmarks/``.
 
-``protocol`` times contestants that take turns and measures their peak memory, ``machine`` finds the
-machine's own limits, ``contestants`` builds what is compared and ``suites`` says on which shapes and
-turns it all into rows.
+``protocol`` times contestants that take turns and measures their peak memory. ``machine`` measures the machine's own
+limits. ``contestants`` and ``model_contestants`` build the contestants. ``suites`` chooses the shapes and makes rows of
+the results.
 """
 
 from .protocol import Race, Skipped, Timing, peak_memory, race

@@ -1,8 +1,8 @@
-"""What is compared: eager, ``torch.compile``, ``F.linear`` alone, oneDNN with a packed weight, alone and with
+"""The contestants: eager, ``torch.compile``, ``F.linear`` alone, oneDNN with a packed weight, alone and with
 GELU and shortcut, and the fused op.
 
-Each contestant has a forward (to be called without grad) and a step (forward and backward). One that
-does not exist for a case is a ``Skipped`` with its reason.
+Each contestant has a forward (to be called without grad) and a step (forward and backward). A contestant that does not
+exist for a case is a ``Skipped`` with its reason.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ NO_COMPILE = Skipped("left out by --no-compile")
 _NO_BACKWARD = Skipped("an inference op: it has no backward")
 _NO_CHAIN = Skipped("the layers' inputs grow: bare linear layers do not chain")
 
-# Largest difference from eager, relative to eager's largest output, that rounding can explain.
+# The largest difference from eager that rounding can explain, relative to eager's largest output.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass
 class Contestant:
-    """A name and what to time; ``leaves`` are the tensors whose ``.grad`` a step fills."""
+    """A name and the calls to time; ``leaves`` are the tensors whose ``.grad`` a step fills."""
 
     name: str
     forward: Callable[[], Tensor] | Skipped
@@ -53,7 +53,7 @@ def contestant(
 
 
 def onednn_linear(weight: Tensor, rows: int) -> Callable[[Tensor, Tensor | None, str], Tensor] | Skipped:
-    # What torch.compile's freezing pass emits: the weight is reordered once, GELU rides in the epilogue.
+    # The operators that torch.compile's freezing pass emits: the weight is reordered once, GELU is in the epilogue.
     ops = torch.ops.mkldnn
     try:
         packed = ops._reorder_linear_weight(weight.detach(), rows)
@@ -219,9 +219,9 @@ def _without_grad(call: Callable[[], Tensor]) -> Tensor:
 
 
 def reject_wrong_answers(contestants: Sequence[Contestant], on_contestant: Callable[[str], None] | None = None) -> None:
-    """Run every forward once and replace, by the reason, what fails or differs from eager.
+    """Run every forward once; replace a contestant that fails or differs from eager by the reason.
 
-    A wrong answer has no speed. ``on_contestant`` hears each name first, since its first call may compile.
+    The speed of a wrong answer means nothing. ``on_contestant`` gets each name before the call, which may compile.
     """
     expected: Tensor | None = None
     for contestant in contestants:
@@ -249,8 +249,7 @@ def reject_wrong_answers(contestants: Sequence[Contestant], on_contestant: Calla
 
 
 def stats_since(before: dict[str, Any]) -> dict[str, Any]:
-    """What ``fastlane_ext.stats()`` counted since ``before``, in the same form; fallbacks of zero left
-    out."""
+    """The counts of ``fastlane_ext.stats()`` since ``before``, in the same form, without fallbacks of zero."""
     after = fastlane_ext.stats()
     since = {name: {key: n - before[name].get(key, 0) for key, n in counts.items()} for name, counts in after.items()}
     since["fallback"] = {reason: n for reason, n in since["fallback"].items() if n}

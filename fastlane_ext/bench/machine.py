@@ -1,8 +1,7 @@
-"""What this machine can do at best, measured: multiply-adds and bytes copied a second; and what it is.
+"""The machine's measured limits, multiply-adds and copied bytes per second, and facts about the machine.
 
-The multiply-add peak comes from a loop of independent FMAs compiled on the spot with the machine's own
-C++ compiler (nothing of torch in it). Without a compiler it is the best GEMM seen, and says so in its
-``source``.
+The multiply-add peak comes from a loop of independent FMAs, compiled on the spot with the machine's own C++ compiler
+and without torch. Without a compiler the peak is the best GEMM seen, as its ``source`` says.
 """
 
 from __future__ import annotations
@@ -52,12 +51,12 @@ extern "C" double fastlane_fma(long n, double s) {
 }
 """
 _CHAINS = 12
-"""Enough for two FMA units of latency 4 or 5, and with two operands still within the 16 registers of AVX2."""
+"""Enough for two FMA units of latency 4 or 5; with two operands they still fit the 16 registers of AVX2."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Floating-point operations a second (a multiply-add counts two) and how they were measured."""
+    """Floating-point operations per second (a multiply-add counts two), and how they were measured."""
 
     flops: float
     source: str
@@ -77,7 +76,7 @@ def _cpu_flags() -> set[str]:
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name as the system gives it; its family and model too where the name has no number.
+    """The processor's name from the system, with its family and model if the name has no number.
 
     >>> cpu_model() != ""
     True
@@ -90,7 +89,7 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     except OSError:
         pass
     name = facts.get("model name") or platform.processor() or platform.machine()
-    # A hypervisor may hide which EPYC or Xeon it is, and their generations differ by a factor of two.
+    # A hypervisor may hide the generation of an EPYC or Xeon, and generations differ by a factor of two.
     if not any(c.isdigit() for c in name) and {"cpu family", "model"} <= facts.keys():
         name += f" (family {facts['cpu family']}, model {facts['model']})"
     return name
@@ -98,7 +97,7 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """torch's own number of threads, for a while."""
+    """Inside, torch has ``count`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -182,10 +181,10 @@ _peaks: dict[tuple[torch.dtype, int], Peak] = {}
 
 
 def fma_peak(dtype: torch.dtype, threads: int) -> Peak:
-    """The most operations a second that ``threads`` threads do in multiply-adds in registers.
+    """The most operations per second that ``threads`` threads reach with multiply-adds in registers.
 
-    The best seen so far: a first call takes five samples, a later one adds one, since a machine has slow moments.
-    fp16, and bf16 where the CPU has no bf16 dot product, are measured in fp32, in which they are computed.
+    The result is the best seen so far: a first call takes five samples, a later call adds one, since a machine has slow
+    moments. fp16, and bf16 on a CPU without a bf16 dot product, are computed in fp32 and so measured in fp32.
 
     >>> fma_peak(torch.float32, 1).flops > 1e8
     True
@@ -204,10 +203,10 @@ def _measured_peak(dtype: torch.dtype, threads: int, samples: int) -> Peak:
     if flavour is None or kernel is None:
         with torch_threads(threads):
             return _best_gemm(dtype, samples)
-    # Some 20 ms a sample, so that starting a thread does not count.
+    # About 20 ms per sample, so that the start of a thread does not matter.
     steps, best = 8_000_000, 0.0
     for _ in range(samples):
-        # ctypes releases the interpreter lock, so plain Python threads do.
+        # ctypes releases the interpreter lock, so plain Python threads are enough.
         workers = [threading.Thread(target=kernel, args=(steps, 1.0)) for _ in range(threads)]
         start = time.perf_counter()
         for worker in workers:
@@ -235,21 +234,20 @@ def _copy_bandwidth(bytes_moved: int, threads: int) -> float:
 
 
 def copy_bandwidth(bytes_moved: int, threads: int) -> float:
-    """Bytes a second, read and written together, of ``copy_`` on a working set of about ``bytes_moved``
-    bytes.
+    """Bytes per second, read and written together, of ``copy_`` on a working set of about ``bytes_moved`` bytes.
 
-    The working set is rounded up to a power of two between 1 MiB and 256 MiB: what fits a cache is
-    compared with a copy that fits it too.
+    The working set is rounded up to a power of two between 1 MiB and 256 MiB: a case that fits a cache is compared with
+    a copy that fits the cache too.
     """
     size = 1 << max(20, min(28, (max(1, bytes_moved) - 1).bit_length()))
     return max(_copy_bandwidth(size, count) for count in {1, threads})
 
 
 class Neighbours:
-    """Watches, as a context manager, how many cores anything but this process and its children keeps busy.
+    """A context manager that counts the cores kept busy by anything but this process and its children.
 
-    On a machine that is not quiet, threads that wait for each other can lose a factor of a hundred.
-    ``cores`` is None where it cannot be told. Time that a hypervisor takes away counts too.
+    On a busy machine, threads that wait for each other can lose a factor of a hundred. ``cores`` is None where the
+    system does not tell. Time that a hypervisor takes away counts too.
 
     >>> with Neighbours() as others:
     ...     pass
@@ -283,8 +281,7 @@ class Neighbours:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit that ``folder`` is checked out at, with ``+changes`` if it differs; None outside a
-    checkout."""
+    """The commit that ``folder`` is checked out at, with ``+changes`` if files differ; None outside a checkout."""
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -302,7 +299,7 @@ def git_commit(folder: Path) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """The facts without which a time means nothing: machine, versions, threads, commit, date. JSON-able."""
+    """The facts that a time needs to mean anything: machine, versions, threads, commit, date. JSON-able."""
     import fastlane_ext
 
     return {

@@ -1,4 +1,4 @@
-"""Contestants for what `fuse` is for: a transformer's MLP, and whole models with and without it."""
+"""Contestants for the uses of `fuse`: a transformer's MLP, and whole models with and without `fuse`."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def has_transformers() -> bool:
 def mlp_contestants(
     rows: int, width: int, hidden: int, dtype: torch.dtype, *, compiled: bool = True, seed: int = 0
 ) -> list[Contestant]:
-    """Contestants for ``x + fc2(gelu(fc1(x)))`` on random x; a step backpropagates a random gradient into x and the
-    parameters. ``linear`` is the two linear layers alone; ``onednn`` has both weights packed beforehand.
+    """Contestants for ``x + fc2(gelu(fc1(x)))`` on random x. A step backpropagates a random gradient into x and the
+    parameters. ``linear`` is only the two linear layers; ``onednn`` has both weights packed beforehand.
     """
     torch.manual_seed(seed)
     eager = reference.ResidualMLP(width, hidden).to(dtype)
@@ -146,7 +146,7 @@ def model_contestants(
 
 
 def mlp_share(architecture: Architecture, dtype: torch.dtype, runs: int = 5) -> float:
-    """The part of an eager forward's time that is spent in the modules where `fuse` finds an MLP; a median."""
+    """The fraction of an eager forward's time spent in modules where `fuse` finds an MLP; a median over ``runs``."""
     torch.manual_seed(1)
     model, inputs = architecture.build().to(dtype), architecture.inputs(dtype)
     names = {site.name for site in fastlane_ext.explain(model) if site.pattern.count("Linear") == 2}
@@ -170,7 +170,7 @@ def mlp_share(architecture: Architecture, dtype: torch.dtype, runs: int = 5) -> 
 
 
 def held_bytes(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of one forward, parameters apart; storages count once."""
+    """Bytes that autograd keeps for the backward of one forward, without parameters; each storage counts once."""
     own = {p.untyped_storage().data_ptr() for p in parameters}
     held: dict[int, int] = {}
 

@@ -1,9 +1,8 @@
 """One way to measure: contestants take turns in one process and report median and quartiles.
 
-Taking turns spreads a machine's slow moments over all contestants alike, so that ratios survive where
-absolute times do not. Every round has another order, drawn from a fixed seed: who follows a contestant
-with a copy of the weight finds its own pushed out of the cache. A contestant that raises is kept, with
-its reason; it never disappears from a table.
+Turns spread a machine's slow moments over all contestants alike, so that ratios are reliable where absolute times are
+not. Every round has another order, drawn from a fixed seed: a contestant with its own copy of the weight pushes the
+next contestant's weight out of the cache. A contestant that raises stays in the table, with its reason.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ MIN_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds that one call takes: the quartiles over ``samples``, each the mean of ``calls_per_sample``
-    calls."""
+    """Seconds per call: quartiles over ``samples`` samples, each the mean of ``calls_per_sample`` calls."""
 
     median: float
     q1: float
@@ -39,7 +37,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: list[float], calls_per_sample: int = 1) -> Timing:
-        """Summarise samples, in seconds of one call; ValueError if there are none.
+        """Summarise samples, in seconds per call. Raises ValueError if there are none.
 
         >>> Timing.of([3.0, 1.0, 2.0]).median
         2.0
@@ -72,7 +70,7 @@ class Skipped:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of an exception's message, with its type: what a table has room for."""
+    """The first line of an exception's message, with its type, short enough for a table."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -124,8 +122,7 @@ class Race:
         return self._clock() - start
 
     def _calls_per_sample(self, call: Call) -> int:
-        # The fastest of three, since the first calls may still meet page faults; one whole sample
-        # corrects it.
+        # The fastest of three, since the first calls may still meet page faults; one whole sample corrects the number.
         calls = 1
         for _ in range(2):
             seconds = min(self._timed(call, calls) for _ in range(3)) / calls
@@ -135,9 +132,9 @@ class Race:
         return calls
 
     def warm_up(self, on_contestant: Callable[[str], None] | None = None) -> None:
-        """Run each contestant until it is warm and fix how many calls make one sample.
+        """Run each contestant until it is warm, and fix its number of calls per sample.
 
-        ``on_contestant`` hears each name before its first call, which may compile for many seconds.
+        ``on_contestant`` gets each name before the first call, which may compile for many seconds.
         """
         for name, entry in self._entries.items():
             if on_contestant is not None:
@@ -149,7 +146,7 @@ class Race:
                 entry.failed = reason_of(error)
 
     def sample(self, name: str) -> None:
-        """Take one sample of one contestant; a failure is kept as its reason."""
+        """Take one sample of one contestant; if it fails, keep the reason."""
         entry = self._entries[name]
         if entry.failed is not None:
             return
@@ -166,7 +163,7 @@ class Race:
             self.sample(name)
 
     def results(self) -> dict[str, Timing | Skipped]:
-        """What each contestant took, or why it could not run."""
+        """Each contestant's times, or why it could not run."""
         out: dict[str, Timing | Skipped] = {}
         for name, entry in self._entries.items():
             if entry.failed is not None:
@@ -180,7 +177,7 @@ class Race:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Keep Python's collector out of the samples."""
+    """Inside, Python's garbage collector does not run."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -202,9 +199,8 @@ def race(
 ) -> dict[str, Timing | Skipped]:
     """Time ``calls`` in turns: warm-up, then ``repeats`` rounds.
 
-    Stops early, after at least three rounds, once ``budget`` seconds are spent; ``samples`` in the
-    result says how many rounds there were. ``synchronize`` runs before and after each sample (a CUDA
-    device needs it).
+    Stops early, after at least three rounds, when ``budget`` seconds are spent; ``samples`` in the result is the number
+    of rounds. ``synchronize`` runs before and after each sample, as a CUDA device needs.
     """
     if repeats < 1:
         raise ValueError(f"repeats: expected at least 1, got {repeats}")
@@ -221,7 +217,7 @@ def race(
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """The profiler writes its start and stop to file descriptor 2 from C++; hide just that."""
+    """Hide file descriptor 2 inside: the profiler's C++ code writes its start and stop there."""
     try:
         saved = os.dup(2)
     except OSError:
@@ -238,11 +234,11 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def peak_memory(call: Call, device: str = "cpu") -> int:
-    """Bytes that ``call`` had live at once, at its peak, beyond what was live before it.
+    """The most bytes that were live at once during ``call``, beyond the bytes live before the call.
 
-    Counts what goes through torch's allocators: results, saved tensors, temporaries. On the CPU it is
-    the running sum over the profiler's allocation events, so buffers that a library takes from malloc
-    itself are not seen; on CUDA it is the caching allocator's own peak.
+    Counts memory from torch's allocators: results, saved tensors, temporaries. On the CPU the peak is the largest
+    running sum over the profiler's allocation events; buffers that a library takes from malloc itself are not counted.
+    On CUDA the peak is the caching allocator's own.
     """
     if device != "cpu":
         torch.cuda.synchronize()

@@ -1,7 +1,7 @@
-"""On which shapes the contestants meet, and how a contest becomes a row.
+"""The shapes on which contestants meet, and the rows that come out.
 
-A ``Job`` is one case at one thread count; ``prepare`` sets it up; a ``Prepared`` job times both modes
-and gives one JSON-able row for each.
+A ``Job`` is one case at one number of threads. ``prepare`` makes a ``Prepared`` job, which gives a JSON-able row for
+each mode.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FORWARD, STEP = "forward", "forward+backward"
 MODES = (FORWARD, STEP)
 SCHEMA = 1
 QUIET = 0.2
-"""Cores that anything else may keep busy before a row carries a warning."""
+"""A row carries a warning if anything else keeps more than this many cores busy."""
 MAX_THREADS = 1024
 
 
@@ -144,7 +144,7 @@ class Mlp:
         return 6 * self.rows * weights, (forward + backward) * self.dtype.itemsize
 
     def facts(self, mode: str, field: Sequence[Contestant]) -> dict[str, Any]:
-        """What eager and fused hold for backward, in a step."""
+        """The bytes that eager and fused hold for backward, in a step."""
         if mode == FORWARD:
             return {}
         chosen = [c for c in field if c.name in ("eager", "fused")]
@@ -166,7 +166,7 @@ class Model:
     tokens: int
     width: int
     layers: int
-    other_weights: int  # that every token meets, beside the blocks' 12 · width²
+    other_weights: int  # weights that every token meets, beside the blocks' 12 · width²
     linears: bool = False
     dtype: torch.dtype = torch.float32
     quick: bool = False
@@ -180,8 +180,8 @@ class Model:
         return model_contestants.model_contestants(self.architecture, self.linears, self.dtype, compiled=compiled)
 
     def work(self, mode: str) -> tuple[int, int]:
-        """(floating-point operations, bytes) of an ideal pass: the linear layers and attention's two products;
-        parameters read once in forward, read again and their gradients written in a step.
+        """(floating-point operations, bytes) of an ideal pass: the linear layers and attention's two products. Forward
+        reads the parameters once; a step also reads them again and writes their gradients.
         """
         weights = self.layers * 12 * self.width**2 + self.other_weights
         attention = 4 * self.layers * self.tokens**2 * self.width
@@ -189,7 +189,7 @@ class Model:
         return (flops, moved) if mode == FORWARD else (3 * flops, 3 * moved)
 
     def facts(self, mode: str, field: Sequence[Contestant]) -> dict[str, Any]:
-        """The part of eager's time that the MLPs had, in forward."""
+        """The MLPs' fraction of eager's time, in forward."""
         if mode != FORWARD or self.linears or not model_contestants.has_transformers():
             return {}
         return {"mlp_share": model_contestants.mlp_share(self.architecture, self.dtype)}
@@ -280,10 +280,10 @@ def plan(
 ) -> list[Job]:
     """The jobs of a suite, a key of ``SUITES``: each case at each number of threads.
 
-    Where transformers is missing ``"all"`` leaves its models out.
+    Without transformers, ``"all"`` leaves its models out.
 
-    ``threads`` defaults to one and all. ``dtype`` runs every shape in that one instead of the listed
-    ones; ``quick`` keeps a few cases. ValueError for an unknown suite or a thread count out of range.
+    ``threads`` defaults to one and all. ``dtype`` runs every shape in this dtype instead of the listed ones; ``quick``
+    keeps a few cases. Raises ValueError for an unknown suite or a number of threads out of range.
 
     >>> len(plan("layer", [1], quick=True))
     3
@@ -292,7 +292,7 @@ def plan(
         raise ValueError(f"suite: got {suite!r}, expected one of {', '.join(map(repr, SUITES))}")
     counts = dict.fromkeys(threads if threads is not None else (1, torch.get_num_threads()))
     for count in counts:
-        # An operating system that refuses a thread ends the process, not the call.
+        # If the operating system refuses a thread, the process ends, not only the call.
         if not 1 <= count <= MAX_THREADS:
             raise ValueError(f"threads: got {count}, expected 1 to {MAX_THREADS}")
     cases = [case for case in SUITES[suite] if case.quick or not quick]
@@ -311,12 +311,12 @@ class Prepared:
         self.contestants = field
 
     def calls(self, mode: str) -> dict[str, protocol.Call]:
-        """What each contestant does in ``mode``, without those that do not take part."""
+        """The call of each contestant in ``mode``, without contestants that do not take part."""
         chosen = {c.name: c.forward if mode == FORWARD else c.step for c in self.contestants}
         return {name: call for name, call in chosen.items() if not isinstance(call, protocol.Skipped)}
 
     def absent(self, mode: str) -> dict[str, protocol.Skipped]:
-        """Who does not take part in ``mode``, and why."""
+        """The contestants that do not take part in ``mode``, and why."""
         chosen = {c.name: c.forward if mode == FORWARD else c.step for c in self.contestants}
         return {name: call for name, call in chosen.items() if isinstance(call, protocol.Skipped)}
 
@@ -332,7 +332,7 @@ class Prepared:
         return peaks
 
     def path(self, mode: str) -> dict[str, Any]:
-        """Which path one fused call takes, from ``fastlane_ext.stats()``."""
+        """The path of one fused call, from ``fastlane_ext.stats()``."""
         call = self.calls(mode).get("fused")
         if call is None:
             return {}
@@ -347,9 +347,9 @@ class Prepared:
         results: dict[str, protocol.Timing | protocol.Skipped],
         busy_cores: float | None = None,
     ) -> dict[str, Any]:
-        """One JSON-able row: what was measured, each time over the fused one's, and the part of the limit.
+        """One JSON-able row: the results, each time over the fused time, and the limit.
 
-        ``busy_cores`` is what :class:`machine.Neighbours` saw meanwhile.
+        ``busy_cores`` is the number that :class:`machine.Neighbours` counted during the measurement.
         """
         case, threads = self.job.case, self.job.threads
         results = {name: r for name in contestants.NAMES for r in [{**results, **self.absent(mode)}.get(name)] if r}
@@ -386,9 +386,9 @@ class Prepared:
 
 @contextmanager
 def prepare(job: Job, *, compiled: bool = True, note: Callable[[str], None] | None = None) -> Iterator[Prepared]:
-    """Set the number of threads, build the contestants, drop wrong answers; undo the threads at the end.
+    """Set the number of threads, build the contestants, drop wrong answers; restore the threads at the end.
 
-    ``note`` hears in a few words what is going on; compiling a contestant takes seconds.
+    ``note`` gets a few words on progress, since compiling a contestant takes seconds.
     """
     # Compiled code is specialised on shapes and on the number of threads.
     torch._dynamo.reset()
@@ -426,7 +426,7 @@ def run_job(
 
 
 def document(rows: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
-    """The JSON document of a run: its rows, where and with what they were measured."""
+    """The JSON document of a run: its rows, and the machine and settings that they were measured with."""
     return {
         "kind": "fastlane-bench",
         "schema": SCHEMA,

@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        # argparse's own passes over a full disk in silence.
+        # argparse's own method ignores a full disk.
         stream = file or sys.stderr
         if message and stream is not None:
             stream.write(message)
@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # A switch or an option that is simply absent has no default worth a word.
+        # The default of a switch, or of an option that is absent by default, needs no mention.
         return action.help if action.default in (None, True, False) else super()._get_help_string(action)
 
 

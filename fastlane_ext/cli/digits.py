@@ -1,4 +1,4 @@
-"""Handwritten digits, the network that ``fastlane train`` teaches them, and its training."""
+"""Handwritten digits, the network that ``fastlane train`` trains on them, and the training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Options:
-    """What ``fastlane train`` trains: ``layers`` hidden layers of ``width``, SGD with momentum 0.9."""
+    """Options of ``fastlane train``: ``layers`` hidden layers of ``width``, SGD with momentum 0.9."""
 
     epochs: int = 20
     layers: int = 30
@@ -30,7 +30,7 @@ class Options:
     momentum: float = 0.9
 
     def check(self) -> None:
-        """CommandError naming the first option that is out of range."""
+        """Raise CommandError, naming the first option that is out of range."""
         for name in ("epochs", "layers", "width", "batch"):
             if not 1 <= getattr(self, name) <= LARGEST[name]:
                 got = shortened(getattr(self, name))
@@ -41,7 +41,7 @@ class Options:
             check_seed("--seed", self.seed)
         except (TypeError, ValueError) as error:
             raise CommandError(str(error)) from error
-        # Weights, gradients and momentum, of the fp64 run too; and what a backward needs of every layer.
+        # Weights, gradients and momentum, for the fp64 run too; and the tensors that backward needs from every layer.
         parameters = (64 + CLASSES) * self.width + self.layers * self.width**2
         fits(f"--layers {self.layers}, --width {self.width}", 40 * parameters + 24 * self.layers * self.width * 64)
 
@@ -65,8 +65,7 @@ class Digits:
         return cls(x[rest], y[rest], x[held_out], y[held_out])
 
     def batches(self, epochs: int, size: int, seed: int) -> list[Tensor]:
-        """The rows of every step: each epoch in a new order, equal batches, the rest of an epoch left
-        out."""
+        """The row numbers of every step: each epoch in a new order, in equal batches, without the epoch's remainder."""
         generator = torch.Generator().manual_seed(seed % 2**64)
         size = min(size, len(self.x))
         out: list[Tensor] = []
@@ -108,7 +107,7 @@ def step(model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, x:
 
 
 def train(model: Classifier, digits: Digits, batches: list[Tensor], options: Options) -> tuple[list[float], float]:
-    # The loss of every step and the share of held-out digits that are right in the end.
+    # Returns the loss of every step, and the fraction of held-out digits that are right in the end.
     dtype = model.head.weight.dtype
     x, optimizer = digits.x.to(dtype), make_optimizer(model, options)
     losses = [step(model, optimizer, x[rows], digits.y[rows]) for rows in batches]

@@ -1,4 +1,4 @@
-"""What goes wrong, told in one line on stderr: mistakes of the user, missing extras, streams that cannot be written."""
+"""Errors in one line on stderr: the user's mistakes, missing extras, streams that cannot be written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class CommandError(Exception):
 
 
 def need(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional dependency; CommandError, naming the extra to install, if it is not there."""
+    """Import an optional dependency. Raises CommandError, naming the extra to install, if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -24,7 +24,7 @@ def need(module: str, extra: str, purpose: str) -> ModuleType:
 
 
 def complain(message: str) -> None:
-    """One line on stderr, whatever is in ``message``; a stderr that is closed or full is no reason to stop."""
+    """Write one line to stderr, whatever is in ``message``; a closed or full stderr is ignored."""
     if sys.stderr is None:
         return
     try:

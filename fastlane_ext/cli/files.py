@@ -1,4 +1,4 @@
-"""Files that commands write: a path is refused before any work is done, and a file is written whole."""
+"""Files that commands write: a bad path is refused before any work is done, and a file is written whole."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_json(result: Mapping[str, Any], path: str) -> None:
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        # JSON has escapes of its own, and what replaced a character otherwise would be another value.
+        # JSON has its own escapes; any other replacement of a character would change the value.
         text = to_json(result)
     if path == "-":
         print(text)
@@ -35,7 +35,7 @@ def write_json(result: Mapping[str, Any], path: str) -> None:
 
 @contextmanager
 def cannot_write(option: str, path: str) -> Iterator[None]:
-    """CommandError, naming ``option``, for what goes wrong while ``path`` is written."""
+    """Turn errors inside, while ``path`` is written, into a CommandError that names ``option``."""
     try:
         yield
     except ImportError as error:
@@ -46,7 +46,7 @@ def cannot_write(option: str, path: str) -> Iterator[None]:
 
 
 def writable(option: str, path: str | None) -> None:
-    """Refuse a path that cannot be written before minutes of work rather than after; CommandError."""
+    """Raise CommandError for a path that cannot be written, before minutes of work rather than after."""
     if path is None or path == "-":
         return
     try:
@@ -63,7 +63,7 @@ def writable(option: str, path: str | None) -> None:
 
 
 def picture(option: str, path: str | None) -> None:
-    """`writable` for a picture: CommandError too without matplotlib, or for a format that it does not write."""
+    """`writable` for a picture; also raises CommandError without matplotlib, or for a format that it does not write."""
     if path is None:
         return
     writable(option, path)

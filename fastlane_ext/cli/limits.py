@@ -1,4 +1,4 @@
-"""What is too large for an option, or for this machine."""
+"""Values that are too large for an option or for this machine."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fastlane_ext._text import size
 
 from .errors import CommandError
 
-# More is a slip of the finger, would run for years, or is no float32.
+# A larger value is a typing mistake, would run for years, or does not fit float32.
 LARGEST = {"epochs": 10**6, "layers": 10**5, "width": 10**6, "batch": 10**9, "repeats": 10**6, "lr": 1e38}
 
 
 def fits(options: str, needed: int) -> None:
-    """Refuse what needs more bytes than this machine has before the system ends the process; CommandError."""
+    """Raise CommandError if ``needed`` bytes are more than this machine has; else the system would end the process."""
     available = memory()
     if available is not None and needed > available:
         raise CommandError(
@@ -24,11 +24,11 @@ def fits(options: str, needed: int) -> None:
 
 
 def memory() -> int | None:
-    """The bytes of memory that this process may use at most; None where the system does not say."""
+    """The most bytes of memory that this process may use; None where the system does not tell."""
     found = []
     with suppress(AttributeError, ValueError, OSError):
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     with suppress(ValueError, OSError):
-        # A container's limit; "max" is none.
+        # A container's limit; "max" means no limit.
         found.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     return min(found, default=None)

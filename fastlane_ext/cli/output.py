@@ -1,4 +1,4 @@
-"""What commands show: tables, and progress on anything longer than two seconds."""
+"""Output of commands: tables, and progress on anything longer than two seconds."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Note = Callable[..., None]
-"""``note(done=0, text=None)``: move the progress bar by ``done`` steps and say what is going on."""
+"""``note(done=0, text=None)``: move the progress bar by ``done`` steps and show ``text`` beside the bar."""
 
 PLAIN_NOTE_SECONDS = 5.0
 
 
 def console() -> Console:
-    """A rich console on stdout; CommandError without rich."""
+    """A rich console on stdout. Raises CommandError without rich."""
     kind = need("rich.console", "cli", "output as tables").Console
     made: Console = kind()
-    # Piped into a file or a pager there is no width to ask for, and 80 columns would cut the tables.
+    # A file or a pager has no width to ask for, and rich's 80 columns would cut the tables.
     made = made if made.is_terminal else kind(width=160)
     made.on_broken_pipe = _reraise  # type: ignore[method-assign]
     return made
 
 
 def _reraise() -> NoReturn:
-    # rich would end the process with status 1; a reader that left is no error, and main() knows what to do.
+    # rich would end the process with status 1, but a reader that left is no error; main() handles the exception.
     raise
 
 
@@ -48,7 +48,7 @@ def table(title: str, *columns: str, left: int = 1) -> Table:
 
 
 def _shown(cell: Any) -> Any:
-    # Columns are measured before they are encoded: "->" is wider than the arrow it stands for.
+    # rich measures columns before the text is encoded, and "->" is wider than the arrow that it replaces.
     return for_stream(cell, sys.stdout) if isinstance(cell, str) else cell
 
 
@@ -70,7 +70,7 @@ def _plain_notes(title: str, total: int) -> Note:
 def progress(title: str, total: int, *, json_output: bool) -> Iterator[Note]:
     """Progress on stderr, as a function ``note(done=0, text=None)``.
 
-    On a terminal it is a bar; elsewhere a plain line every few seconds, or nothing under ``--json``.
+    On a terminal progress is a bar; elsewhere a plain line every few seconds, or nothing under ``--json``.
     """
     if sys.stderr is None or not sys.stderr.isatty():
         yield (lambda done=0, text=None: None) if json_output or sys.stderr is None else _plain_notes(title, total)

@@ -24,11 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 return _run(argv)
             finally:
-                # Here an error can still be told in one line; when the interpreter ends it cannot.
+                # Flush here, where an error can still be reported in one line; at the interpreter's end it cannot.
                 if sys.stdout is not None:
                     sys.stdout.flush()
         except BrokenPipeError:
-            # A pager that was closed early is no error.
+            # The reader, such as a pager, was closed early: no error.
             abandon(sys.stdout)
             return 0
         except OSError as error:
@@ -47,7 +47,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if sys.stdout is None and args.json in (None, "-"):
             raise CommandError("standard output is closed; open it, or give --json a PATH")
         if args.json is None:
-            # Before minutes of work, not after.
+            # Fail before minutes of work, not after.
             need("rich", "cli", "output as tables")
         try:
             fastlane_ext.cpu_isa()

@@ -1,1 +1,1 @@
-"""The commands of ``fastlane``, one a file: a function that computes a JSON-able result, one that renders it."""
+"""The commands of ``fastlane``, one in each file: a function computes a JSON-able result, another renders it."""

@@ -1,5 +1,4 @@
-"""``fastlane bench``: the layer and the networks against eager, ``torch.compile``, ``F.linear`` and
-oneDNN."""
+"""``fastlane bench``: the layer and the networks against eager, ``torch.compile``, ``F.linear`` and oneDNN."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ BUDGET, QUICK_BUDGET = 20.0, 3.0
 def jobs(
     suite: str, threads: Sequence[int] | None, *, dtype: str | None = None, quick: bool = False
 ) -> list[suites.Job]:
-    """What there is to measure; CommandError for a value out of range."""
+    """The jobs to measure. Raises CommandError for a value out of range."""
     try:
         if quick and threads is None:
             threads = [torch.get_num_threads()]
@@ -40,7 +39,7 @@ def compute(
     compiled: bool = True,
     note: Note = lambda done=0, text=None: None,
 ) -> dict[str, Any]:
-    """Measure ``planned`` jobs, see :func:`jobs`; the JSON document of the run.
+    """Measure the ``planned`` jobs, see :func:`jobs`. Returns the JSON document of the run.
 
     ``ok`` is False if a fused contestant could not run or gave a wrong answer.
     """
@@ -84,7 +83,7 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 
 def render(result: dict[str, Any]) -> None:
-    """Print a table for each suite, number of threads and mode; then who was absent and why."""
+    """Print a table for each suite, number of threads and mode; then the missing contestants and the reasons."""
     out = console()
     out.print(
         f"{result['cpu']}, {result['cores']} cores, {result['isa']}, torch {result['torch']}; medians; "
@@ -114,7 +113,7 @@ def render(result: dict[str, Any]) -> None:
 
 
 def absences(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """One line for each reason for which a contestant is missing, or the fused one left its path."""
+    """One line for each reason why a contestant is missing or the fused one left its path."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
         place = f"{row['case']} {row['dtype']}"

@@ -1,4 +1,4 @@
-"""``fastlane check``: measures what fastlane_ext promises, on every instruction set of this machine."""
+"""``fastlane check``: measures the promises of fastlane_ext, on every instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _WORKER = "from fastlane_ext.cli.promises.process import worker; worker()"
 
 
 def available() -> list[str]:
-    """The instruction sets compiled in that this machine runs, weakest first, then what runs by default if that is
-    none of them; a forced one stands alone.
+    """The compiled instruction sets that this machine runs, weakest first, and last the default if it is not one of
+    them. If one is forced, only the forced one.
     """
     chosen = fastlane_ext.cpu_isa()
     if os.environ.get("FASTLANE_CPU_ISA"):
@@ -33,7 +33,7 @@ def available() -> list[str]:
 
 
 def steps(isas: Sequence[str]) -> int:
-    """How many progress steps a check of ``isas`` takes."""
+    """The number of progress steps of a check of ``isas``."""
     return sum(len(process.groups(Counter(), isa)) + 1 for isa in isas)
 
 
@@ -68,11 +68,11 @@ def _lines(isa: str) -> Iterator[dict[str, Any]]:
 
 
 def compute(isas: Sequence[str] | None = None, note: Note = lambda done=0, text=None: None) -> dict[str, Any]:
-    """Measure every promise on each of ``isas`` (default: all of this machine); JSON-able.
+    """Measure every promise on each of ``isas`` (default: all of this machine). The result is JSON-able.
 
-    ``ok`` is False if one promise fails; ``worse_than_eager`` counts rows whose error is above eager's
-    own but within the factor 2 that is the hard limit. A process that dies is a failed row. CommandError
-    for an instruction set that is not available here.
+    ``ok`` is False if one promise fails. ``worse_than_eager`` counts rows whose error is above eager's own but within
+    the hard limit, a factor of 2. A process that dies is a failed row. Raises CommandError for an instruction set that
+    is not available here.
     """
     here = available()
     isas = list(isas) if isas else here
@@ -111,8 +111,7 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def render(result: dict[str, Any], *, full: bool = False) -> None:
-    """Print the layer errors (unless ``full``, the output with the highest ratio of each group), then
-    the rest."""
+    """Print the layer errors (only the output with the highest ratio of each group unless ``full``), then the rest."""
     out = console()
     layers = table(
         "Largest error of a layer against fp64 (fp64: against 40 digits), relative to the largest value",
@@ -151,7 +150,7 @@ def render(result: dict[str, Any], *, full: bool = False) -> None:
         if row.get("note") and not row["ok"]:
             notes.append(f"{row['isa']}, {row['promise']}: {row['note']}")
     for key, rows in grouped.items():
-        # Rows that fail, or that are above eager, must not hide behind one with a higher ratio.
+        # A failing row must come first: a passing row with a higher ratio must not hide it.
         rows = sorted(rows, key=lambda row: (row["ok"], -row["ratio"]))
         for row in rows if full else [rows[0], *(r for r in rows[1:] if not r["ok"])]:
             layers.add_row(

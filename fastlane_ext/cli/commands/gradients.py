@@ -19,7 +19,7 @@ from ..errors import CommandError
 from ..files import cannot_write, picture
 from ..limits import fits
 
-# fp32 sums in another order, through a few layers: differences beyond this are no rounding.
+# Rounding of fp32 sums in another order, through a few layers, stays below this difference.
 TOLERANCE = 1e-4
 
 
@@ -32,16 +32,16 @@ def compute(
     style: str | None = None,
     plot: str | None = None,
 ) -> dict[str, Any]:
-    """An experiment's figures, and the largest relative difference between fused and eager; JSON-able.
+    """An experiment's figures, and the largest relative difference between fused and eager. The result is JSON-able.
 
-    ``sizes`` are the layer sizes, ``activation`` and ``style`` as in ``fastlane_ext.print_gradients``; None is the
-    experiment's own. ``ok`` in the result is False if fused and eager differ by more than fp32 rounding explains;
-    ``step`` times one forward and backward of the network with shortcuts.
-    CommandError for a value that the experiment refuses, and for a picture of one that compares no layers.
+    ``sizes`` are the layer sizes; ``activation`` and ``style`` are as in `fastlane_ext.experiments`; None means the
+    experiment's default. ``ok`` in the result is False if fused and eager differ by more than fp32 rounding explains.
+    ``step`` times one forward and backward of the network with shortcuts. Raises CommandError for a value that the
+    experiment refuses, and for a picture of an experiment that compares no layers.
     """
     picture("--plot", plot)
     if sizes is not None:
-        # Two networks, perhaps with projections, fused and in eager, and their gradients.
+        # Bytes of two networks, perhaps with projections, fused and in eager, and of their gradients.
         fits(f"--sizes {shortened(','.join(map(str, sizes)))}", 80 * sum((a + 1) * b for a, b in pairwise(sizes)))
     before = fastlane_ext.stats()
     try:
@@ -85,14 +85,14 @@ def _step_times(fused: gradients.ShortcutDemo, eager: gradients.ShortcutDemo) ->
 
         return call
 
-    # So small a network has nothing to share: on a busy machine the wait for a thread would be what is timed.
+    # One thread: the network is too small to share, and on a busy machine the time would be the wait for a thread.
     calls = {name: step(demo.with_shortcuts, demo.x) for name, demo in (("fused", fused), ("eager", eager))}
     with machine.torch_threads(1):
         return {name: timing.to_dict() for name, timing in protocol.race(calls, repeats=9, budget=2.0).items()}
 
 
 def render(result: dict[str, Any]) -> None:
-    """Print the blocks as plain lines, then how far fused and eager are apart."""
+    """Print the blocks as plain lines, then the difference between fused and eager."""
     for block in result["blocks"].values():
         print(block["heading"], *block["lines"], "", sep="\n")
     print(f"{result['experiment']}: {result['description']}")

@@ -1,4 +1,4 @@
-"""``fastlane info``: what is installed, what was compiled, what runs here."""
+"""``fastlane info``: what is installed, what was compiled and what runs here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VARIABLES = ("FASTLANE_CPU_ISA", "FASTLANE_PATH", "FASTLANE_DISABLE", "FASTLANE_
 
 
 def compute() -> dict[str, Any]:
-    """The facts as a JSON-able dict: ``build_info()`` and what this process and machine add to it."""
+    """The facts as a JSON-able dict: ``build_info()``, and facts about this process and machine."""
     cuda = torch.cuda.is_available()
     return {
         **fastlane_ext.build_info(),

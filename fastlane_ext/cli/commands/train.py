@@ -1,5 +1,4 @@
-"""``fastlane train``: a deep residual MLP on handwritten digits, without and with shortcuts, fused and
-eager.
+"""``fastlane train``: a deep residual MLP on handwritten digits, without and with shortcuts, fused and eager.
 
 All runs start from the same parameters and see the same batches with the same optimiser settings.
 """
@@ -33,15 +32,15 @@ NOISE_FLOOR = 4 * torch.finfo(torch.float32).eps
 
 def _difference(a: list[float], b: list[float]) -> float:
     each = (abs(p - q) / max(abs(q), 1e-12) for p, q in zip(a, b, strict=True))
-    # max() would pass over a NaN.
+    # max() alone may skip a NaN.
     return max(math.inf if value != value else value for value in each)
 
 
 def _agreement(curves: dict[str, list[float]]) -> dict[str, Any]:
-    """How far the fused losses are from eager's, next to how far eager's own fp32 rounding moves them.
+    """The distance of the fused losses from eager's, beside the distance that eager's own fp32 rounding makes.
 
-    The scale comes from two second opinions, both eager: the same run in fp64, and the same run in fp32
-    with each batch's rows in reverse, which changes nothing but the order of the sums.
+    The scale comes from two other eager runs: the same run in fp64, and the same run in fp32 with each batch's rows in
+    reverse, which changes only the order of the sums.
     """
     fused, eager, wide, reordered = (curves[k] for k in ("fused", "eager", "eager_fp64", "eager_reordered"))
     noise = max(_difference(eager, wide), _difference(reordered, wide), _difference(reordered, eager))
@@ -94,8 +93,7 @@ def _epoch_times(options: Options, digits: Digits, compiled: bool, note: Note) -
 
 
 def steps(options: Options) -> int:
-    """How many progress steps a run takes: four trainings each without and with shortcuts, and the
-    timing."""
+    """The number of progress steps of a run: four trainings each without and with shortcuts, and the timing."""
     return 4 * len(SHORTCUTS) + 1
 
 
@@ -106,10 +104,10 @@ def compute(
     plot: str | None = None,
     note: Note = lambda done=0, text=None: None,
 ) -> dict[str, Any]:
-    """Train without and with shortcuts, fused and eager, and time an epoch; JSON-able.
+    """Train without and with shortcuts, fused and eager, and time an epoch. The result is JSON-able.
 
-    ``ok`` is False if a fused loss curve is farther from eager's than fp32 rounding explains.
-    CommandError for options out of range and for a missing extra.
+    ``ok`` is False if a fused loss curve is farther from eager's than fp32 rounding explains. Raises CommandError for
+    options out of range and for a missing extra.
     """
     options = options or Options()
     options.check()
@@ -187,7 +185,7 @@ def _plot(result: dict[str, Any], path: str) -> None:
 
 
 def render(result: dict[str, Any]) -> None:
-    """Print accuracies, how far the curves are apart and what an epoch takes."""
+    """Print accuracies, the distance between the curves, and the time of an epoch."""
     out, options = console(), result["options"]
     out.print(
         f"{options['layers']} hidden layers of {options['width']}, {result['images']['training']} digits, "

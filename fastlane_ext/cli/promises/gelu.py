@@ -15,7 +15,7 @@ from .rows import DTYPES, Counter, Row, row
 
 
 def _through_layer(layer: Callable[..., Tensor], x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    # GELU and its derivative as a layer computes them: one input, one output, weight 1, no bias.
+    # GELU and its derivative from a layer with one input, one output, weight 1, no bias.
     leaf = x.unsqueeze(1).requires_grad_()
     y = layer(leaf, torch.ones(1, 1, dtype=x.dtype), activation=activation)
     (dx,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
@@ -30,16 +30,14 @@ def _dense_float32() -> Tensor:
 
 
 def scalar_float32(fused: Counter, activation: str) -> list[Row]:
-    """Relative error of GELU over fp32 in [-10, 10], and of GELU' relative to Φ(x) + |x|φ(x): at most
-    1e-5."""
+    """Relative error of GELU over fp32 in [-10, 10], and error of GELU' relative to Φ(x) + |x|φ(x): at most 1e-5."""
     x = _dense_float32()
     value, slope, slope_size = gelu64(x.double(), activation)
     smallest = torch.finfo(torch.float32).smallest_normal
     errors = []
     for layer in (fused, reference.linear_gelu_residual):
         y, dx = _through_layer(layer, x, activation)
-        # Below the smallest normal number a relative error has no meaning; there half of its ulp is
-        # allowed.
+        # Below the smallest normal number a relative error has no meaning; half an ulp is allowed there.
         off = ((y.double() - value).abs() / value.abs().clamp_min(smallest)).max().item()
         off_slope = ((dx.double() - slope).abs() / slope_size.clamp_min(smallest)).max().item()
         errors.append([e if e == e else math.inf for e in (off, off_slope)])

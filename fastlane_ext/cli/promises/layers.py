@@ -1,4 +1,4 @@
-"""A layer's errors against fp64, next to eager's own; its bits for any number of threads."""
+"""A layer's errors against fp64, beside eager's own errors; and its bits for any number of threads."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _SHAPES = (
     (96, 256, 48, 0.5, "row"),
     (1, 64, 64, 1.0, "full"),
 )
-# For float64, whose exact results are slow.
+# For float64, since its exact results take long.
 _SMALL_SHAPES = (
     (8, 16, 8, 1.0, "full"),
     (7, 13, 9, 2.0, "row"),
     (5, 3, 17, 1.0, "full"),
     (40, 16, 8, 1.0, "full"),
 )
-# A largest error over few sums is luck; over several draws of each shape it says something.
+# The largest error over few sums is luck; several draws of each shape make it meaningful.
 _DRAWS = 4
 
 Inputs = dict[str, Tensor]
@@ -75,8 +75,7 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 
 def accuracy(fused: Counter, dtype_name: str, activation: str) -> list[Row]:
-    """Errors of fused and eager against fp64 (fp64 itself: against 40 digits), pooled over layers; five
-    rows."""
+    """Errors of fused and eager against fp64 (fp64 itself: against 40 digits), pooled over layers: five rows."""
     dtype = DTYPES[dtype_name]
     worst: dict[str, list[float]] = {name: [0.0, 0.0] for name in OUTPUTS}
     wide = dtype == torch.float64
@@ -96,7 +95,7 @@ def accuracy(fused: Counter, dtype_name: str, activation: str) -> list[Row]:
 
 
 def determinism(fused: Counter, dtype_name: str) -> list[Row]:
-    """Results whose bits differ over 1, 2, 3 and 4 threads or between two runs: none may."""
+    """The number of results whose bits differ between 1, 2, 3 and 4 threads or between two runs: none may."""
     differing = 0
     with torch_threads(torch.get_num_threads()):
         for seed, shape in enumerate(((515, 129, 67, 1.0, "full"), (2048, 64, 64, 1.0, "full"))):

@@ -1,4 +1,4 @@
-"""A layer and its gradients with 40 digits: what float64 is measured against. mpmath is exact and slow."""
+"""A layer and its gradients with 40 digits, to measure float64. mpmath is exact and slow."""
 
 from __future__ import annotations
 

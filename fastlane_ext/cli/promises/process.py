@@ -17,10 +17,10 @@ from .rows import DTYPES, Counter, Row, died, row
 
 
 def groups(fused: Counter, isa: str) -> list[tuple[str, Callable[[], list[Row]]]]:
-    """All measurements, as (what to tell the user, call).
+    """All measurements, as (text for the user, call).
 
-    Torch's own operators, which run where ``isa`` is ``"none"``, are never less exact than themselves; what our
-    kernels promise beyond that they do not keep.
+    Where ``isa`` is ``"none"``, torch's own operators run. They are as exact as eager, but keep no other promise of our
+    kernels.
     """
     out: list[tuple[str, Callable[[], list[Row]]]] = []
     for dtype in DTYPES:
@@ -65,7 +65,7 @@ def measure() -> Iterator[tuple[str, list[Row]]]:
 
 
 def worker() -> None:
-    """Entry of the subprocess: one JSON document a line on stdout, the instruction set first."""
+    """Entry of the subprocess: writes one JSON document per line to stdout, the instruction set first."""
     print(json.dumps({"isa": fastlane_ext.cpu_isa()}), flush=True)
     for name, rows in measure():
         print(json.dumps({"group": name, "rows": rows}), flush=True)

@@ -1,4 +1,4 @@
-"""A row of ``fastlane check``: one promise, and what fused and eager make of it."""
+"""A row of ``fastlane check``: one promise, and the errors of fused and eager."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 import fastlane_ext
 
 Row = dict[str, Any]
-"""``promise``, ``dtype``, ``activation``, ``what``, the error that ``fused`` made, the one that ``eager`` makes in the
-same place (None where there is no such thing), the ``limit`` on the fused one, their ``ratio`` and ``ok``.
+"""``promise``, ``dtype``, ``activation``, ``what``, the error of ``fused``, the error of ``eager`` in the same place
+(None where there is none), the ``limit`` on the fused error, the ``ratio`` of the errors, and ``ok``.
 """
 DTYPES = {
     "float32": torch.float32,
@@ -46,19 +46,19 @@ def row(
 
 
 def ratio(fused: float, eager: float) -> float:
-    """How many times eager's error the fused one is; 1 where both are exact."""
+    """The fused error over eager's; 1 where both are exact."""
     if eager == 0:
         return 1.0 if fused == 0 else math.inf
     return fused / eager
 
 
 def died(reason: str) -> Row:
-    """The failed row that stands for measurements that never came."""
+    """A failed row in place of measurements that never came."""
     return {**row("runs to the end", "all", "all", "errors", 1, None, 0, False), "note": reason}
 
 
 class Counter:
-    """The fused layer, counting its calls: ``stats()`` must agree in the end."""
+    """The fused layer with a count of its calls, with which ``stats()`` must agree in the end."""
 
     def __init__(self) -> None:
         self.calls = 0
