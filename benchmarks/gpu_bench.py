@@ -3,8 +3,7 @@
     python benchmarks/gpu_bench.py --json results.json
 
 Contestants take turns. Each sample is one call between two CUDA events; the L2 cache is overwritten before the call, so
-that operands come from memory. A tiny network is bound by its launches, so that the host's clock times many calls of
-such a network.
+that operands come from memory. A tiny network is bound by its launches; there the host's clock times many calls.
 ``--device cpu --quick`` runs the same code on small shapes, to try the script without a GPU; its times mean nothing.
 """
 

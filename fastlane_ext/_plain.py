@@ -63,7 +63,7 @@ def why_own_call(kind: type[nn.Module]) -> str | None:
 
 
 def call_facts(kind: type[nn.Module], names: Iterable[str] = ()) -> Facts:
-    """The facts that a call of such a module rests on: nn.Module's machinery, the forward, and its ``names``."""
+    """The facts that a call of a ``kind`` rests on: nn.Module's machinery, the forward and the attributes ``names``."""
     return collected(of_class(kind, *_CALL, *_LOOKUP, "forward", *names))
 
 

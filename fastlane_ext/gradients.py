@@ -202,7 +202,7 @@ def gradient_report(
 
 
 class ShortcutDemo(NamedTuple):
-    """What `shortcut_demo` returns: an input and the network without and with shortcuts."""
+    """The result of `shortcut_demo`: an input, and the network without and with shortcuts."""
 
     x: Tensor
     without: reference.ResidualNetwork

@@ -67,9 +67,9 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def no_silent_fallback(request):
-    """A call that took the eager path fails its test, unless the test says why it should.
+    """A call that took the eager path fails its test, unless the test declares the reason.
 
-    A test that provokes fallbacks and checks them itself calls `reset_stats` when it is done.
+    A test that provokes fallbacks and checks them itself calls `reset_stats` at its end.
     """
     fl.reset_stats()
     yield
@@ -84,7 +84,9 @@ def no_silent_fallback(request):
 
 @pytest.fixture
 def assert_fused():
-    """Call it at the end: so many calls ran our kernels since the last `reset_stats` (None: at least one)."""
+    """Call this at a test's end: exactly so many calls ran our kernels since the last `reset_stats` (None: any number
+    but zero).
+    """
 
     def check(forward=None, backward=0):
         counts = fl.stats()[PATH]
@@ -122,6 +124,6 @@ def fresh_compiler():
 
 @pytest.fixture
 def set_strict():
-    """Switches on what FASTLANE_STRICT=1 does: the variable itself is read once a process."""
+    """Switches on the effect of FASTLANE_STRICT=1; the variable itself is read once in a process."""
     yield fl._load.library.set_strict
     fl._load.library.set_strict(False)

@@ -1,6 +1,6 @@
-"""What other libraries put in place of a layer's weight or of a child: LoRA, pruning, norms, quantised weights.
+"""Replacements that other libraries make for a layer's weight or child: LoRA, pruning, norms, quantised weights.
 
-Each is honoured, its values and gradients being those of the eager module of the same name that was changed alike.
+Each replacement takes effect: values and gradients equal the eager module's of the same name with the same change.
 """
 
 import copy
@@ -109,7 +109,7 @@ def test_a_changed_child_is_called(child, change, reason):
 
 @each_norm
 def test_a_changed_layer_stays_fused(change, reason):
-    """Its weight is computed before the call, and then is one like any other."""
+    """The layer's weight is computed before the call, and the call then uses it like any other weight."""
     assert_honoured(scaled(change, lambda model: model.layer), [])
 
 
@@ -157,7 +157,7 @@ def test_lora_merged_is_fused_again():
 
 
 def test_lora_on_a_layer():
-    """A layer is no nn.Linear: peft says so; on its weight as a parameter LoRA works, fused."""
+    """peft refuses a layer, since it is no nn.Linear. LoRA on the layer's weight as a parameter works, fused."""
     with pytest.raises(ValueError, match=r"(?s)^Target module LinearGELUResidual\(.*\) is not supported"):
         lora(pair()[0], ["layer"])
     assert_honoured(lambda model: lora(model, [], target_parameters=["layer.weight"]), [])
@@ -176,7 +176,7 @@ def test_quantize_dynamic():
 
 
 class Int8(torch.Tensor):
-    """A weight as torchao keeps it: integers with a scale, which F.linear knows and no other operator does."""
+    """A weight as torchao keeps it, integers with a scale; F.linear takes such a weight, other operators do not."""
 
     @staticmethod
     def __new__(cls, data, scale):

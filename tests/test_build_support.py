@@ -130,7 +130,7 @@ def test_missing_compiler_is_named():
 
 
 def run_setup(tmp_path, **environment):
-    """`setup.py egg_info` in a folder of its own, so that a refusal can be seen to leave nothing behind."""
+    """`setup.py egg_info` in a folder of its own, so that a test can see that a refusal leaves nothing behind."""
     for name in ("setup.py", "build_support.py", "pyproject.toml", "README.md", "LICENSE"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     before = set(tmp_path.iterdir())

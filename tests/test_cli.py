@@ -31,7 +31,7 @@ def run_json(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 
 
 def fails(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr of a call that must end with exit status 2 and nothing on stdout."""
+    """The one line on stderr of a call, which must end with exit status 2 and write nothing to stdout."""
     try:
         status = cli.main(argv)
     except SystemExit as stop:

@@ -257,7 +257,7 @@ def test_a_folder_where_no_file_can_be_made(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "svg"])
 def test_a_notebooks_backend(backend: str, tmp_path: Path) -> None:
-    """The picture is made, and the variable and whoever uses pyplot later do not notice."""
+    """The picture is made; MPLBACKEND stays as it was, and a later use of pyplot is not affected."""
     pytest.importorskip("matplotlib")
     path = tmp_path / "p.png"
     code = (

@@ -25,7 +25,7 @@ def with_marks(names, mark, otherwise):
 
 
 def compiled(function, backend="aot_eager", **options):
-    """Without a graph break; also the backend that counts how often it was asked."""
+    """The function compiled without a graph break, and the backend, which counts its calls."""
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     return torch.compile(function, fullgraph=True, backend=counter, **options), counter
 
@@ -44,7 +44,7 @@ def calls():
 
 @pytest.mark.parametrize("name", with_marks(EVERY_OP, (), pytest.mark.thorough))
 def test_compile(name):
-    """The same bits as without compiler, from as many calls of our kernels."""
+    """The same bits as without a compiler, from the same number of calls of our kernels."""
     module, x = make(name), rows_of(5)
     expected = run(module, x)
     plain_calls = calls()
@@ -83,8 +83,8 @@ def compilations(module, dynamic):
 @pytest.mark.parametrize(("dynamic", "limit"), [(True, 3), (None, 4)])
 @pytest.mark.parametrize("name", with_marks(EVERY_OP[:1], pytest.mark.slow, pytest.mark.thorough))
 def test_number_of_compilations(name, dynamic, limit):
-    """20 batch sizes: one graph for all, one each for 0 and 1, which torch specialises, and without `dynamic=True`
-    one for the first size, before torch knows that it varies. Eager layers need no fewer.
+    """20 batch sizes: one graph for all, one each for 0 and 1, which torch specialises, and without `dynamic=True` one
+    for the first size, before torch knows that the size varies. Eager layers need as many.
     """
     number = compilations(make(name), dynamic)
     eager = EagerLayer()
@@ -145,7 +145,7 @@ RESIDUAL_SIZES_ARE_CONSTANTS = ("linear_gelu_residual, computed residual", "Line
 
 
 def check_compiled_autograd(name, backend):
-    """An eager call's backward, traced through the C++ node into one graph, for sizes that vary."""
+    """The backward of an eager call is traced through the C++ node into one graph, for varying sizes."""
     module = make(name)
     leaves = list(module.parameters())
     expected = {rows: run(module, rows_of(rows)) for rows in (5, 9, 16)}
@@ -214,7 +214,7 @@ def names_of(graph):
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @each_operator
 def test_make_fx(name, mode):
-    """Forward and backward in one graph, of our operators, right also for other sizes if sizes are symbols."""
+    """Forward and backward are one graph of our operators, which is right for other sizes too if sizes are symbols."""
     module = make(name)
     leaves = list(module.parameters())
 
@@ -245,7 +245,7 @@ def test_functionalize(name):
 
 @each_operator
 def test_min_cut_partitioner(name):
-    """Nothing that a kernel computed in forward is computed again: backward has our backward operators alone."""
+    """Backward computes no kernel's forward result again: it has only our backward operators."""
     module, x = make(name), rows_of(5)
     expected = run(module, x)
     graphs = []
@@ -268,7 +268,7 @@ def test_min_cut_partitioner(name):
 
 
 def test_disabled_holds_for_what_is_compiled_inside():
-    """One graph inside, one outside, each found again."""
+    """One graph inside the block, one outside, and both are reused."""
     graphs = []
 
     def backend(graph, inputs):

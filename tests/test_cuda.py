@@ -119,7 +119,7 @@ NARROW_ROWS = (1, 7, 64, 100, 3000, 3000, 3000, 3000)
 
 
 def scale_parameters(network, factor):
-    """So that in many layers neither values nor gradients vanish or leave float16's range."""
+    """Scales the parameters so that through many layers no values or gradients vanish or leave float16's range."""
     with torch.no_grad():
         for tensor in network.parameters:
             tensor *= factor
@@ -164,7 +164,7 @@ def test_a_narrow_stack_has_the_same_bits_however_it_runs(dtype):
 
 @narrow_dtypes()
 def test_a_hundred_narrow_layers(dtype):
-    """Pooled, since errors grow from layer to layer: not above twice eager's."""
+    """Errors are at most twice eager's; they are pooled, since errors grow from layer to layer."""
     sizes = (32,) * 101
     network = to_gpu(Network(sizes, "identity", dtype=dtype))
     scale_parameters(network, 0.2)

@@ -1,4 +1,4 @@
-"""What the machine code of a CUDA build says, without a GPU; `make cuda-build` runs it."""
+"""Tests of the machine code of a CUDA build, without a GPU; `make cuda-build` runs them."""
 
 import importlib.metadata
 import os

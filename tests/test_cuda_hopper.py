@@ -26,7 +26,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(params=[256, 192, 128], ids=lambda cols: f"tile 128x{cols}")
 def tile(request):
-    """Every product gets this tile that has such a kernel."""
+    """Every product that has a kernel with this tile gets the tile."""
     fl._C.force_hopper_tile(request.param)
     yield
     fl._C.force_hopper_tile(0)
@@ -109,7 +109,7 @@ def test_wide_stack_never_less_exact_than_eager(dtype, sizes, shortcut):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_dgrads_go_on_through_the_activation_before(dtype, activation):
-    """The names of the kernels tell; a dgrad with a pass after it would give nearly the same numbers."""
+    """The names of the kernels show this; a dgrad with a pass after it would give nearly the same numbers."""
 
     def count(call):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -131,7 +131,7 @@ def test_dgrads_go_on_through_the_activation_before(dtype, activation):
 
 
 def test_an_mlp_never_stores_the_gradient_before_the_activation():
-    """It overflows float16; times gelu′(−5) it does not. Finite gradients show that the epilogue had it in float32."""
+    """This gradient overflows float16; times gelu′(−5) it does not. Finite gradients show a float32 epilogue."""
     rows, in_features, hidden, out_features = 40, 64, 264, 64
     full = lambda *shape, value: torch.full(shape, value, dtype=torch.float16, device="cuda")  # noqa: E731
     x, fc1_weight = full(rows, in_features, value=1), full(hidden, in_features, value=-5 / 64)

@@ -94,7 +94,7 @@ def test_launches_on_the_host(architecture, tmp_path):
 
 
 def test_hopper_kernels_on_the_host(tmp_path):
-    """Those of CUTLASS's templates, launched by its host code. One file, because what takes longest is to read it."""
+    """Kernels of CUTLASS's templates, launched by its host code. One file, since reading the headers takes longest."""
     cutlass = find_cutlass()
     if cutlass is None:
         pytest.skip("needs CUTLASS: pip install --no-deps nvidia-cutlass==4.2.0.0")
@@ -135,7 +135,7 @@ def test_the_ptxas_report_names_what_is_wrong():
 
 
 def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path):
-    """Not its times, but that the script, its contestants and its JSON hold together."""
+    """The script, its contestants and its JSON fit together; its times are not checked."""
     result = tmp_path / "gpu.json"
     script = ROOT / "benchmarks" / "gpu_bench.py"
     options = [
@@ -160,7 +160,7 @@ def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path):
 
 
 def run_gpu_script(folder, *steps, seconds="60", hopper_status="0"):
-    """benchmarks/gpu.sh with programs that only print what they were asked for."""
+    """benchmarks/gpu.sh with programs that only print their arguments."""
     programs = folder / "programs"
     programs.mkdir(exist_ok=True)
     (programs / "python").write_text(

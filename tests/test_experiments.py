@@ -75,7 +75,7 @@ def test_figures(name: str) -> None:
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_networks_are_those_of_the_plain_script(name: str) -> None:
-    """One seed at the start, nothing seeded again (the published table's script seeds both networks)."""
+    """One seed at the start and no later seed; the published table's script seeds both networks."""
     torch.manual_seed({"example": 42, "published": 123, "projection": 0}[name])
     expected = []
     if name == "example":

@@ -61,7 +61,7 @@ def operators_in(program):
 
 
 def check_operators(program):
-    """Ours, whole, and none of what they are made of; decompositions change nothing about it."""
+    """The graph has our operators, whole, and not the operators that they are made of, also after decompositions."""
     ours = [name for name in operators_in(program) if "fastlane" in name]
     decomposed = operators_in(program.run_decompositions())
     assert ours and not any("gelu" in name for name in set(decomposed) - set(ours))
@@ -94,7 +94,7 @@ def test_the_default_export_of_a_fused_model_keeps_the_operators():
 
 
 class Together(torch.nn.Module):
-    """Many in one, since each package costs a C++ compilation."""
+    """Many models in one, since each package costs a C++ compilation."""
 
     def __init__(self, names):
         super().__init__()
@@ -178,7 +178,7 @@ onnx_only = pytest.mark.skipif(
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_recorded_for_onnx(grad, monkeypatch):
-    """`torch.onnx.export` gets ATen's operators; the next export ours again."""
+    """`torch.onnx.export` gets ATen's operators; the next export gets ours again."""
     x = torch.randn(5, 8, dtype=torch.double)
     models = (Refused(), fl.LinearGELUResidual(8, 8), fl.ResidualMLP(8, 3), fl.ResidualNetwork([8, 8, 3]))
     for model in (*models, fused(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8))):
@@ -193,7 +193,7 @@ def test_recorded_for_onnx(grad, monkeypatch):
 
 
 def test_operators_stay_whole():
-    """Inductor refuses an operator that torch knows a decomposition of where CI is set, as hosting sites set it."""
+    """Where CI is set, as on hosting sites, Inductor refuses an operator that has a decomposition in torch."""
     names = [name.removeprefix("fastlane::") for name in torch._C._dispatch_get_all_op_names() if "fastlane" in name]
     assert len(names) > 5
     assert not torch._decomp.get_decompositions([getattr(torch.ops.fastlane, name) for name in names])
@@ -239,7 +239,7 @@ def run_in(folder, *command):
 
 @pytest.mark.thorough
 def test_deployment_examples(tmp_path, monkeypatch):
-    """docs/deployment.md as it stands: exported, run from Python without our Python, and from C++."""
+    """The examples of docs/deployment.md: exported, run from Python without our Python, and from C++."""
     exporting, _, _, running = blocks("python")
     (program,), (build_and_run,) = blocks("cpp"), blocks("sh")
     run_in(tmp_path, sys.executable, "-c", exporting)

@@ -24,7 +24,7 @@ def leaves_of(shapes, subset):
 
 
 def assert_as_eager(call, leaves, again=0):
-    """Forward, and backward with `again` operations more than eager's, which keeps what we compute again."""
+    """Forward counts as eager's, backward `again` operations more, since eager keeps values that we compute again."""
     (forward, y), (eager_forward, eager_y) = (
         counted(lambda kind=kind: call(kind, *leaves)) for kind in (fl, reference)
     )
@@ -111,7 +111,7 @@ def test_stack(sizes, shortcut, shape):
 
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_a_stack_computed_again(shortcut):
-    """Every layer once more, but the last one's projection, whose result nothing reads."""
+    """Every layer counts once more, except the last layer's projection, whose result nothing reads."""
     sizes = (4, 4, 3, 3)
     network = Network(sizes, shortcut, dtype=torch.float32)
     x, _ = draw(network, (5,), sizes)
@@ -127,7 +127,7 @@ def test_a_stack_computed_again(shortcut):
     "fc1 is under a hook registered for all modules", "fc2 is under a hook registered for all modules"
 )
 def test_modules_count_by_their_name():
-    """An eager and a fused model of the same parts say the same of each part: the mode's own hooks see to that."""
+    """An eager and a fused model of the same parts get the same count for each part, by the mode's own hooks."""
     torch.manual_seed(0)
     counts = []
     for kind in (fl, reference):

@@ -450,7 +450,7 @@ def test_compile_fullgraph(make):
 
 
 def test_compile_fullgraph_of_an_owner_that_changes_a_dict():
-    """transformers' models change their keyword arguments; a class's own dict cannot be read in a graph then."""
+    """transformers' models change their keyword arguments, and then a graph cannot read a class's own dict."""
 
     class Owner(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""What counts as GELU: nothing that differs from it in a value or a slope, anywhere, or that may come to differ."""
+"""What counts as GELU: no function that differs from GELU in a value or slope anywhere, or that may come to differ."""
 
 import copy
 import functools
@@ -115,7 +115,7 @@ def test_what_is_gelu_is_fused(act, form):
 
 
 def test_the_probe_sees_what_the_code_does_not_show():
-    """Both have to agree: each alone is not enough."""
+    """The probe of values and the reading of code both have to agree: each alone is not enough."""
     assert form_of_values(F.gelu) == "gelu"
     for name in ("clamped at 1e30", "straight through", "NaN replaced", "infinity replaced", "another gradient"):
         assert form_of_values(NOT_GELU[name]) is None
@@ -218,7 +218,7 @@ class Tilted(nn.Module):
 
 
 class Wide(nn.Module):
-    """Of another dtype, where x has 16 bits."""
+    """Returns float32 where x has 16 bits."""
 
     def forward(self, x):
         return x * torch.tensor([0.5]) * (1 + torch.erf(x * 0.5**0.5))
@@ -291,7 +291,7 @@ def test_an_operator_of_tensors_is_replaced(name, monkeypatch):
 
 @pytest.mark.parametrize("value", [torch.zeros(3), [1, 2], "a word"], ids=lambda value: type(value).__name__)
 def test_an_attribute_that_gelu_does_not_read(value):
-    """Statistics that hooks keep: no comparison of theirs is asked for."""
+    """Statistics that hooks keep in an attribute: their own comparison is not called."""
     model, x = NamedMlp(), torch.randn(4, 12)
     model.act.last = value
     fl.fuse(model).assert_fused(1)

@@ -172,7 +172,7 @@ def test_changes_after_fusing_are_honoured(change, reason):
 
 
 def test_the_last_dropout_may_be_active():
-    """It is called as a module, with the random numbers that eager draws."""
+    """The dropout is called as a module, with the random numbers that eager draws."""
     model = NamedMlp()
     model.drop2.p = 0.5
     fused = copy.deepcopy(model)

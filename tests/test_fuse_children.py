@@ -1,4 +1,4 @@
-"""What children do during a fused call: they replace each other, or give what no kernel takes."""
+"""Children that act during a fused call: they replace each other, or return values that no kernel takes."""
 
 import copy
 
@@ -160,7 +160,7 @@ def test_a_sum_by_function(make):
 
 
 def test_many_other_children_cost_no_more_than_eager():
-    """Snapshots of the children would grow with their number's square."""
+    """The cost of a snapshot of all children at each call would grow with the square of their number."""
     from fastlane_ext.fusion.execute import _Lookup
 
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), *[nn.ReLU() for _ in range(50)])

@@ -1,4 +1,4 @@
-"""Fused models under torch.compile: graphs notice what graphs of the original would notice."""
+"""Fused models under torch.compile: graphs notice every change that graphs of the original would notice."""
 
 import copy
 from collections import OrderedDict
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:fuse. nothing runs fused")
 
 @pytest.mark.parametrize("name", ["fc1", "act"])
 def test_a_forward_set_after_compiling(name):
-    """accelerate and offloading do that; torch.compile has to notice."""
+    """accelerate and offloading set a forward later; torch.compile has to notice."""
     model, x = Mlp().eval(), torch.randn(3, 8)
     fl.fuse(model).assert_fused(1)
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -15,7 +15,7 @@ import fastlane_ext as fl
 
 @pytest.mark.parametrize("faster", ["fused", "library"])
 def test_linears_are_measured(monkeypatch, faster):
-    """Which of two times a machine measures is its own affair; what follows from them is not."""
+    """The times depend on the machine and are not checked; the conclusions from given times are checked."""
     from fastlane_ext import fusion
 
     times = {"library_ms": 2.0, "fused_ms": 1.0 if faster == "fused" else 4.0}
@@ -81,7 +81,7 @@ def test_a_pruned_fused_linear(linears_always_win):
 
 
 def test_a_container_of_fused_linears(linears_always_win):
-    """Fused one by one before, as the MLP afterwards."""
+    """Linear layers that were fused one by one run as an MLP after their container is fused."""
     model = NamedMlp()
     for linear in (model.fc1, model.fc2):
         fl.fuse(linear, linears=True)

@@ -211,7 +211,7 @@ def test_an_absent_child_raises_what_eager_raises():
 
 
 def test_a_bias_that_is_no_parameter():
-    """As a buffer, before and after `fuse`, alone, in a container and under torch.compile."""
+    """The bias is a buffer, before and after `fuse`, alone, in a container and under torch.compile."""
     linear = nn.Linear(8, 8)
     bias = linear.bias.detach()
     del linear.bias
@@ -259,7 +259,7 @@ def test_a_custom_dict_of_children():
 
 
 def test_the_edited_class_of_an_activation_runs_its_new_code():
-    """What a notebook's autoreload does: the function object stays, its code is another."""
+    """A notebook's autoreload keeps the function object and replaces its code."""
 
     class Act(nn.Module):
         def forward(self, x):
@@ -391,7 +391,7 @@ class DoublingDict(dict):
 
 
 def test_a_custom_dict_of_parameters():
-    """DeepSpeed's ZeRO-3 puts one there."""
+    """DeepSpeed's ZeRO-3 replaces the dict of parameters by its own."""
     from fastlane_ext import reference
 
     x = torch.randn(3, 8)

@@ -1,4 +1,4 @@
-"""A fused model's peak of memory is eager's or less: every value goes when its last user has run."""
+"""A fused model's peak memory is at most eager's: every value is released when its last user has run."""
 
 import copy
 
@@ -24,7 +24,7 @@ class Block(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Children that are no linear layers pay nothing either."""
+    """Children that are not linear layers need no more memory either."""
 
     def __init__(self):
         super().__init__()
@@ -62,7 +62,7 @@ MODELS = {
 
 
 def peak(call):
-    """The most bytes that torch's allocator held above what it held before."""
+    """The most bytes that torch's allocator held, beyond the bytes held before."""
     call()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()

@@ -111,8 +111,8 @@ def results(model, inputs):
 
 
 def relative_error(values, expected):
-    """The rms of all tensors' errors, each relative to its largest value; a gradient that is zero but for rounding
-    (of the bias of attention's keys) says nothing.
+    """The rms of all tensors' errors, each relative to the tensor's largest value. A gradient that is zero but for
+    rounding, such as the gradient of attention's key bias, does not count.
     """
     largest = {name: exact.abs().max() for name, exact in expected.items()}
     threshold = 1e-6 * max(largest.values())
@@ -170,7 +170,7 @@ def test_as_exact_as_eager(name, linears, every_linear):
 
 @each_model
 def test_twenty_steps_of_training(name):
-    """With the model's own dropouts active: the same random numbers, so the same losses."""
+    """The model's own dropouts are active and draw the same random numbers, so that the losses are the same."""
     model, inputs, sites = build(name, dropout=0.1)
     fused = fused_copy(model, sites)
     curves = []
@@ -253,7 +253,7 @@ def lora(model, target):
 
 
 def first_linears(model):
-    """The name of the first linear layer in a fused site, and of the first outside of all."""
+    """The names of the first linear layer inside a fused site and of the first outside all fused sites."""
     (site, *_) = [site for site in fl.explain(model).fused if "GELU" in site.pattern]
     children = model.get_submodule(site.name).named_children()
     inside = next(f"{site.name}.{name}" for name, child in children if is_linear(child))

@@ -283,7 +283,7 @@ def written_fused():
 
 @pytest.mark.parametrize("kind", [nn.Linear, nn.GELU])
 def test_torchs_own_classes_get_another_forward(kind, monkeypatch):
-    """What is written fused calls its children then, as eager modules of the same names do."""
+    """Modules that are written fused then call their children, as eager modules of the same names do."""
     x, original = torch.randn(3, 8), kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, x: 2 * original(self, x))
     for fused, eager in written_fused():
@@ -297,7 +297,7 @@ def test_torchs_own_classes_get_another_forward(kind, monkeypatch):
 
 
 def test_under_a_device_or_a_fake_mode():
-    """Nothing of the caller's mode stays behind."""
+    """The caller's mode leaves nothing behind in later calls."""
     from fastlane_ext.fusion import activations
 
     for mode in (torch.device("meta"), FakeTensorMode()):

@@ -1,4 +1,4 @@
-"""Forwards and changes that look like an MLP to a glance: `fuse` must refuse them, or honour what they do."""
+"""Forwards and changes that look like an MLP at first glance: `fuse` must refuse them or keep their behaviour."""
 
 import copy
 import random as python_random

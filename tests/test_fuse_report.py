@@ -1,4 +1,4 @@
-"""The report of `fuse` and `explain`: it lists every place where a GELU meets a linear layer, and what really ran."""
+"""The report of `fuse` and `explain`: all places where a GELU meets a linear layer, and what really ran."""
 
 import io
 import sys
@@ -196,7 +196,7 @@ def test_a_graph_module_stays():
 
 
 def test_a_plan_in_a_module_of_another_class():
-    """As a pickler leaves it that makes the class anew."""
+    """A pickler that makes the class anew leaves such a module."""
     model, x = NamedMlp(8, 8), torch.ones(1, 8)
     fl.fuse(model)
     object.__setattr__(model, "__class__", NamedMlp)
@@ -225,7 +225,7 @@ def test_a_forward_of_the_containers_own():
 
 
 def test_a_wrapper_around_the_fused_forward():
-    """accelerate's hooks: the report cannot know what the wrapper does, but it counts what ran."""
+    """accelerate's hooks wrap a forward: the report cannot know the wrapper's effect, but it counts the calls."""
     model, x = NamedMlp(8, 8), torch.ones(1, 8)
     fl.fuse(model)
     inner = model.forward

@@ -44,7 +44,7 @@ print(1)
 
 
 def checked(function):
-    """A decorator without functools.wraps: what it makes has a name under which nobody finds it."""
+    """A decorator without functools.wraps: nobody finds its result under the result's own name."""
 
     def inner(self, x):
         return function(self, x)
@@ -321,8 +321,8 @@ def test_the_name_under_which_earlier_versions_pickled_a_fused_class():
 
 @pytest.mark.parametrize("name", ["fused_with_a_plan", "fused_by_remake"])
 def test_a_model_that_an_earlier_version_pickled(name):
-    """The first file was written by the last version that pickled plans, the second by the last one that kept classes
-    in fused_classes.py and plans in _plan.py.
+    """The last version that pickled plans wrote the first file; the last version with classes in fused_classes.py and
+    plans in _plan.py wrote the second.
     """
     data = (Path(__file__).parent / "support" / "pickles" / f"{name}.pkl").read_bytes()
     assert b"fastlane_ext.fused_classes" in data and b"fastlane_ext._plan" in data

@@ -33,7 +33,7 @@ def assert_same_bits(got, expected, what):
 
 
 def assert_gradients_lie_as_their_tensors(call, got):
-    """A gradient has no gaps: it lies as its tensor does, or contiguous where the tensor's strides have gaps."""
+    """A gradient has its tensor's strides, or is contiguous where the tensor's strides have gaps."""
     assert got["y"].is_contiguous()
     for name in call.plan.needs:
         tensor, grad = call.tensors[name], got[f"d{name}"]
@@ -56,7 +56,7 @@ def assert_exact(call, got):
 
 
 def scale_of(call, name, value):
-    """A sum of n random terms passes through values √n times as large: no order of adding avoids that."""
+    """A sum of n random terms passes through values √n times as large, whatever the order of additions."""
     terms = call.tensors["grad"].numel() / max(1, value.size)
     scale = float(abs(value).max(initial=0))
     if name == "dresidual" and terms > 1:
@@ -65,8 +65,8 @@ def scale_of(call, name, value):
 
 
 def assert_as_exact_as_eager(plan):
-    """One call's largest error says little where it has few elements: only if many calls together break the rule, it
-    is broken.
+    """The largest error of a call with few elements says little: the rule is broken only if many calls together break
+    it.
     """
     for seeds in (range(1), range(8), range(64)):
         calls = [plan.call(seed) for seed in seeds]

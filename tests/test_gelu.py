@@ -1,6 +1,6 @@
-"""GELU and GELU′ as the kernels compute them, over everything that a float can be.
+"""The kernels' GELU and GELU′, over all kinds of floats.
 
-They are reached through the layer: with the weight I, z is x itself, and dx is dy ⊙ GELU′(x).
+The tests reach both through the layer: with the identity as weight, z is x itself, and dx is dy ⊙ GELU′(x).
 """
 
 import math
@@ -42,7 +42,7 @@ SPECIAL += [sign * v for v in (1e10, 1e20, 3e38) for sign in (1, -1)]
 
 
 def fused_gelu(values, activation, width=1):
-    """(GELU, GELU′) of each value. A width of 1 keeps inf and NaN to themselves; others fill the vectors."""
+    """(GELU, GELU′) of each value. With a width of 1 inf and NaN reach no other value; larger widths fill vectors."""
     x = values.reshape(-1, width).clone().requires_grad_()
     before = fl.stats()[PATH]
     y = fl.linear_gelu_residual(x, torch.eye(width, dtype=x.dtype), activation=activation)
@@ -112,7 +112,7 @@ def test_float32_beyond_ten(activation):
 @pytest.mark.own_kernels
 @both_gelus
 def test_float64(activation):
-    """Relative to GELU itself, with what the rounding of z costs: GELU's condition number grows like z²."""
+    """The error relative to GELU itself may include z's rounding, since GELU's condition number grows like z²."""
     generator = torch.Generator().manual_seed(0)
     values = torch.cat(
         [
@@ -144,7 +144,7 @@ def ordinal(t):
 @SIXTEEN_BITS
 @both_gelus
 def test_all_values_of_16_bits(dtype, activation):
-    """Within one unit in the last place of the exact value, rounded: GELU and GELU′ of all 65,536."""
+    """GELU and GELU′ of all 65,536 values are within one unit in the last place of the rounded exact value."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     value, slope = fused_gelu(values, activation)
     nan, infinite = values.isnan(), values.isinf()
@@ -162,7 +162,7 @@ def test_all_values_of_16_bits(dtype, activation):
 @every_dtype
 @both_gelus
 def test_special_values(dtype, activation):
-    """0 or 1 far out, never 0 · inf; NaN stays NaN; a denormal halves and does not vanish."""
+    """Far out GELU′ is 0 or 1, never 0 · inf; NaN stays NaN; a denormal is halved and does not vanish."""
     values = torch.tensor(SPECIAL, dtype=torch.float64).to(dtype)
     value, slope = fused_gelu(values, activation)
     assert torch.equal(value.isnan(), values.isnan()) and torch.equal(slope.isnan(), values.isnan())
@@ -178,7 +178,7 @@ def test_special_values(dtype, activation):
 
 
 def backward_slope(z, activation, grad=None):
-    """GELU′(z) where z is given to the kernel itself: row by row, as the bias gradient of one row."""
+    """GELU′(z) for a z that the kernel gets directly: row by row, as the bias gradient of one row."""
     grad = torch.ones_like(z) if grad is None else grad
     return torch.ops.fastlane.linear_gelu_backward(
         grad, z, None, None, None, None, activation=activation, weight_column_major=False,
@@ -189,7 +189,7 @@ def backward_slope(z, activation, grad=None):
 @every_dtype
 @both_gelus
 def test_zeros(dtype, activation):
-    """GELU′ does not tell the zeros apart; what is rounded to zero keeps its sign."""
+    """GELU′ is the same for both zeros; a value that is rounded to zero keeps its sign."""
     zeros = torch.tensor([[-0.0, 0.0]], dtype=dtype)
     assert torch.equal(backward_slope(zeros, activation), torch.full((2,), 0.5, dtype=dtype))
     smallest = torch.tensor([1.0, -1.0], dtype=dtype) * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps

@@ -90,7 +90,7 @@ class Noisy(nn.Module):
 
 
 def first_figure(model, x):
-    """Its last digit in float32 is the CPU's."""
+    """The first figure; its last digit in float32 depends on the CPU."""
     first = printed(model, x)[0]
     assert first.startswith("layers.0.0.weight has gradient mean of ")
     return pytest.approx(float(first.split()[-1]), rel=2e-6)
@@ -410,7 +410,7 @@ def test_sparse_gradients():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved, so that a test can look at what is on them."""
+    """The figures that were saved, so that a test can look at their contents."""
     figure = pytest.importorskip("matplotlib.figure")
     saved, save = [], figure.Figure.savefig
     monkeypatch.setattr(figure.Figure, "savefig", lambda f, *a, **k: saved.append(f) or save(f, *a, **k))

@@ -1,4 +1,4 @@
-"""gradient_report on models of every kind: the figures of ``backward()``, and no trace of it."""
+"""gradient_report on models of every kind: the figures equal those of ``backward()``, and the model is unchanged."""
 
 import copy
 import io
@@ -119,7 +119,7 @@ class Checkpointed(nn.Module):
 
 
 class Reversible(torch.autograd.Function):
-    """Calls ``backward()`` in its backward, as functions that recompute do, and refuses no way of autograd's."""
+    """Calls ``backward()`` in its backward, as functions that recompute do; also works under torch.autograd.grad."""
 
     @staticmethod
     def forward(ctx, x, function):

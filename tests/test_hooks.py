@@ -1,8 +1,8 @@
-"""Hooks of autograd and of modules: as often, in the same order, with the same values as in eager.
+"""Hooks of autograd and of modules run as often, in the same order and with the same values as in eager.
 
 The leaves of a fused node get their gradients in the order of its edges, which the engine's heap turns into eager's
-(`csrc/ops/autograd/edges.h`). The order may differ where one leaf serves several layers of one stack, or where nodes of
-another branch of the graph are ready at the same moment; how often, and with which values, may not.
+order (`csrc/ops/autograd/edges.h`). The order may differ where one leaf serves several layers of one stack, or where
+nodes of another branch of the graph are ready at the same moment. The number of calls and the values may not differ.
 """
 
 from functools import partial
@@ -272,7 +272,7 @@ def test_checkpoint(reentrant, name):
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("leaf_x", [True, False], ids=["leaf", "inner"])
 def test_hooks_of_modules(leaf_x, name):
-    """Full backward hooks and pre-hooks of the module itself, which see and may replace gradients."""
+    """Full backward hooks and pre-hooks of the module itself: they see gradients and may replace them."""
     logs = []
     for kind in (fl, reference):
         model, log = MODULES[name](kind), []

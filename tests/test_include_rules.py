@@ -1,4 +1,4 @@
-"""The include rules of csrc/README.md: read from its table, and held by every file."""
+"""The include rules of csrc/README.md, read from its table: every file keeps them."""
 
 import os
 import re
@@ -42,13 +42,13 @@ def folder_of(path):
 
 
 def includes_of(path):
-    """(whether it is a file of ours, what is included)"""
+    """For each include: (whether the file is ours, the included name)."""
     for quote, name in INCLUDE.findall(path.read_text()):
         yield quote == '"' and (CSRC / name).is_file(), name
 
 
 def library_of(name):
-    """The row's name of what is no header of the C++ standard library."""
+    """The table's name for the header's library; None for a header of the C++ standard library."""
     for library, starts in LIBRARIES.items():
         if name.startswith(starts):
             return library
@@ -91,7 +91,7 @@ def test_no_file_includes_itself_by_way_of_others():
 
 @pytest.mark.slow
 def test_each_header_of_the_kernels_opens_alone(tmp_path):
-    """As an editor reads one: without an ISA file around it, for the scalar set."""
+    """Each header compiles as an editor reads it: without an ISA file around it, for the scalar set."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler")

@@ -65,7 +65,7 @@ VECTORS = ["avx512", "avx2", "scalar"]
     ],
 )
 def test_choice(asked, supported, isa, reason):
-    """Where there are no vector kernels the scalar ones run only if asked for: they take many times eager's time."""
+    """Without vector kernels the scalar kernels run only on request: they take many times eager's time."""
     chosen, why = library.choose_isa(asked, supported)
     assert chosen == isa and why.startswith(reason)
 
@@ -98,7 +98,7 @@ torch.save([run_fused(make_case((37,), 45, 51, dtype=dtype)) for dtype in DTYPES
 
 @pytest.mark.slow
 def test_all_sets_agree(tmp_path):
-    """To rounding: a set whose own test is wrong in the same way as it is found out here."""
+    """All sets agree up to rounding. This finds a set that is wrong in the same way as its own test."""
     results = {}
     for isa in (*ALL, "none"):
         result = run_python(isa, COMPUTE, tmp_path / isa)
@@ -162,7 +162,7 @@ print(json.dumps([compared, fl.stats()]))
 
 @pytest.mark.any_isa
 def test_none_is_eager_to_the_bit():
-    """And no fallback, which FASTLANE_STRICT would refuse, but a path of its own."""
+    """Results equal eager's to the bit, by a path of their own: FASTLANE_STRICT would refuse a fallback."""
     result = run_python("none", EAGER, FASTLANE_STRICT="1")
     assert result.returncode == 0, result.stderr[-2000:]
     compared, stats = json.loads(result.stdout)
@@ -209,7 +209,7 @@ print(json.dumps([calls, fl.stats()]))
 
 @pytest.mark.any_isa
 def test_recompute_without_kernels():
-    """Its nodes are ours, their products and passes torch's."""
+    """The autograd nodes are ours; their products and passes are torch's."""
     result = run_python("none", RECOMPUTED, FASTLANE_STRICT="1")
     assert result.returncode == 0, result.stderr[-2000:]
     calls, stats = json.loads(result.stdout)
@@ -279,7 +279,7 @@ print(json.dumps(fl.stats()))
 @pytest.mark.any_isa
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_operators_of_a_compiled_graph_without_kernels(dtype):
-    """A program that was exported on a machine with vector kernels names these."""
+    """A program that was exported on a machine with vector kernels calls these operators."""
     result = run_python("none", OPERATORS, dtype)
     assert result.returncode == 0, result.stderr[-2000:]
     stats = json.loads(result.stdout)
@@ -305,7 +305,7 @@ assert fl.stats()["torch"] == {"forward": 0, "backward": 0} and fl.stats()["fall
 @pytest.mark.any_isa
 @pytest.mark.slow
 def test_compile_without_kernels():
-    """The graph holds torch's operators, for a compiler to fuse. What only traces is no call, and not counted."""
+    """The graph holds torch's operators, for a compiler to fuse. Tracing is not a call and is not counted."""
     result = run_python("none", COMPILED, FASTLANE_STRICT="1")
     assert result.returncode == 0, result.stderr[-2000:]
 

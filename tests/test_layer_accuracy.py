@@ -47,7 +47,7 @@ SIZES = [
 
 
 def repeated(rows, in_features, out_features, **options):
-    """So many cases that the largest error is taken over about a thousand outputs."""
+    """Enough cases that the largest error is taken over about a thousand outputs."""
     count = max(1, min(24, 1000 // (rows * out_features)))
     return [make_case((rows,), in_features, out_features, seed=seed, **options) for seed in range(count)]
 
@@ -78,7 +78,7 @@ def test_residuals(dtype, activation, residual):
 @pytest.mark.parametrize("operand", ["x", "weight", "bias", "residual_data", "grad"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_layouts(dtype, operand, layout):
-    """Each operand alone. Real data: a misread layout that integers might hide does not pass."""
+    """Each operand alone has the layout. Random data, since integers might hide a misread layout."""
     assert_as_exact_as_eager([make_case((37,), 45, 51, dtype=dtype).with_layout(**{operand: layout})])
 
 
@@ -177,7 +177,7 @@ def test_narrow_layers_of_many_rows(dtype, lying):
 
 
 def exactly(value):
-    """Every element as a number of 50 digits."""
+    """Every element, exactly, as an mpmath number."""
     return mpmath.matrix([[mpmath.mpf(v) for v in row] for row in value.double().tolist()])
 
 
@@ -185,7 +185,7 @@ def exactly(value):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_name)
 @pytest.mark.parametrize("size", [(3, 5, 4), (5, 40, 9)], ids=str)
 def test_fifty_digits(size, dtype, activation):
-    """The numpy oracle and the kernels against arbitrary precision, so that neither vouches for the other."""
+    """The numpy oracle and the kernels against arbitrary precision, so that neither is the other's only check."""
     rows, in_features, out_features = size
     case = make_case((rows,), in_features, out_features, dtype=dtype, activation=activation)
     with mpmath.workdps(50):
@@ -230,7 +230,7 @@ def test_fifty_digits(size, dtype, activation):
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_sums_longer_than_what_is_packed_at_once(dtype, size, weight, restore_threads):
-    """Packed B is bounded: beyond it the sums wait from one slab of k to the next, for any number of threads."""
+    """Packed B is bounded: beyond the bound the sums are kept from one slab of k to the next, for any thread count."""
     rows, in_features, out_features = size
     if dtype == torch.float64 and in_features > rows:
         in_features //= 2  # as many bytes
@@ -246,7 +246,7 @@ def test_sums_longer_than_what_is_packed_at_once(dtype, size, weight, restore_th
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
 def test_long_sums_in_16_bits(dtype, assert_fused):
-    """Accumulated in float32, rounded once: in 16 bits a sum of ones stops at 256 or 2048."""
+    """Sums are accumulated in float32 and rounded once: in 16 bits a sum of ones would stop at 256 or 2048."""
     n = 5000
     x, weight = torch.ones(1, n, dtype=dtype, requires_grad=True), torch.ones(3, n, dtype=dtype)
     y = fused_none(x, weight)
@@ -262,7 +262,7 @@ def test_long_sums_in_16_bits(dtype, assert_fused):
 @pytest.mark.own_product
 @pytest.mark.parametrize("in_features", [3, 700], ids=["one pass", "own pass"])
 def test_what_a_large_row_hides_in_a_bias_gradient(in_features, assert_fused):
-    """The small terms, each below half a unit in the last place of the sum before them, are not lost; nor is inf."""
+    """Small terms, each below half a unit in the last place of the sum so far, are not lost, and inf is not lost."""
     rows, columns = 3000, 300
     dy = torch.zeros(rows, columns, dtype=torch.float64)
     dy[16:-16:16] = 1
@@ -279,7 +279,7 @@ def test_what_a_large_row_hides_in_a_bias_gradient(in_features, assert_fused):
 @pytest.mark.parametrize("in_features", [129, 512, 4096])
 @pytest.mark.parametrize("rows", [3, 37])
 def test_sums_of_one_number(rows, in_features, assert_fused):
-    """Roundings all go one way. For one number that is luck, for fused as for eager, so over many."""
+    """All roundings go one way. The error of one number is luck, for fused as for eager, so the test takes many."""
     errors = {"fused": [], "eager": []}
     for seed in range(20):
         of_x, of_weight = (random(2, dtype=torch.float32, seed=seed).abs() + 0.5).tolist()

@@ -91,7 +91,7 @@ def test_opcheck(op, args, kwargs, assert_fused):
 @pytest.mark.parametrize("weight_layout", ["contiguous", "transposed", "padded"])
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (0,), (), (1,)], ids=str)
 def test_fake_strides_equal_real_ones(shape, weight_layout, x_layout, concat):
-    """Output and gradients: a compiler that believes other strides reads other elements."""
+    """Strides of output and gradients: a compiler that assumes other strides reads other elements."""
     case = make_case(shape, 4, 4, residual="x", concat=concat).with_layout(x=x_layout, weight=weight_layout)
 
     def run(x, weight, bias, grad):

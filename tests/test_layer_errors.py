@@ -1,4 +1,4 @@
-"""What a user reads who passes the wrong thing: one line with the argument, what came, what was expected."""
+"""The error for a wrong argument: one line with the argument, the value it got and the value expected."""
 
 import itertools
 import re
@@ -133,7 +133,7 @@ def test_wrong_dtype_or_shape(fields, texts, requires_grad):
 @pytest.mark.parametrize(("fields", "texts"), DTYPE_CASES + SHAPE_CASES)
 @pytest.mark.parametrize("how", ["meta", "fake"])
 def test_the_same_message_without_data(how, fields, texts):
-    """A tracer, or a model on the meta device, meets the error before any data exists."""
+    """A tracer, or a model on the meta device, raises the error before any data exists."""
     real = call(fields)
     if how == "meta":
         message = call(fields, device="meta")
@@ -146,7 +146,7 @@ def test_the_same_message_without_data(how, fields, texts):
 
 @pytest.mark.parametrize(("fields", "texts"), OTHER_CASES)
 def test_wrong_kind_of_tensor(fields, texts):
-    """Sparse, or on another device: refused in our words, not in the dispatcher's page of them."""
+    """A sparse tensor, or one on another device: refused in one line of ours, not in the dispatcher's page."""
     assert_one_line(call(fields), texts)
 
 
@@ -185,7 +185,7 @@ def test_not_a_tensor(name):
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_backward_trusts_no_saved_tensor(change, message, device):
-    """A hook on saved tensors may hand back another dtype or size: never a read beyond the end."""
+    """A hook on saved tensors may return another dtype or size: backward never reads beyond the end."""
     given = {
         "grad_activated": torch.zeros(5, 3),
         "z": torch.zeros(5, 3),
@@ -243,7 +243,7 @@ def test_every_operator_says_so_in_a_cpu_build():
 
 
 def test_wrong_arguments_leave_no_trace(assert_fused):
-    """After an error the same tensors, set right, work: no counter moved, no history recorded."""
+    """An error leaves no counter moved and no history recorded: the corrected call with the same tensors works."""
     right = arguments()
     right["weight"].requires_grad_()
     with pytest.raises(RuntimeError):
@@ -258,7 +258,7 @@ def test_an_unknown_tile_is_refused():
 
 
 def test_the_short_way_raises_the_operators_own_errors_and_leaves_the_rest_to_torch_ops():
-    """It takes plain tensors only, and a mode that watches Python's calls still sees the operator."""
+    """The short way takes plain tensors only, and a mode that watches Python's calls still sees the operator."""
     from torch.overrides import TorchFunctionMode
 
     short = partial(fl._load.library.run_plain_layer, None)  # no facts to look at first

@@ -1,4 +1,4 @@
-"""What the layer differentiates, once and twice, by which tensors, and where the gradients lie."""
+"""The layer's first and second derivatives, by every tensor, and the gradients' strides."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ GRADS = {
 @pytest.mark.parametrize("options", [{"residual": "x"}, {"concat": True}, {"residual": "row"}], ids=str)
 @pytest.mark.parametrize(("shape", "features"), [((4, 5), 17), ((389,), 17), ((2, 17), 300)], ids=str)
 def test_any_grad_output(shape, features, options, activation, grad):
-    """As with a contiguous one, to the bit: neither gradcheck nor opcheck ever tries another."""
+    """The same bits as with a contiguous grad_output; gradcheck and opcheck never try any other."""
     case = make_case(shape, features, features, activation=activation, **options)
     case.grad = GRADS[grad](case.grad)
     got = run_fused(case)
@@ -105,7 +105,7 @@ def test_sum_backward(assert_fused):
 @pytest.mark.parametrize("column_major", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 def test_gradient_strides(dtype, column_major, shape):
-    """dW, db and dx lie as W, b and x do, or DDP's buckets complain."""
+    """dW, db and dx have the strides of W, b and x, since DDP's buckets warn of others."""
     out_features, in_features = shape
     case = make_case((5,), in_features, out_features, dtype=dtype)
     if column_major:
@@ -133,7 +133,7 @@ def test_second_backward_is_equal(options):
 
 
 def test_output_can_be_changed_in_place():
-    """As eager's sum: y belongs to the caller, and its history follows the change."""
+    """y belongs to the caller, as eager's sum does, and y's history follows the change."""
     results = []
     for layer in (fused_layer, eager_layer):
         call, leaves = as_function(small_case(), layer)
@@ -173,7 +173,7 @@ def test_undefined_grad_output(options, assert_fused):
 @pytest.mark.parametrize("shape", [(2, 2), (0,), ()], ids=str)
 @pytest.mark.parametrize("residual", ["x", "tensor", "none", "concat"])
 def test_output_is_fresh_memory(residual, shape, features, needs_grad):
-    """Never an alias of an input, also where the layer adds nothing to it."""
+    """The output is never an alias of an input, not even where the layer adds nothing to the input."""
     options = {"concat": True} if residual == "concat" else {"residual": residual}
     case = make_case(shape, features, features, activation="none", **options)
     case.weight.zero_()
@@ -190,7 +190,7 @@ def test_output_is_fresh_memory(residual, shape, features, needs_grad):
 
 @pytest.mark.parametrize("residual", ["x", "tensor"])
 def test_gradients_of_residual_and_output_are_separate(residual):
-    """The residual's gradient is dy: changing one in place must not change the caller's other."""
+    """The residual's gradient equals dy: changing one in place must not change the other."""
     case = small_case(residual=residual)
     call, leaves = as_function(case)
     y = call(*leaves)

@@ -76,7 +76,7 @@ assert fl.stats()["fused"] == {"forward": 1, "backward": 1}
 
 @pytest.mark.any_isa
 def test_no_rows_as_the_first_call_of_a_process():
-    """Work memory of size zero has no address yet; the gradients are written all the same."""
+    """Work memory of size zero has no address yet; the gradients are written nevertheless."""
     run_python(EMPTY_FIRST)
 
 
@@ -102,7 +102,7 @@ def test_base_off_by_one_element(size, operand, dtype):
 @poisoned
 @every_dtype
 def test_output_into_a_slice_off_by_one(dtype):
-    """Concatenation writes behind x: with an odd width every row starts at another offset."""
+    """A concatenation writes behind x: with an odd width every row starts at another offset."""
     for in_features in range(1, 18):
         case = make_case((5,), in_features, 33, dtype=dtype, concat=True)
         got = run_fused(case)["y"]
@@ -113,8 +113,8 @@ def test_output_into_a_slice_off_by_one(dtype):
 
 @pytest.fixture(scope="module")
 def far_apart():
-    """Views whose last element lies beyond 2^31 elements from the first, and beyond 2^31 bytes from its neighbour
-    where that leaves room for all of a tile's rows; only the touched pages take memory.
+    """Views whose last element lies beyond 2^31 elements from the first. Neighbours lie beyond 2^31 bytes apart, where
+    that leaves room for all rows of a tile. Only the touched pages take memory.
     """
     most, slot = 13, 8192
     reserve_nothing = 0x4000  # MAP_NORESERVE, which Python's mmap does not name
@@ -167,7 +167,9 @@ def test_strides_beyond_31_bits(dtype, size, operand, far, far_apart):
 
 @pytest.mark.parametrize("rows", [33, 401])
 def test_far_strides_of_all_operands(rows, far_apart):
-    """Of x, dy and the weight at once, dy also as the shortcut's gradient; then with dweight column-major."""
+    """x, dy and the weight have far strides at once, and dy is the shortcut's gradient too; then with dweight
+    column-major.
+    """
     case = make_case((rows,), 37, 37, integers=True, activation="none", residual="x")
     for number, operand in enumerate(("x", "grad")):
         setattr(case, operand, far_apart(getattr(case, operand), "rows", number))
@@ -190,7 +192,7 @@ LARGE = {
 @every_dtype
 @pytest.mark.parametrize("large", LARGE)
 def test_results_of_megabytes(large, dtype):
-    """Written for the first time, in pages asked for on purpose: right, and no larger than the tensor."""
+    """Large results in freshly requested pages are right, and their memory is no larger than the tensor."""
     in_features, out_features, options = LARGE[large]
     rows = 3 if "dweight" in large else int(4.2e6) // (53 * dtype.itemsize) + 1
     case = make_case((rows,), in_features, out_features, dtype=dtype, integers=True, activation="none", **options)
@@ -380,7 +382,9 @@ def test_products_of_denormals(dtype, tiny, size, layouts):
 @pytest.mark.parametrize("size", DENORMAL_SIZES)
 @pytest.mark.parametrize("tiny", ["x", "weight", "grad"])
 def test_a_single_denormal(tiny, size, layouts):
-    """bf16's own instruction takes it for zero: wherever it lies, it is found. Eager loses it, the oracle does not."""
+    """bf16's own instruction takes a denormal for zero. Our kernels find it anywhere; eager loses it, the oracle does
+    not.
+    """
     rows, in_features, out_features = DENORMAL_SIZES[size]
     case = make_case(
         (rows,), in_features, out_features, dtype=torch.bfloat16, integers=True, activation="none", residual="none"
@@ -403,7 +407,7 @@ def test_a_single_denormal(tiny, size, layouts):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("rows", [1, 5, 40, 130])
 def test_a_single_denormal_beyond_a_block(rows, layout):
-    """Found in a later block of k too, whose sums wait for it."""
+    """A denormal in a later block of k is found too, in time for the sums of earlier blocks."""
     case = make_case((rows,), 4200, 7, dtype=torch.bfloat16, integers=True, activation="none", residual="none")
     case.bias.zero_()
     for name in ("x", "weight"):
@@ -421,7 +425,7 @@ def test_a_single_denormal_beyond_a_block(rows, layout):
     ("activation", "dy"), [("gelu", 2.0**-106), ("gelu_tanh", 2.0**-100)], ids=["gelu", "gelu_tanh"]
 )
 def test_a_slope_makes_a_denormal(activation, dy, rows):
-    """dz = dy GELU′(z) is stored in bf16: rounded to one of few denormals, and not lost in the products."""
+    """dz = dy GELU′(z) is stored in bf16: it is rounded to one of few denormals, and not lost in the products."""
     case = make_case((rows,), 3, 3, dtype=torch.bfloat16, integers=True, activation=activation, residual="none")
     case.x.fill_(1)
     case.weight.copy_(torch.eye(3))

@@ -97,7 +97,7 @@ assert fl.stats()["library"] == {"forward": 1, "backward": 2}
 
 @pytest.mark.slow
 def test_autocast_leaves_the_products_alone():
-    """A backward inside an autocast region multiplies what was saved, in its own precision."""
+    """A backward inside an autocast region multiplies the saved tensors in their own precision."""
     result = run_python(AUTOCAST, path="library")
     assert result.returncode == 0, result.stderr[-2000:]
 
@@ -125,7 +125,9 @@ for shortcut in ("identity", "none", "concat"):
 
 @pytest.mark.slow
 def test_a_stack_whose_layers_take_different_paths():
-    """Of one row, a layer of 300 × 300 is the library's and one of 300 × 40 ours; each starts where the other ends."""
+    """For one row, the library runs a layer of 300 × 300 and our kernels run one of 300 × 40; each is followed by the
+    other.
+    """
     assert paths_of(1, 300, 300, "float64") == ["fused", "library"]
     assert paths_of(1, 300, 40, "float64") == ["fused", "fused"]
     result = run_python(BOTH, path="")

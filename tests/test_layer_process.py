@@ -37,7 +37,7 @@ PARALLEL_CASES = [
 
 
 def assert_same_bits(case, threads):
-    """As with one thread."""
+    """Any number of threads gives the same bits as one thread."""
     torch.set_num_threads(1)
     expected = run_fused(case)
     for count in threads:
@@ -60,7 +60,7 @@ def test_same_bits_for_any_number_of_threads(case, dtype, restore_threads):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("rows", [*range(1, 18), 24, 25, 48, 128])
 def test_same_bits_of_few_rows(rows, layout, restore_threads):
-    """From 4 rows on the columns are cut among the threads; x in a layout of its own every third time."""
+    """From 4 rows on the threads share the columns; every third time x has a layout of its own."""
     x = ("contiguous", "padded", "transposed")[rows % 3]
     for dtype in DTYPES:
         case = make_case((rows,), 131, 263, dtype=dtype)
@@ -105,7 +105,7 @@ def test_same_bits_for_a_column_major_weight(activation, layout, rows, restore_t
 @pytest.mark.parametrize("size", [(9, 257, 300), (33, 257, 1100), (33, 1025, 600), (385, 35, 129)], ids=str)
 @pytest.mark.parametrize("operand", ["x", "weight", "grad"])
 def test_same_bits_with_a_denormal(operand, size, restore_threads):
-    """The thread that finds it in bf16 speaks for all: either every element is computed once more or none."""
+    """If one thread finds a denormal in bf16, all compute again: either every element is computed once more or none."""
     rows, in_features, out_features = size
     case = make_case((rows,), in_features, out_features, dtype=torch.bfloat16, activation="none")
     getattr(case, operand)[-1, -1] = torch.finfo(torch.bfloat16).smallest_normal / 2
@@ -116,7 +116,9 @@ def test_same_bits_with_a_denormal(operand, size, restore_threads):
 @pytest.mark.parametrize("grad", ["contiguous", "transposed", "stepped", "expanded_columns", "scalar"])
 @pytest.mark.parametrize("residual", ["scalar", "row", "column"])
 def test_same_bits_for_a_broadcast_residual(residual, grad, restore_threads):
-    """Its gradient is a sum of dy's: torch cuts a full one, and one over steps in memory, by the number of threads."""
+    """The gradient of a broadcast residual is a sum over dy. torch would cut a full sum, and a strided one, by the
+    number of threads.
+    """
     case = make_case((300,), 16, 1100, residual=residual).with_layout(grad=grad)
     torch.set_num_threads(1)
     expected = run_fused(case)["dresidual"]
@@ -133,7 +135,7 @@ def forward_backward(case):
 
 @pytest.mark.own_kernels
 def test_many_python_threads(assert_fused):
-    """Work memory belongs to the thread: calls of all sizes at once give what they give alone."""
+    """Each thread has its own work memory: calls of all sizes at once give the same results as alone."""
     cases = [
         make_case((rows,), k, n, dtype=dtype, seed=rows, residual="none")
         for (rows, k, n), dtype in zip(
@@ -208,7 +210,7 @@ assert all(torch.equal(a, b) for a, b in zip(step(), expected))
 
 @pytest.mark.any_isa
 def test_fork_after_use():
-    """As a DataLoader worker does it: the pool is gone, the child has one thread, the bits are the same.
+    """A fork like a DataLoader worker's: the pool is gone, the child has one thread, the bits are the same.
 
     With more threads a forked child hangs in eager PyTorch as well: GNU OpenMP does not survive a fork.
     """
@@ -294,7 +296,7 @@ def test_disable_off(value):
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_strict(reason, leave, set_strict):
-    """Raises, with the reason, where the same call without FASTLANE_STRICT runs in eager and is counted."""
+    """A call raises, with the reason, where without FASTLANE_STRICT it runs in eager and is counted."""
     x = torch.randn(3, 3, requires_grad=True)
     set_strict(True)
     with pytest.raises(RuntimeError, match="FASTLANE_STRICT") as error:
@@ -318,7 +320,7 @@ def forward_mode(x):
 @pytest.mark.any_isa
 @pytest.mark.parametrize("variable", ["FASTLANE_STRICT", "FASTLANE_DISABLE"])
 def test_variables_are_read_once(variable):
-    """When they are first needed; what they are set to afterwards changes nothing."""
+    """Variables are read when they are first needed; later values change nothing."""
     code = """
 import json, os, torch, fastlane_ext as fl
 def leave():
@@ -340,7 +342,7 @@ print(json.dumps([*said, leave()]))
 
 @pytest.mark.any_isa
 def test_unknown_isa():
-    """Importing still works, so that `info` can say what is wrong; the first use says it in one line."""
+    """Importing still works, so that `info` can report the error; the first use raises it in one line."""
     code = """
 import json, torch, fastlane_ext as fl
 messages = []
@@ -408,7 +410,7 @@ def test_heavy_packages_are_not_imported():
 
 @pytest.mark.any_isa
 def test_eager_helper_is_not_the_fused_layer():
-    """The oracle's eager side must not have become a second call of the kernels."""
+    """The oracle's eager side must not call the kernels by mistake."""
     case = make_case((3,), 4, 5)
     eager_layer(case.x, case.weight)
     assert fl.stats()["fused"]["forward"] == 0

@@ -1,4 +1,4 @@
-"""Which gradients are formed, what is saved for them, and how long that lives."""
+"""Which gradients are formed, which tensors are saved for them, and how long these live."""
 
 import gc
 import itertools
@@ -18,7 +18,7 @@ each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
 def packed(call):
-    """call(), and each tensor that autograd saved meanwhile."""
+    """The result of ``call()``, and each tensor that autograd saved during the call."""
     tensors = []
 
     def pack(t):
@@ -37,7 +37,7 @@ SUBSETS = list(itertools.product([False, True], repeat=4))
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("subset", SUBSETS, ids=lambda s: "".join(n for n, on in zip("xWbr", s, strict=True) if on))
 def test_subsets_of_needed_gradients(subset, recompute, activation, assert_fused):
-    """All sixteen: right values, None elsewhere, and nothing saved that they do not need."""
+    """All sixteen subsets: right values, None elsewhere, and no saved tensor that they do not need."""
     case = make_case((5,), 4, 3, dtype=torch.float64, activation=activation, recompute=recompute)
     call, leaves = as_function(case)
     eager, _ = as_function(case, eager_layer)
@@ -70,7 +70,7 @@ def test_subsets_of_needed_gradients(subset, recompute, activation, assert_fused
 @pytest.mark.parametrize("options", [{}, {"residual": "x"}, {"activation": "none"}, {"concat": True}], ids=str)
 @pytest.mark.parametrize("rows", [5, 193, 389])
 def test_subsets_of_a_narrow_layer(rows, options, dtype, layout):
-    """Its backward is one pass for all gradients: what is left out changes no bit of the others."""
+    """A narrow layer's backward is one pass for all gradients: leaving some out changes no bit of the others."""
     case = make_case((rows,), 35, 35, dtype=dtype, **options).with_layout(weight=layout)
     expected = run_fused(case)
     call, leaves = as_function(case)
@@ -88,7 +88,7 @@ def test_subsets_of_a_narrow_layer(rows, options, dtype, layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("size", [(1000, 300, 301), (9, 1030, 1031), (1000, 3, 1100)], ids=str)
 def test_bias_alone(size, dtype):
-    """Of a layer too wide for the one pass: only dy and z are read."""
+    """A layer too wide for the one pass reads only dy and z for the bias gradient alone."""
     rows, in_features, out_features = size
     case = make_case((rows,), in_features, out_features, dtype=dtype)
     call, leaves = as_function(case)
@@ -130,7 +130,7 @@ def test_saved_bytes(activation, shape):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("changed", ["x", "weight", "bias", "residual", "y"])
 def test_change_between_forward_and_backward(changed, recompute):
-    """Torch's version counter guards what the backward reads; the residual and y are free to change."""
+    """Torch's version counter guards the tensors that backward reads; the residual and y are free to change."""
     case = make_case((5,), 4, 3, dtype=torch.float64, recompute=recompute)
     call, leaves = as_function(case)
     y = call(*leaves)
@@ -155,7 +155,7 @@ class Held:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("drop", ["backward", "output"])
 def test_memory_is_freed(drop, recompute):
-    """What was saved dies with the backward, though y lives; or with y, though nothing was differentiated."""
+    """Saved tensors are freed with the backward, though y lives; or with y, though nothing was differentiated."""
     held = []
 
     def pack(tensor):
@@ -189,7 +189,7 @@ def test_no_grad_saves_nothing(mode, concat, assert_fused):
 
 @pytest.mark.parametrize("options", [{}, {"residual": "x"}, {"concat": True}], ids=str)
 def test_inference_tensors(options, assert_fused):
-    """Accepted wherever nothing has to be saved; elsewhere torch's own error, as for eager."""
+    """Inference tensors are accepted where nothing has to be saved; elsewhere torch raises its error, as in eager."""
     case = small_case(**options)
     call, leaves = as_function(case)
     with torch.inference_mode():

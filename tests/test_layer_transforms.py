@@ -82,7 +82,7 @@ def test_vmap_concat(batched, bias, shape, dim):
 @pytest.mark.parametrize("residual_shape", [(), (1,), (3,), (5, 1), (1, 3), (5, 3)], ids=str)
 @pytest.mark.parametrize(("x_batched", "residual_batched"), [(True, False), (False, True), (True, True)])
 def test_vmap_over_a_broadcast_residual(residual_shape, x_batched, residual_batched, assert_fused):
-    """Inside the batch the residual still broadcasts from its last dimension."""
+    """Within an example the residual still broadcasts from its last dimension."""
     x = random(*((6, 5, 4) if x_batched else (5, 4)))
     residual = random(*((6, *residual_shape) if residual_batched else residual_shape), seed=1)
     in_dims = (0 if x_batched else None, None, None, 0 if residual_batched else None)
@@ -160,7 +160,7 @@ def assert_autocast_as_eager(case, low, assert_fused):
 @pytest.mark.parametrize("activation", ["gelu", "none"])
 @pytest.mark.parametrize("dtypes", AUTOCASTS, ids=lambda d: "-".join(str(dtype_name(t)) for t in d))
 def test_autocast(dtypes, activation, low, assert_fused):
-    """y's dtype and every gradient's as in eager's composition: a float32 residual stream stays float32."""
+    """The dtypes of y and of every gradient are eager's: a float32 residual stream stays float32."""
     x, weights, residual = dtypes
     case = make_case((5,), 4, 4, activation=activation, residual="tensor" if residual else "none")
     case.x, case.weight, case.bias = case.x.to(x), case.weight.to(weights), case.bias.to(weights)
@@ -245,7 +245,7 @@ class Logged(torch.Tensor):
 
 
 def test_wrapper_subclass(assert_fused):
-    """Through the dispatcher, never a raw pointer read."""
+    """Calls go through the dispatcher; no raw pointer is read."""
     case = make_case((5,), 4, 3)
     leaves = [t.detach().requires_grad_() for t in (case.x, case.weight, case.bias)]
     expected = fused_layer(*leaves)

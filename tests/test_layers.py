@@ -1,4 +1,4 @@
-"""The layers of the Python half: docs/how-it-works.md lists them, and every import statement keeps to them."""
+"""The layers of the Python half: docs/how-it-works.md lists them, and every import statement must follow them."""
 
 import ast
 import graphlib
@@ -33,7 +33,7 @@ MODULES = module_names()
 
 
 def imported(name, source=None):
-    """The files of the package that a file's import statements name, wherever they stand."""
+    """The files of the package that a file's import statements name, anywhere in the file."""
     path = MODULES[name]
     found = set()
     for node in ast.walk(ast.parse(source or path.read_text(encoding="utf-8"))):

@@ -177,7 +177,7 @@ def test_any_layout(dtype, operand, layout):
 @pytest.mark.parametrize("rows", [1, 5, 40, 700])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_weights_stored_in_out(dtype, rows, transposed):
-    """Conv1D's layout is read where it lies and its gradient lies the same way."""
+    """A weight in Conv1D's layout is read in place, and its gradient has the same layout."""
     lay = lambda t, transpose: t.t().contiguous().t() if transpose else t  # noqa: E731
     cases = [
         replace(mlp, fc1_weight=lay(mlp.fc1_weight, transposed[0]), fc2_weight=lay(mlp.fc2_weight, transposed[1]))
@@ -191,7 +191,7 @@ def test_weights_stored_in_out(dtype, rows, transposed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 def test_few_rows_and_a_wide_weight_stored_in_out(dtype):
-    """The products run transposed: fc2's dgrad multiplies by act′ and sums its columns that way too."""
+    """The products run transposed: transposed, fc2's dgrad also multiplies by act′ and sums its columns."""
     cases = [
         replace(mlp, fc2_weight=mlp.fc2_weight.t().contiguous().t())
         for mlp in pooled(100, 20, 2100, 300, dtype=dtype)[:2]
@@ -201,7 +201,7 @@ def test_few_rows_and_a_wide_weight_stored_in_out(dtype):
 
 @pytest.mark.own_product
 def test_rows_in_several_blocks():
-    """So many hidden activations that no cache holds them: blocks of rows, with the same bits as one by one."""
+    """More hidden activations than a cache holds: blocks of rows give the same bits as single rows."""
     mlp = make_mlp(5000, 4, 6000, 3)
     arguments = [getattr(mlp, name) for name in PARAMETERS]
     with torch.no_grad():
@@ -264,7 +264,7 @@ def bytes_held(call, *arguments):
 
 @pytest.mark.own_kernels
 def test_bytes_held_for_backward():
-    """x and z; eager keeps act(z) too. With recompute=True x alone."""
+    """Held are x and z; eager keeps act(z) too. With recompute=True only x is held."""
     rows, width, hidden = 128, 64, 256
     mlp = torch.nn.Sequential(torch.nn.Linear(width, hidden), torch.nn.GELU(), torch.nn.Linear(hidden, width))
     x = torch.randn(rows, width)

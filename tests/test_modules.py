@@ -1,4 +1,4 @@
-"""Every fused module against the eager one of the same name: parameters, values, gradients, survival."""
+"""Every fused module against the eager module of the same name: parameters, values, gradients, copies, pickles."""
 
 import copy
 import doctest
@@ -101,9 +101,9 @@ def test_parameters_and_tree_equal_the_eager_ones(case):
 @each_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_no_less_exact_than_eager(case, dtype):
-    """Root mean square error against float64 at most twice eager's, for the output and every gradient.
+    """The root mean square error against float64 is at most twice eager's, for the output and every gradient.
 
-    Several seeds, because in one network eager may be exact by luck in the few numbers of a bias.
+    Several seeds, because eager may by luck be exact in the few numbers of one network's bias.
     """
     squares = {}
     for seed in range(10):

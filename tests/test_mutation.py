@@ -1,4 +1,4 @@
-"""`make mutants` takes minutes; that its mutants still fit the sources shows at once."""
+"""`make mutants` takes minutes; this quick test checks that its mutants still fit the sources."""
 
 import sys
 from pathlib import Path

@@ -132,7 +132,7 @@ def test_unusual_attributes_of_a_network():
 
 @pytest.mark.slow
 def test_a_shortcut_assigned_while_other_threads_call():
-    """The name lives as long as the call that read it."""
+    """The shortcut's name lives as long as the call that read it."""
     network, x = fl.ResidualNetwork([4, 4]), torch.randn(2, 4)
     expected = {name: None for name in ("identity", "none")}
     for name in expected:
@@ -190,7 +190,7 @@ def test_the_short_way_raises_the_operators_own_errors():
 
 
 def compare(fused, eager, width=4):
-    """Outputs and all gradients of both in float64; parameters must go by the same names."""
+    """Outputs and all gradients of both networks in float64; the parameters must have the same names."""
     x = torch.randn(5, width, dtype=torch.float64)
     found = []
     for model in (fused, eager):
@@ -348,7 +348,7 @@ def test_a_hook_for_all_modules_sees_every_child(kind):
 @pytest.mark.parametrize("where", [[0, 1, 2], [1]], ids=["all", "one"])
 @pytest.mark.parametrize("what", ["tanh", "identity"])
 def test_another_gelu_form_stays_fused(where, what):
-    """nn.GELU.approximate changed, or an activation removed, is still what the kernels know."""
+    """The kernels know both forms of nn.GELU, and a layer without an activation."""
     fused, eager = (kind.ResidualNetwork([4, 4, 4, 6]).double() for kind in (fl, reference))
     eager.load_state_dict(fused.state_dict())
     x = 3 * torch.randn(5, 4, dtype=torch.float64)
@@ -365,7 +365,7 @@ def test_another_gelu_form_stays_fused(where, what):
 
 
 def test_parameters_kept_as_plain_attributes():
-    """Data-parallel replicas hold their parameters so, and nn.Linear does not mind."""
+    """Data-parallel replicas keep their parameters as plain attributes, and nn.Linear accepts these."""
     net, x = fl.ImprovedResidualNetwork([4, 4, 5]), torch.randn(2, 4)
     expected = net(x)
     for module in net.modules():

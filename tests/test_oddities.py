@@ -1,6 +1,6 @@
-"""One list of oddities, put to `fuse`, to a module, and to a network, in Python and in C++.
+"""One list of oddities, tested on `fuse`, on a module and on a network, in Python and in C++.
 
-An oddity changes an instance, a class, a function, or who watches. It is applied to a fused model and to its eager
+An oddity changes an instance, a class or a function, or adds a watcher. It is applied to a fused model and to its eager
 twin. The compiled check has to say "ask Python", Python has to give a reason, and the values have to be the twin's.
 """
 
@@ -48,7 +48,7 @@ class Subject:
         return [self._activation(model) for model in (self.fused, self.eager)]
 
     def compiled_check(self, x):
-        """Whether the compiled code would go on without Python; None if there is none for this kind of model."""
+        """Whether the compiled code would go on without Python; None if this kind of model has no compiled code."""
         if isinstance(self.fused, reference.ResidualNetwork):
             return library.run_plain_network(self.fused, x) is not None
         if isinstance(self.fused, reference.ResidualMLP):
@@ -286,7 +286,7 @@ BEFORE_FUSE = [name for name in OF_CLASSES if name != "another_sum"]  # a Sequen
 
 @pytest.mark.parametrize("name", BEFORE_FUSE)
 def test_before_fuse(name, monkeypatch):
-    """What torch itself had at import is known: a patch is not taken for the original."""
+    """The package knows torch's functions from its own import: a patch is not taken for the original."""
     model, x = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)), torch.randn(3, 8)
     ODDITIES[name](types.SimpleNamespace(linears=lambda: [], activations=lambda: []), monkeypatch)
     expected = model(x)
@@ -479,7 +479,7 @@ def test_another_concatenation(monkeypatch):
 
 
 def test_shapes_that_eager_broadcasts():
-    """One behaviour: a child of another shape is called, in a fused model, an MLP and a network alike."""
+    """A fused model, an MLP and a network behave alike: they call a child of another shape as a module."""
     x = torch.randn(3, 8)
     subjects = [make() for make in (residual_mlp, network)]
     for subject in subjects:

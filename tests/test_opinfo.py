@@ -1,5 +1,5 @@
-"""The samples with which PyTorch tests linear and GELU, through every operation: values, gradients, strides, errors,
-and what torch's own operators promise of their inputs.
+"""PyTorch's own test samples of linear and GELU, through every operation: values, gradients, strides, errors, and the
+promises of torch's own operators about their inputs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ each_layout = pytest.mark.parametrize("layout", ["as they are", "noncontiguous"]
 
 @pytest.fixture(autouse=True)
 def one_thread(restore_threads):
-    """Samples of a few elements: what other threads would do is wait."""
+    """The samples have a few elements: other threads would only wait."""
     torch.set_num_threads(1)
 
 
@@ -64,7 +64,7 @@ def as_sample(t: Tensor, like: Tensor) -> Tensor:
 
 @dataclass
 class Call:
-    """One operation on a sample. A tensor that is there twice is one leaf."""
+    """One operation on a sample. A tensor that occurs twice is one leaf."""
 
     operation: str
     arguments: dict
@@ -101,7 +101,7 @@ class Call:
 
 
 def calls_of(operation, x, weight, bias, activation="gelu"):
-    """The calls of an operation that a sample of linear gives."""
+    """The calls of an operation that can be made from a sample of linear."""
     out_features, in_features = weight.shape
     tensor = as_sample(torch.linspace(-1, 1, out_features).to(x.dtype).expand(*x.shape[:-1], -1).clone(), x)
     options = {"activation": activation}
@@ -125,7 +125,7 @@ def calls_of(operation, x, weight, bias, activation="gelu"):
 
 
 def assert_as_the_composition(calls):
-    """By exactness.py's rule, and for float64 within rounding; shapes and strides are the composition's."""
+    """Values by exactness.py's rule, in float64 within rounding; shapes and strides are the composition's."""
 
     def run_fused(call):
         got, eager = call.run(), call.run(reference)
@@ -149,7 +149,7 @@ def assert_as_the_composition(calls):
 
 @each_dtype
 def test_the_samples_are_there(opinfo, dtype):
-    """Another version of torch may have other samples, but not so few that the tests below say nothing."""
+    """Another version of torch may have other samples, but not too few for the tests below."""
     samples = linear_samples(opinfo, dtype)
     assert len(samples) >= 18
     assert {x.dim() for x, _, _ in samples} >= {1, 2, 3, 5}
@@ -176,7 +176,7 @@ def test_samples_of_linear(opinfo, operation, activation, layout, dtype):
 @each_layout
 @each_operation
 def test_samples_of_gelu(opinfo, operation, layout, dtype):
-    """With the identity as weight z is x itself, and what remains is GELU."""
+    """With the identity as weight, z is x itself and the layer is GELU."""
     for sample in samples_of(opinfo["gelu"], dtype, layout):
         approximate = sample.kwargs["approximate"]
         activation = {"none": "gelu", "tanh": "gelu_tanh"}[approximate]
@@ -228,7 +228,7 @@ WIDE = (torch.linspace(-1, 1, 40 * 300).view(40, 300), torch.linspace(-1, 1, 700
     ids=str,
 )
 def test_copy_on_write_inputs_stay_lazy(opinfo, operation, options, layout):
-    """Neither forward nor backward asks for memory to write where it only reads: no lazy clone becomes a copy."""
+    """Forward and backward ask for no writable pointer to memory that they only read: no lazy clone becomes a copy."""
     samples = [s for s in linear_samples(opinfo, torch.float32, layout) if s[0].numel()] + [WIDE]
     for sample, activation in itertools.product(samples, ACTIVATIONS):
         for call in calls_of(operation, *sample, activation):
@@ -278,7 +278,7 @@ def assert_one_line(error, operation):
 
 @each_operation
 def test_other_dtypes_are_refused(opinfo, operation):
-    """F.linear also takes integers and complex numbers, of which there is no GELU."""
+    """F.linear also takes integers and complex numbers, which have no GELU."""
     linear, seen = opinfo["linear"], 0
     for dtype in linear.dtypes - set(DTYPES):
         for sample in linear_samples(opinfo, dtype):

@@ -1,4 +1,4 @@
-"""What the folder layout promises, and that the source distribution builds and runs on its own."""
+"""The folder layout's promises, and a source distribution that builds and runs on its own."""
 
 import json
 import os

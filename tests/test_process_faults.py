@@ -85,7 +85,7 @@ def run_program(code, *arguments, **environment):
 @pytest.mark.slow
 @pytest.mark.parametrize("calls", [60, pytest.param(1200, marks=pytest.mark.thorough)])
 def test_all_operations_in_eight_threads_at_once(calls):
-    """Each the bits that it gives alone, while the number of torch's threads changes."""
+    """Each operation gives the same bits as alone, while torch's number of threads changes."""
     result = run_program(HAMMER, calls)
     assert result.returncode == 0, result.stderr[-3000:]
 
@@ -144,7 +144,7 @@ OPERATIONS = ["layer", "concat", "stack", "wide stack", "mlp", "narrow mlp"]
     ],
 )
 def test_a_call_without_memory_raises_and_the_next_is_right(op, dtype):
-    """Wherever in the call the memory ends: in a result, in work memory of the caller's or of another thread."""
+    """Memory may run out anywhere in the call: in a result, in the caller's work memory or in another thread's."""
     result = run_program(NO_MEMORY, op, dtype, MALLOC_ARENA_MAX="1", MALLOC_TRIM_THRESHOLD_="0")
     assert result.returncode == 0, result.stderr[-3000:]
     failures, successes, messages = json.loads(result.stdout.splitlines()[-1])
@@ -230,7 +230,7 @@ def install_copy(folder):
 
 
 def import_errors(folders):
-    """What importing the package from each folder says; a process each, of one that has imported torch."""
+    """The error of importing the package from each folder, each in a fork of a process that has imported torch."""
     return run_python(f"""
 import json, os, sys, torch
 messages = []

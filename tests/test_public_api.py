@@ -1,4 +1,4 @@
-"""Every public name exists, says what it does and with which types, and its examples run."""
+"""Every public name exists and has a docstring, types, and examples that run."""
 
 import doctest
 import inspect

@@ -1,4 +1,4 @@
-"""On CPUs that this machine is not, emulated: the right instruction set is chosen, and no instruction is illegal."""
+"""Other CPUs, emulated: the right instruction set is chosen, and no instruction is illegal."""
 
 import os
 import shutil
@@ -48,7 +48,7 @@ print(fl.cpu_isa(), *fl.build_info()["supported_isas"])
 
 @pytest.mark.parametrize("cpu", ["Nehalem", "Haswell"])
 def test_the_package_is_imported_and_used(cpu):
-    """With the installed torch: nothing in an import needs more than the CPU has."""
+    """With the installed torch, importing and using the package needs no instruction that the CPU lacks."""
     if shutil.which("qemu-x86_64") is None:
         pytest.skip("needs qemu-x86_64; install qemu-user")
     ours = ("FASTLANE_CPU_ISA", "FASTLANE_PATH")
@@ -87,7 +87,7 @@ def test_the_best_set_that_the_cpu_has_is_chosen_and_runs(cpu, sweep):
 
 
 def test_a_set_that_the_cpu_lacks_is_illegal_there(sweep, tmp_path):
-    """So that the emulated CPU is known to refuse what a real one would."""
+    """This shows that the emulated CPU refuses the instructions that a real one would refuse."""
     source, program = tmp_path / "avx2.cpp", tmp_path / "avx2"
     source.write_text(
         "#include <immintrin.h>\n"

@@ -1,4 +1,4 @@
-"""The eager reference against formulas written out here, and what it refuses."""
+"""The eager reference against formulas written out here, and its errors."""
 
 import doctest
 import math

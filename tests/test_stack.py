@@ -99,7 +99,7 @@ def test_never_less_exact_than_eager(sizes, dtype, shortcut):
 
 
 def assert_as_exact_as_eager(runs):
-    """The largest error of the output, and of each gradient, over all (network, x, dy): the rule of exactness.py."""
+    """The rule of exactness.py for the largest error of the output and of each gradient over all (network, x, dy)."""
     fused, eager, scale = {}, {}, {}
     for network, x, dy in runs:
         exact = network.results(x, dy, reference, double=True)
@@ -113,7 +113,7 @@ def assert_as_exact_as_eager(runs):
 
 
 def results_in_long_double(network, x, dy):
-    """What `Network.results` gives for layers of one width, where a projection is the identity."""
+    """The results of `Network.results` in long double, for layers of one width, where a projection is the identity."""
     wide = lambda t: t.detach().double().numpy().astype(np.longdouble)  # noqa: E731
     concat, adds = network.shortcut == "concat", network.shortcut in ("identity", "projection")
     h, slopes, inputs = wide(x), [], []
@@ -134,7 +134,7 @@ def results_in_long_double(network, x, dy):
 
 
 def pooled_error(results, exact):
-    """Root mean square over the output and all gradients of the largest error, in units of the last place."""
+    """The root mean square, over the output and all gradients, of the largest error in units of the last place."""
     eps = torch.finfo(results[0].dtype).eps
     as_array = lambda t: t.detach().double().cpu().numpy() if isinstance(t, torch.Tensor) else t  # noqa: E731
     exact = [as_array(t) for t in exact]
@@ -145,9 +145,9 @@ def pooled_error(results, exact):
 @each_shortcut
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_hundred_layers(bias, shortcut):
-    """Inputs restored from the zs lose nothing on the way: by exactness.py's rule, pooled over all gradients.
+    """Inputs restored from the zs lose no accuracy, by exactness.py's rule, pooled over all gradients.
 
-    So many layers magnify some roundings and not others: one network's ratio to eager is luck, the mean of six hardly.
+    So many layers magnify some roundings and not others. One network's ratio to eager is luck; the mean of six is not.
     """
     width = 4 if shortcut == "concat" else 32
     sizes = (width,) * 101
@@ -183,7 +183,7 @@ def test_same_bits_for_any_number_of_threads(rows, dtype, shortcut, restore_thre
 
 @pytest.mark.own_product
 def test_rows_have_the_same_bits_in_any_batch():
-    """Up to 16 rows and above 24: in between lies, for most types, the change from inner products to tiles."""
+    """Up to 16 rows and above 24 rows: for most types the change from inner products to tiles lies in between."""
     sizes = SIZES["mixed"]
     network = Network(sizes, "identity", dtype=torch.float32)
     x, _ = draw(network, (1000,), sizes)
@@ -195,7 +195,7 @@ def test_rows_have_the_same_bits_in_any_batch():
 @pytest.mark.own_product
 @pytest.mark.parametrize("rows", [5, 40])
 def test_a_denormal_weight_is_kept(rows):
-    """bf16's own instruction takes it for zero, in inner products of few rows and in tiles."""
+    """bf16's own instruction takes a denormal for zero, in inner products of few rows and in tiles."""
     tiny = torch.finfo(torch.bfloat16).smallest_normal / 4
     weights = [torch.eye(35, dtype=torch.bfloat16) for _ in range(3)]
     weights[1][4, 4] = tiny
@@ -270,7 +270,7 @@ def test_recompute_gives_equal_bits_and_keeps_less(shortcut):
 
 
 def held_bytes(call):
-    """Bytes that autograd saves during ``call``, each storage once."""
+    """Bytes that autograd saves during ``call``; each storage counts once."""
     held = {}
 
     def pack(t):
@@ -285,7 +285,7 @@ def held_bytes(call):
 @pytest.mark.own_product
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_name)
 def test_many_pre_activations_are_computed_again(dtype):
-    """Beyond 32 MiB of them only x and the parameters are kept; what comes out is as exact."""
+    """Beyond 32 MiB of pre-activations only x and the parameters are kept; the results are as exact."""
     sizes = (16,) * 9
     row_bytes = 16 * dtype.itemsize
     network = Network(sizes, "identity", dtype=dtype)
@@ -339,7 +339,7 @@ def test_half_of_eagers_bytes():
 
 
 def test_layouts_of_operands(assert_fused):
-    """Column-major weights, strided biases, x and dy in any layout; gradients lie as their tensors do."""
+    """Column-major weights, strided biases, x and dy in any layout; gradients have their tensors' layouts."""
     network = Network((16, 16, 24), "projection", dtype=torch.float32)
     x, dy = draw(network, (3, 7), (16,))
     expected = network.results(x, dy)

@@ -1,4 +1,4 @@
-"""What a stack keeps for backward, and what may change between forward and backward."""
+"""The tensors that a stack keeps for backward, and the tensors that may change between forward and backward."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ class Call:
 
 
 def may_be_read_again(name, needs, network, recompute):
-    """What the docstring of `residual_stack` says beyond eager."""
+    """The tensors that the docstring of `residual_stack` names as read again."""
     if recompute:
         return True
     layers = len(network.weights)
@@ -74,7 +74,7 @@ def may_be_read_again(name, needs, network, recompute):
 
 
 def changes(tensor):
-    """In place, as torch notices; and behind its back, as when memory is filled with the next observation."""
+    """Changes in place, which torch notices, and unnoticed ones, as when memory is filled with the next observation."""
     with torch.no_grad():
         tensor.add_(1)
 
@@ -121,7 +121,7 @@ def test_changes_between_forward_and_backward(change, recompute, activation, siz
 
 
 def saved_of(network, x, needs, **options):
-    """Names of what autograd keeps; what is none of the call's tensors is z."""
+    """Names of the tensors that autograd keeps; a tensor that is not the call's own is z."""
     kept = []
 
     def pack(tensor):
@@ -178,7 +178,7 @@ def test_without_an_activation_z_is_kept_for_weights_alone(sizes, shortcut):
 @with_and_without_recompute
 @pytest.mark.parametrize("rows", [(5,), (2, 3), ()], ids=str)
 def test_second_derivatives_of_every_subset(rows, recompute, shortcut):
-    """What was not kept is reached through z: the same numbers as eager's."""
+    """Second derivatives reach tensors that were not kept through z, and equal eager's."""
     network = Network(SIZES["narrow"], shortcut)
     x, dy = draw(network, rows, SIZES["narrow"])
     for needs in NEEDED.values():
@@ -199,7 +199,7 @@ def test_second_derivatives_of_every_subset(rows, recompute, shortcut):
 
 @pytest.mark.own_product
 def test_beyond_the_bound_everything_is_read_again():
-    """Where no z is kept, x and all parameters are, biases too."""
+    """Where no z is kept, x and all parameters are kept, biases too."""
     sizes = (16,) * 9
     network = Network(sizes, "none", dtype=torch.float32)
     x, _ = draw(network, ((33 << 20) // (8 * 64),), sizes)
@@ -209,7 +209,7 @@ def test_beyond_the_bound_everything_is_read_again():
 
 @pytest.mark.parametrize("rows", [0, 5])
 def test_absent_tensors_of_the_operator(rows):
-    """Of what is not read, none need be given; of what is, the error names it."""
+    """A tensor that is not read may be absent; if a tensor that is read is absent, the error names it."""
     w, grad = torch.randn(3, 3), torch.randn(rows, 3)
     z = torch.randn(rows * 6)
     options = {"features": [3, 3, 3], "shortcut": "none", "activation": "gelu", "column_major": []}
@@ -228,7 +228,7 @@ def test_absent_tensors_of_the_operator(rows):
 
 @pytest.mark.any_isa
 def test_work_memory_is_bounded():
-    """Column sums of many rows and layers, where no weight's sums make the chunks of rows few."""
+    """Column sums of many rows and layers; no weight's sums limit the number of chunks of rows here."""
     grown = run_python("""
 import json, resource, torch, fastlane_ext as fl
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
@@ -247,7 +247,7 @@ print(json.dumps(peak() - before))
 
 
 def test_refilled_memory_of_a_frozen_first_layer():
-    """Without shortcuts nothing but the pre-activations is read behind the first layer."""
+    """Without shortcuts, backward reads only the pre-activations behind the first layer."""
 
     def gradient(kind):
         torch.manual_seed(0)

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.any_isa
 
 
 def chain(self, x):
-    """With a docstring."""
+    """A forward with a docstring."""
     x = self.a(x)
     x = self.b(x)
     return self.c(x)

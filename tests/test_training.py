@@ -1,4 +1,4 @@
-"""What training puts around a model: DDP, FSDP2, checkpointing, autocast, loss scaling, optimizers, averages."""
+"""The tools of training around a model: DDP, FSDP2, checkpointing, autocast, loss scaling, optimizers, averages."""
 
 import copy
 import os
@@ -117,7 +117,7 @@ def gradients(model, x, low):
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 @each_model
 def test_autocast_with_float32_weights(name, low):
-    """Over several batches, no error against float64 above twice eager's own; dtypes as eager's."""
+    """Over several batches no error against float64 is above twice eager's own; the dtypes are eager's."""
     fused, eager = pair(name, torch.float32)
     truth = copy.deepcopy(eager).double()
     errors, sizes = {}, {}
@@ -138,7 +138,7 @@ def test_autocast_with_float32_weights(name, low):
 
 @each_model
 def test_grad_scaler(name, assert_fused):
-    """Scaled, unscaled and clipped steps as eager's; a step with an infinite gradient is left out, by both."""
+    """Scaled, unscaled and clipped steps equal eager's; both leave out a step with an infinite gradient."""
     models, scales = pair(name), []
     for model in models:
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
@@ -186,7 +186,7 @@ def test_grad_scaler_in_half_precision(name, assert_fused):
 
 @each_model
 def test_gradients_accumulate(name, assert_fused):
-    """In place, in memory that belongs to one parameter alone."""
+    """Gradients accumulate in place, in memory that belongs to one parameter only."""
     model = build(name)
     x = data()
     expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))

@@ -202,7 +202,7 @@ TRANSFORMS = {
 @each_case
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_torch_func(transform, case):
-    """Right, through the eager composition where need be, and counted there."""
+    """Results are right; a transform that needs the eager composition is counted as a fallback."""
     run, reasons = TRANSFORMS[transform]
     assert assert_as_eager(case, run) == reasons
 
@@ -229,7 +229,7 @@ def dual(which):
 
 @each_case
 def test_forward_mode(case):
-    """A tangent of any one tensor, or of all."""
+    """A tangent for any one tensor, or for all tensors."""
     for activation in ACTIVATIONS:
         for which in [*((i,) for i in every(case.sizes)), every(case.sizes)]:
             assert assert_as_eager(case, dual(which), activation) == {FORWARD}
@@ -309,7 +309,7 @@ ENSEMBLES = {"LinearGELUResidual": (4, 4), "ResidualMLP": (4, 6), "ResidualNetwo
 @pytest.mark.parametrize("each_its_own_x", [False, True])
 @pytest.mark.parametrize("name", ENSEMBLES)
 def test_ensemble_of_modules(name, each_its_own_x):
-    """torch.func's recipe: the stacked states of three, one module without data that runs them all, and training."""
+    """torch.func's recipe: the stacked states of three modules, one module without data to run them all, training."""
     args = ENSEMBLES[name]
     x = random(*([3] if each_its_own_x else []), 5, 4)
     results = []

@@ -1,4 +1,4 @@
-"""The stub of the compiled module says what the module has; mypy, in `make lint`, holds the package to it."""
+"""The stub of the compiled module lists all its names; mypy, in `make lint`, checks the package against the stub."""
 
 import ast
 import re

@@ -39,7 +39,7 @@ def _why_structure_changed(module: nn.Module, plan: Plan) -> str | None:
     own, children = module.__dict__, module._modules
     if type(children) not in PLAIN_DICTS:
         return f"keeps its children in a {type(children).__name__}"
-    # torch.compile guards on the order of keys, not on that of a dict.
+    # torch.compile guards on the order of a dict's keys() but not on the order of the dict itself.
     if plan.order is not None and tuple(children.keys()) != plan.order:
         return "its children are others now"
     for name in plan.names:

@@ -21,7 +21,7 @@ from .._plain import constant_while_traced, is_of_fx
 
 
 class Role(IntEnum):
-    """What a child does in a fused step; csrc/python/plan_call.cpp reads the numbers."""
+    """The part of a child in a fused step; csrc/python/plan_call.cpp reads the numbers."""
 
     LINEAR = 0
     TRANSPOSED_LINEAR = 1

@@ -1,4 +1,4 @@
-"""What a function reads beside its arguments: its values stay the same only as long as these do."""
+"""Everything that a function reads beside its arguments; its results stay the same only as long as this does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TRUSTED = ("math", "torch")
 _ARITHMETIC = frozenset(
     "add div erf erfc gelu mul multiply ndtr neg negative pow rsub sqrt square sub subtract tanh true_divide".split()  # noqa: SIM905
 )
-"""What an activation may call: functions and methods whose values and slopes follow from their arguments alone."""
+"""Functions and methods that an activation may call: their values and slopes depend on their arguments only."""
 _OPERATORS = tuple(
     f"__{side}{name}__" for name in ("add", "sub", "mul", "truediv", "div", "pow") for side in ("", "r")
 ) + ("__neg__",)

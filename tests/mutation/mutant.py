@@ -1,11 +1,11 @@
-"""What a mutant is."""
+"""The definition of a mutant."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """In `broken`, MUTANT is true while this mutant is the chosen one; then the code does what the name says."""
+    """MUTANT in `broken` is true while this mutant is chosen; the code then has the fault that the name describes."""
 
     name: str
     file: str
@@ -15,7 +15,7 @@ class Mutant:
     path: str = "fused"  # FASTLANE_PATH
 
     def switch(self, number: int) -> str:
-        """The expression that is true while mutant ``number`` is the chosen one."""
+        """The expression that is true while mutant ``number`` is chosen."""
         if self.file.endswith(".py"):
             return f'(__import__("os").environ.get("FASTLANE_MUTANT") == "{number}")'
         return f"(fastlane_mutant == {number})"

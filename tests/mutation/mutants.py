@@ -1,6 +1,6 @@
 """Small ways to break the kernels and operators, each of which the tests must notice.
 
-All of them are compiled into one library, so that thirty mutants cost one build.
+All mutants are compiled into one library, so that thirty mutants cost one build.
 """
 
 from mutant import Mutant

@@ -1,4 +1,4 @@
-"""Small ways to break what `fuse`, modules and networks ask before an operation stands in for somebody's code."""
+"""Small ways to break the checks of `fuse`, modules and networks before an operation stands in for somebody's code."""
 
 from mutant import Mutant
 

@@ -4,8 +4,8 @@
     python tests/mutation/run.py --only dW       those with "dW" in their names
     python tests/mutation/run.py --list
 
-A copy of the sources is made in build/mutation, with every mutant in it behind a switch, and compiled once; the
-variable FASTLANE_MUTANT then chooses one. The exit status is 1 if a mutant survives.
+The sources are copied to build/mutation with every mutant behind a switch, and compiled once. The variable
+FASTLANE_MUTANT then chooses a mutant. The exit status is 1 if a mutant survives.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def mutated_sources():
 
 
 def write_if_changed(path, content):
-    """What stays as it was keeps its time, and is not compiled again."""
+    """Writes a file if its content changes: a file that keeps its time is not compiled again."""
     if path.exists() and path.read_bytes() == content:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def build():
 
 
 def run_tests(number, file, isa, path, markers=MARKERS_OF_THE_NEAREST):
-    """The failing test, or what else ended the run; None where all tests passed."""
+    """The failing test, or another reason for the run's end; None if all tests passed."""
     environment = {"FASTLANE_CPU_ISA": isa, "FASTLANE_PATH": path, "FASTLANE_MUTANT": str(number)}
     environment = os.environ | environment | {"PYTHONPATH": str(COPY)}
     options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", "-m", markers[path]]

@@ -3,8 +3,8 @@
     python tests/support/bits.py                 every kernel set that this CPU has
     python tests/support/bits.py --json FILE     the hashes as JSON too
 
-A change that means to leave all bits alone leaves all hashes alone: compare before and after. The hashes depend on the
-CPU's caches, which the blocking follows, and on the library's GEMM, so compare on one machine.
+A change that should keep all bits must keep all hashes: compare before and after. The hashes depend on the CPU's
+caches, since the blocking depends on them, and on the library's GEMM, so compare on one machine.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def tensor_of(torch, draw, shape, dtype, scale=1.0):
 
 
 def call_of(torch, fl, op, draw):
-    """One random call's inputs that need gradients, and the function of them."""
+    """One random call: the inputs that need gradients, and a function of these inputs."""
     dtype = getattr(torch, draw.choice(DTYPES))
     rows, k, n = draw.choice([1, 2, 3, 5, 17, 64, 130]), draw.randint(1, 96), draw.randint(1, 96)
     leading = (rows,) if draw.random() < 0.8 else (2, rows)

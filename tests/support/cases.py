@@ -49,7 +49,7 @@ class Case:
 def make_case(
     shape, in_features, out_features, *, dtype=torch.float32, seed=0, integers=False, bias=True, **options
 ) -> Case:
-    """Random data of a trained layer's size, or small integers, whose sums every dtype holds exactly."""
+    """Random data as large as in a trained layer, or small integers, whose sums every dtype holds exactly."""
     generator = torch.Generator().manual_seed(seed)
 
     def data(*size, scale=1.0):

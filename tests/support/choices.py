@@ -1,4 +1,4 @@
-"""What most tests go through: dtypes and activations."""
+"""Parameters of most tests: dtypes and activations."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Every operator, module and a fused model, each as a module of one input: what compilers and exporters are given."""
+"""Every operator, every module and a fused model, each as a module of one input, for compilers and exporters."""
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class TransformerMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """The residual is added inside, to a layer that another one normalised."""
+    """The residual is added inside the module, to the output of an MLP whose input was normalised."""
 
     def __init__(self):
         super().__init__()
@@ -114,7 +114,7 @@ def make(name):
 
 
 class EagerLayer(Call):
-    """What `linear_gelu_residual` replaces."""
+    """The eager layer that `linear_gelu_residual` replaces."""
 
     def __init__(self):
         super().__init__(lambda x, w, b: F.gelu(F.linear(x, w, b)) + x, SQUARE, BIAS)
@@ -125,7 +125,7 @@ def rows_of(rows, seed=1):
 
 
 def run(module, x, leaves=None):
-    """The output and the gradients of x and every parameter, for a grad_output of no special kind."""
+    """The output and the gradients of x and every parameter, for an ordinary grad_output."""
     x = x.detach().clone().requires_grad_()
     y = module(x)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float32).to(y.dtype)

@@ -32,10 +32,10 @@ def _largest(case, name, value):
 
 
 def assert_no_less_exact(cases, run_fused, run_eager, run_oracle, scale_of=_largest):
-    """The promise: no error, in the output or a gradient, exceeds twice eager's own at the same dtype.
+    """The promise: no error in the output or a gradient exceeds twice eager's own error at the same dtype.
 
-    Errors are pooled over the cases, so that the largest is one of thousands and not of three. Two units in
-    the last place of the largest value are free: where eager happens to be exact, rounding may cost one.
+    Errors are pooled over the cases, so that the largest error is one of thousands and not of three. Two units in the
+    last place of the largest value are allowed in any case: where eager happens to be exact, rounding may cost one.
     """
     fused_error, eager_error, scale = {}, {}, {}
     for case in cases:
@@ -57,8 +57,8 @@ def assert_no_less_exact(cases, run_fused, run_eager, run_oracle, scale_of=_larg
 
 
 def assert_exact(case: Case, got: dict[str, Tensor] | None = None):
-    """Without an activation, sums of small integers, or of their products with one power of two, are exact in
-    every dtype's accumulator: the result is the exact one, rounded once.
+    """Without an activation, sums of small integers, or of small integers times one power of two, are exact in every
+    dtype's accumulator. The result has to be the exact result, rounded once.
     """
     got, exact = got or run_fused(case), run_oracle(case, np.float64)
     assert got.keys() == exact.keys()

@@ -1,4 +1,4 @@
-"""Calls of all four operations, drawn by hypothesis: what is called, with data lying how, and what it should give."""
+"""Calls of all four operations, drawn by hypothesis: the operation, the data and its layouts, the expected result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHORTCUTS = ("identity", "projection", "concat", "none")
 
 @dataclass(frozen=True)
 class Plan:
-    """A call but for its data, so that it can be made of more than one seed."""
+    """A call without its data, so that several seeds can make calls of one plan."""
 
     op: str
     dtype: torch.dtype
@@ -82,7 +82,7 @@ class Call:
         return replace(self, tensors={name: t.contiguous() for name, t in self.tensors.items()})
 
     def output(self, kind, leaves: dict[str, Tensor]) -> Tensor:
-        """What ``kind``'s operation gives: fastlane_ext's or its reference's."""
+        """The output of ``kind``'s operation: fastlane_ext's or its reference's."""
         plan, op, options = self.plan, getattr(kind, self.plan.op), {"activation": self.plan.activation}
         x, get = leaves["x"], leaves.get
         if plan.op == "linear_gelu_concat":
@@ -116,12 +116,12 @@ class Call:
 
 
 def run_eager(call: Call) -> dict[str, Tensor]:
-    """On contiguous tensors: torch's own GELU refuses a grad_output that overlaps itself."""
+    """Runs the call on contiguous tensors, since torch's own GELU refuses a grad_output that overlaps itself."""
     return call.contiguous().run(fl.reference)
 
 
 class Exact:
-    """What a call gives, in long double for float64 and in float64 otherwise."""
+    """A call's results, in long double for float64 and in float64 otherwise."""
 
     def __init__(self, call: Call):
         self.plan, self.call = call.plan, call
@@ -199,7 +199,7 @@ class Exact:
 
     @property
     def is_representable(self):
-        """Whether nothing between the products is rounded."""
+        """Whether no value between the products is rounded."""
         stored = (torch.from_numpy(t.astype(np.float64)) for t in self.between)
         return all(torch.equal(t.to(self.plan.dtype).double(), t) for t in stored)
 
@@ -217,7 +217,7 @@ MOST_MULTIPLY_ADDS = 1_500_000
 
 
 def shapes_of(op, leading, widths, *, shortcut="none", residual="none", bias=lambda layer: True):
-    """Every tensor's, by name, and the features of the result."""
+    """Every tensor's shape, by name, and the features of the result."""
     shapes, fan_in = {}, widths[0]
     for i, out in enumerate(widths[1:]):
         weight, own_bias = {

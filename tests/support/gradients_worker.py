@@ -29,7 +29,7 @@ def mesh():
 
 
 def batch(all_rows=False):
-    """This process's rows of a batch that all share, or all of them."""
+    """This process's rows of the batch that all processes share, or all rows."""
     rows = torch.randn(ROWS * dist.get_world_size(), 5, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     return rows if all_rows else rows[dist.get_rank() * ROWS :][:ROWS]
 
@@ -44,7 +44,7 @@ class Checkpointed(nn.Module):
 
 
 def model(last=None):
-    """Sizes that do not divide by two, a frozen layer, running statistics."""
+    """A model with sizes that do not divide by two, a frozen layer and running statistics."""
     torch.manual_seed(3)
     made = nn.Sequential(
         nn.Linear(5, 7),
@@ -85,7 +85,7 @@ def local(tensor):
 
 
 def state(made):
-    """Values and gradients as this process holds them, and who holds them."""
+    """Values and gradients as this process holds them, and the tensors that hold them."""
     tensors = [*made.parameters(), *made.buffers()]
     grads = [p.grad for p in made.parameters()]
     values = [local(t).detach().clone() for t in tensors]
@@ -102,7 +102,7 @@ def untouched(before, made):
 
 
 def fsdp2(made=model, **options):
-    """Real figures before, between and after steps; training goes on as if nobody had looked."""
+    """The figures are right before, between and after steps, and reports do not change the training."""
     plain, looked_at, trained = made(), shard(made(), **options), shard(made(), **options)
     optimizers = [
         torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1) for m in (plain, looked_at, trained)
@@ -132,7 +132,7 @@ scenario(fsdp2, lambda: nn.Sequential(Checkpointed(model()[:2]), model()[3]), na
 
 @scenario
 def fsdp2_settings_of_a_training_loop():
-    """Figures do not depend on what the loop has switched off, and it stays switched off."""
+    """Figures do not depend on settings that the loop has switched off, and these settings stay off."""
     expected, made = fl.gradient_report(model(), batch(all_rows=True)), shard(model())
     with torch.no_grad():
         made(batch())  # the root's parameters stay whole until a backward
@@ -159,7 +159,7 @@ def fsdp2_settings_of_a_training_loop():
 
 @scenario
 def fsdp2_after_a_forward_without_gradients():
-    """The root's own parameters stay whole until the next backward, and the sharded ones are out of sight."""
+    """The root's own parameters stay whole until the next backward, in place of the sharded parameters."""
     made, expected = model(), fl.gradient_report(model(), batch(all_rows=True))
     fully_shard(made[0], mesh=mesh())
     fully_shard(made, mesh=mesh())
@@ -212,7 +212,7 @@ def tensor_parallelism():
 
 
 def ddp(wrap=lambda made: made, middle=lambda made: made, **options):
-    """This process's own figures; averaging goes on as if nobody had looked."""
+    """The figures are this process's own, and reports do not change the averaging."""
     looked_at = wrap(DistributedDataParallel(middle(model()), **options))
     trained = wrap(DistributedDataParallel(middle(model()), **options))
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1) for m in (looked_at, trained)]

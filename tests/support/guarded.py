@@ -1,5 +1,5 @@
-"""Calls whose every operand ends, or begins, at a page that may not be touched. Run as a program: an access one
-element beyond an operand ends it with SIGSEGV, and the last line of stderr before that names the call.
+"""Calls whose every operand ends or begins at a page that may not be touched. Run this file as a program: an access one
+element beyond an operand ends the program with SIGSEGV, and the last line of stderr before that names the call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Guarded:
                 raise OSError(ctypes.get_errno(), "mprotect")
 
     def place(self, t: torch.Tensor, at_end: bool) -> torch.Tensor:
-        """t with its strides, its last element before the second page or its first one behind the first page."""
+        """A copy of t with t's strides: the last element lies just before the second page, or the first element just
+        behind the first page.
+        """
         if t.numel() == 0:
             return t
         span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
@@ -53,7 +55,7 @@ RESIDUALS = ("tensor", "none", "row", "x", "column")
 
 
 def plans(op: str):
-    """Each number of rows with each number of features; the rest takes turns."""
+    """Each number of rows with each number of features; other choices take turns."""
     turn = itertools.count()
     for dtype, rows, (i, first) in itertools.product(DTYPES, ROWS, enumerate(FEATURES)):
         n = next(turn)
@@ -83,7 +85,7 @@ def plans(op: str):
 
 
 def run(op: str, step: int) -> None:
-    """Every step-th call."""
+    """Makes every ``step``-th call."""
     memory, count = {}, 0
     for plan in itertools.islice(plans(op), 0, None, step):
         call = plan.call(seed=0)

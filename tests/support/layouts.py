@@ -1,4 +1,4 @@
-"""Layouts: the same values, lying otherwise in memory. Whatever lies between the elements is NaN."""
+"""Layouts: the same values, arranged otherwise in memory. Memory between the elements holds NaN."""
 
 from __future__ import annotations
 

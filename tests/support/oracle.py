@@ -1,4 +1,4 @@
-"""What the layer should compute, written a second time: numpy, explicit derivatives, one precision up."""
+"""The layer's formulas, written a second time: numpy, explicit derivatives, one precision higher."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def as_numpy(t: Tensor) -> np.ndarray:
 
 
 def normal_cdf(z: np.ndarray) -> np.ndarray:
-    """Φ in double; where z carries more digits, the rest is a first-order step, exact to 1e-32."""
+    """Φ in double. Where z has more digits, a first-order step accounts for them; the step is exact to 1e-32."""
     high = z.astype(np.float64)
     cdf = 0.5 * torch.special.erfc(torch.from_numpy(-high * math.sqrt(0.5))).numpy()
     return cdf + (z - high) * np.exp(-0.5 * high * high) / math.sqrt(2 * math.pi)
@@ -43,7 +43,7 @@ def activation_and_slope(z: np.ndarray, activation: str) -> tuple[np.ndarray, np
 
 
 def activation_in_many_digits(z, activation: str):
-    """The activation of a number of mpmath's, so that the formulas above do not vouch for themselves."""
+    """The activation of an mpmath number, as an independent check of the formulas above."""
     if activation == "none":
         return z
     if activation == "gelu":
@@ -53,7 +53,7 @@ def activation_in_many_digits(z, activation: str):
 
 
 def run_oracle(case: Case, real=None) -> dict[str, np.ndarray]:
-    """float64; for float64 itself the products are summed in long double."""
+    """The results in float64. For a case in float64 the products are summed in long double."""
     real = real or (np.longdouble if case.x.dtype == torch.float64 else np.float64)
     k, n = case.weight.shape[1], case.weight.shape[0]
     x, weight, dy = (as_numpy(t).astype(real, copy=False) for t in (case.x, case.weight, case.grad))

@@ -1,4 +1,4 @@
-"""Which path this process's tests take, and what `stats` counts there."""
+"""The path of this process's tests, and the counters of `stats` that count there."""
 
 import os
 

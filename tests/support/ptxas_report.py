@@ -1,4 +1,4 @@
-"""Reads a build log with what ptxas -v said of each kernel; fails on a spilled register or a wgmma put in a row.
+"""Reads a build log with the output of ptxas -v for each kernel; fails on a spilled register or serialized wgmma.
 
 python tests/support/ptxas_report.py BUILD_LOG
 """
@@ -12,7 +12,7 @@ SERIALIZED_WGMMA = "C7510"
 
 
 def problems(log: str) -> list[str]:
-    """What is wrong, a line each; also if the log says nothing of kernels."""
+    """The problems, one line for each; a log without any kernel is a problem too."""
     kernels = re.findall(
         r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads",
         log,

@@ -98,7 +98,7 @@ for (_op_name, _op), (_way_name, _way) in product(OPS.items(), WAYS.items()):
 
 @scenario
 def columns_and_rows_are_not_gathered():
-    """A column-wise layer keeps its columns; the product of a row-wise one is a sum that nobody has formed yet."""
+    """The output of a column-wise layer stays sharded by columns; a row-wise layer's product is a partial sum."""
     on = mesh()
     x, w, b, *_ = operands()
     whole_x, columns, own_b = (
@@ -144,7 +144,7 @@ def shapes_are_checked_as_ever():
 
 
 def compare(parallel, alone, x, reasons):
-    """Output and gradients of parameters and input; which calls left the fused path, and why."""
+    """Compares the output and the gradients of parameters and input, and the reasons for leaving the fused path."""
     found = []
     for model in (alone, parallel):
         leaf = x.clone().requires_grad_()
@@ -188,7 +188,7 @@ def projection_in_columns():
 
 
 def layer_in_columns(shortcut):
-    """A layer is no nn.Linear, which is all that ColwiseParallel takes: its parameters are sharded by hand."""
+    """ColwiseParallel takes only an nn.Linear, which our layer is not: its parameters are sharded by hand."""
     model, alone = twins(lambda: fl.LinearGELUResidual(6, 6, shortcut=shortcut))
     on = mesh()
 
@@ -211,7 +211,7 @@ for _shortcut in ("identity", "none", "concat"):
 
 
 def parameters_without_hooks(make, reasons):
-    """Sharded parameters in modules that nobody hooked: the children are called, on DTensors."""
+    """Sharded parameters in modules without hooks: the children are called as modules, on DTensors."""
     model, alone = twins(make)
     on = mesh()
     distribute_module(model, on, input_fn=lambda _, inputs, on: DTensor.from_local(inputs[0], on, [Replicate()]))

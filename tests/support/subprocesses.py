@@ -1,4 +1,4 @@
-"""Python in a process of its own, for what is decided once in a process."""
+"""Python in a process of its own, to test decisions that are made once in a process."""
 
 import json
 import os
@@ -14,7 +14,7 @@ HANG_S = 1800
 
 
 def run_python(code, **environment):
-    """Runs code in a fresh interpreter; returns its output's last line, read as JSON if it is JSON."""
+    """Runs code in a fresh interpreter. Returns the last line of its output, read as JSON if it is JSON."""
     result = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | environment,
@@ -35,7 +35,7 @@ def support_program(name, *arguments, **environment):
 
 
 def run_workers(name, folder, world=2):
-    """Runs a file of scenarios in processes that share a gloo group: what each process says of each scenario."""
+    """Runs a file of scenarios in processes that share a gloo group. Returns each process's result of each scenario."""
     programs = [support_program(name, rank, world, folder, OMP_NUM_THREADS="1") for rank in range(world)]
     workers = [
         subprocess.Popen(
@@ -58,7 +58,7 @@ def run_workers(name, folder, world=2):
 
 
 def run_scenarios(scenarios):
-    """In a worker: calls every scenario with warnings as errors, and prints what each raised, or None."""
+    """In a worker: calls every scenario with warnings as errors, and prints each one's exception, or None."""
     import torch
     import torch.distributed as dist
 

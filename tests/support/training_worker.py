@@ -1,6 +1,6 @@
 """One of the processes of test_training.py: DDP and FSDP2 against one process on the joint batch.
 
-Everything is float64, so that another order of adding is the only difference there may be.
+Everything is float64, so that only another order of additions can make a difference.
 """
 
 import copy
@@ -31,7 +31,7 @@ def scenario(function, *args, name=None, **kwargs):
 
 
 class Text(nn.Module):
-    """A transformer with logits in place of its tuple, on tokens that the rows' signs spell."""
+    """A transformer that returns logits in place of a tuple; the signs of a row's values spell its tokens."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ def whole(tensor):
 
 
 def train(model, rows, optimizer=None):
-    """Losses and, at the end, parameters; every parameter's gradient must arrive once a step."""
+    """Losses and, at the end, parameters. Every parameter's gradient must arrive once in a step."""
     arrived, losses = {}, []
 
     def count(name):
@@ -171,7 +171,7 @@ scenario(ddp, "network", name="ddp network, small buckets", bucket_cap_mb=1e-5, 
 
 @scenario
 def ddp_warns_of_strides():
-    """The other scenarios would see the warning. Only for sizes of 1 does autograd keep other strides."""
+    """In the other scenarios the warning would be an error. Autograd keeps other strides only for sizes of 1."""
 
     class OtherStrides(torch.autograd.Function):
         @staticmethod
@@ -261,7 +261,7 @@ def fsdp2_of_layers_inside_a_network():
 
 @scenario
 def fuse_after_fsdp2():
-    """Parameters that are sharded when `fuse` looks at them are no plain ones: nothing changes, and it says so."""
+    """Parameters that are sharded before `fuse` are not plain: `fuse` changes nothing and reports the reason."""
     model = Text().double()
     x = batch(0)
     expected = model(x)
@@ -273,7 +273,7 @@ def fuse_after_fsdp2():
 
 
 def mixed_precision(name):
-    """Parameters gathered in bfloat16: no error, of outputs or of gradients, above twice eager's own."""
+    """Parameters gathered in bfloat16: no error of outputs or gradients is above twice eager's own."""
     errors = {}
     truth = build(name, kind=reference)
     x = batch(0)
