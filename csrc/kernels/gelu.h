@@ -1,11 +1,11 @@
-// GELU and its derivative: the definition, for host and device, in float or double. Faster forms of it:
-// cpu/generic/activation-inl.h of vectors, cuda/common/gelu16.h of 16-bit results.
+// GELU and its derivative: the definition, for host and device, in float or double. Faster forms:
+// cpu/generic/activation-inl.h for vectors, cuda/common/gelu16.h for 16-bit results.
 //
 //   exact:  gelu(z) = z Φ(z),                 Φ(z) = ½ erfc(−z/√2)
 //   tanh:   gelu(z) = ½ z (1 + tanh u) = z σ(2u),  u = √(2/π) (z + 0.044715 z³)
 //
-// Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415. erfc has no cancellation in the
-// negative tail, where 1 + erf loses every digit; σ written with exp(−|2u|) has none either.
+// Hendrycks and Gimpel, "Gaussian Error Linear Units", arXiv:1606.08415. erfc has no cancellation in the negative
+// tail, where 1 + erf loses every digit. σ written with exp(−|2u|) has no cancellation either.
 #pragma once
 
 #include <cmath>
@@ -27,7 +27,7 @@ constexpr double inv_sqrt_2pi = 0.39894228040143267794;
 constexpr double tanh_cubic = 0.044715;
 constexpr double two_sqrt_2_over_pi = 1.59576912160573071176;  // 2 √(2/π)
 
-// Beyond it Φ is 0 or 1 in double; clamping there keeps ±inf from becoming inf · 0.
+// Beyond this |z|, Φ is 0 or 1 in double. Clamping z there keeps ±inf from becoming inf · 0.
 constexpr double saturation = 40.0;
 
 }  // namespace gelu_constants
@@ -55,7 +55,7 @@ FASTLANE_HOST_DEVICE inline R gelu_derivative(R z) {
   return normal_cdf(c) + c * R(gelu_constants::inv_sqrt_2pi) * std::exp(R(-0.5) * c * c);
 }
 
-// exp(−|2u|): σ(2u) is 1/(1 + e) for z ≥ 0 and e/(1 + e) below.
+// e = exp(−|2u|). σ(2u) is 1/(1 + e) for z ≥ 0 and e/(1 + e) for z < 0.
 template <class R>
 FASTLANE_HOST_DEVICE inline R tanh_gelu_exp(R z) {
   const R two_u = R(gelu_constants::two_sqrt_2_over_pi) * z * (R(1) + R(gelu_constants::tanh_cubic) * z * z);

@@ -1,5 +1,5 @@
-// The three products of a linear layer as GEMM problems: the only place that says which operand is
-// transposed and what its epilogue adds.
+// The three products of a linear layer as GEMM problems. Only this file says which operand a product transposes and
+// what its epilogue adds.
 #pragma once
 
 #include "kernels/problem.h"
@@ -34,7 +34,8 @@ inline GemmProblem dgrad_gemm(const LayerShape& shape, ConstMatrix dz, ConstMatr
   return p;
 }
 
-// The same on through the activation of the layer before: where dx would be, dz = dx ⊙ act′(z), and db.
+// A dgrad that goes on through the activation of the layer before, whose z and db these are. The output is that
+// layer's dz = dx ⊙ act′(z) instead of dx; db is the sum of dz's rows.
 inline GemmProblem through_activation(GemmProblem dgrad, Activation activation, ConstRowMajor z, void* db) {
   dgrad.activation = activation, dgrad.preactivation = z, dgrad.column_sums = db;
   return dgrad;
@@ -63,8 +64,8 @@ inline bool forms_dz(const LayerBackwardProblem& b) {
   return b.activation != Activation::none && (b.dx.data || b.dweight.data);
 }
 
-// dz and db of a layer's backward by the elementwise pass `preactivation_grad`; dz is written to `memory` if anybody
-// needs it. Returns where dz lies.
+// Computes dz and db of a layer's backward by the elementwise pass `preactivation_grad`. dz goes to `memory` if dx or
+// dW needs it. Returns where dz lies: without an activation dz is dy.
 template <class Pass>
 ConstRowMajor run_preactivation_grad(const LayerBackwardProblem& b, void* memory, Pass preactivation_grad) {
   if (!b.db && b.activation == Activation::none) return b.dy;

@@ -1,4 +1,4 @@
-// The products of an MLP as GEMM problems, made of those of its two layers.
+// The products of an MLP as GEMM problems, built from the products of its two layers.
 #pragma once
 
 #include "kernels/layer.h"
@@ -42,13 +42,14 @@ inline GemmProblem fc2_gemm(const MlpProblem& p, ConstRowMajor hidden) {
 
 inline bool forms_dz(const MlpBackwardProblem& p) { return p.dx.data || p.dfc1_weight.data || p.dfc1_bias; }
 
-// fc2's dgrad through the activation. The sums of dz are written to `bias_gradient`, wanted or not.
+// fc2's dgrad, which goes on through the activation and writes dz. `bias_gradient` gets the column sums of dz, even
+// if nobody needs them.
 inline GemmProblem dz_gemm(const MlpBackwardProblem& p, RowMajor dz, void* bias_gradient) {
   return through_activation(dgrad_gemm(fc2_shape(p), {p.dy.data, p.dy.row_stride, 1}, p.fc2_weight, {}, dz),
                             p.activation, p.z, bias_gradient);
 }
 
-// fc2's wgrad: the hidden activations are computed from z where the product packs them.
+// fc2's wgrad reads z. The product computes the hidden activations where it packs z.
 inline GemmProblem fc2_wgrad_gemm(const MlpBackwardProblem& p) {
   GemmProblem gemm = wgrad_gemm(fc2_shape(p), {p.dy.data, p.dy.row_stride, 1}, {p.z.data, p.z.row_stride, 1},
                                 p.dfc2_transposed, p.dfc2_weight);

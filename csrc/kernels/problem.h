@@ -10,7 +10,7 @@ enum class Activation : uint8_t { none, gelu, gelu_tanh };
 
 constexpr int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// The storage formats that no C++17 compiler is required to know; kernels widen them to float.
+// Storage formats for which C++17 has no types. Kernels widen them to float.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -18,7 +18,7 @@ struct Half {
   uint16_t bits;
 };
 
-// Strides count elements, may be 0 or negative, and carry no alignment promise.
+// Strides count elements and may be 0 or negative. They promise no alignment.
 struct ConstMatrix {
   const void* data = nullptr;
   int64_t row_stride = 0;
@@ -27,7 +27,7 @@ struct ConstMatrix {
   ConstMatrix transposed() const { return {data, col_stride, row_stride}; }
 };
 
-// Rows of unit column stride, `row_stride` (the leading dimension) elements apart.
+// Rows have a unit column stride and lie `row_stride` (the leading dimension) elements apart.
 struct RowMajor {
   void* data = nullptr;
   int64_t row_stride = 0;
@@ -50,18 +50,19 @@ struct GemmProblem {
   RowMajor z;  // m × n
   RowMajor slope;  // m × n: act′(z), float for 16-bit dtypes
   RowMajor out;  // m × n
-  // An operand that lies there as pre-activation: what is multiplied is act of it.
+  // If set, memory holds this operand's pre-activation, and the product multiplies its activation.
   Activation a_activation = Activation::none, b_activation = Activation::none;
-  // On through the activation of the layer before, with column_sums or, on a GPU, a preactivation:
+  // Instead, the epilogue may go on through the activation of the layer before:
   //   unscaled = A B + addend    out = unscaled ⊙ act′(preactivation)    column_sums = Σ_rows out
-  // On the CPU column_sums is not null, unscaled and addend are. Without an activation preactivation is not read.
+  // On the CPU a column_sums pointer selects this epilogue; unscaled and addend must then be null. On a GPU
+  // preactivation or column_sums selects the epilogue. Without an activation preactivation is not read.
   ConstRowMajor preactivation;  // m × n
   RowMajor unscaled;  // m × n
   void* column_sums = nullptr;  // n elements, summed before out is rounded
 };
 
-// dz = dy ⊙ act′(z) and, in the same pass, db = Σ_rows dz. Either result may be absent; without an
-// activation z is not read. dz may lie in dy's memory.
+// dz = dy ⊙ act′(z) and, in the same pass, db = Σ_rows dz. Either result may be absent. Without an activation z is
+// not read. dz may lie in dy's memory.
 struct PreActivationGradProblem {
   int64_t rows = 0, cols = 0;
   DType dtype = DType::f32;  // of every operand
@@ -72,9 +73,9 @@ struct PreActivationGradProblem {
   void* db = nullptr;  // summed before dz is rounded
 };
 
-// The whole backward of a layer: dz as above, then
+// The whole backward of a layer. dz is as above, then
 //   dx = dz W + shortcut_grad        dW = dzᵀ x        db = Σ_rows dz
-// Absent results have a null data pointer; what only they need is not read.
+// An absent result has a null data pointer. Operands that only this result needs are not read.
 struct LayerBackwardProblem {
   int64_t rows = 0, in_features = 0, out_features = 0;
   DType dtype = DType::f32;  // of every operand
@@ -85,7 +86,7 @@ struct LayerBackwardProblem {
   ConstMatrix weight;  // out_features × in_features
   ConstRowMajor shortcut_grad;
   RowMajor dx;
-  RowMajor dweight;  // of the transpose where `dweight_transposed`
+  RowMajor dweight;  // dW, or its transpose if `dweight_transposed`
   bool dweight_transposed = false;
   void* db = nullptr;
 };
@@ -104,10 +105,10 @@ struct MlpProblem {
   RowMajor z, y;
 };
 
-// Its backward, the hidden activations computed again from z:
+// The backward of an MLP, which computes the hidden activations again from z:
 //   dz = (dy W₂) ⊙ act′(z)    dx = dz W₁ + shortcut_grad    dW₁ = dzᵀ x    dW₂ = dyᵀ act(z)
-// and the biases' gradients, the sums of dz and dy over the rows. Absent results have a null data pointer; what only
-// they need is not read.
+// The biases' gradients are the sums of dz and dy over the rows. An absent result has a null data pointer. Operands
+// that only this result needs are not read.
 struct MlpBackwardProblem {
   int64_t rows = 0, in_features = 0, hidden = 0, out_features = 0;
   DType dtype = DType::f32;  // of every operand
@@ -116,23 +117,23 @@ struct MlpBackwardProblem {
   ConstMatrix x, fc1_weight, fc2_weight;
   ConstRowMajor shortcut_grad;
   RowMajor dx;
-  RowMajor dfc1_weight, dfc2_weight;  // of the transposes where `…_transposed`
+  RowMajor dfc1_weight, dfc2_weight;  // the gradients, or their transposes if `…_transposed`
   bool dfc1_transposed = false, dfc2_transposed = false;
   void *dfc1_bias = nullptr, *dfc2_bias = nullptr;
 };
 
-// A layer of a stack, with what its backward gives. Absent operands have a null data pointer.
+// A layer of a stack, with the results of its backward. Absent operands have a null data pointer.
 struct StackLayer {
   int64_t in_features = 0, out_features = 0;
   ConstMatrix weight;  // out_features × in_features
   const void* bias = nullptr;
-  // The shortcut: the layer's input itself, or its projection, or none. Of a concatenating stack neither is set.
+  // The shortcut is the layer's input, the input's projection, or none. A concatenating stack sets neither field.
   bool adds_input = false;
   ConstMatrix projection;  // out_features × in_features
   const void* projection_bias = nullptr;
-  RowMajor z;  // rows × out_features; written by forward where present, read by backward
+  RowMajor z;  // rows × out_features; forward writes z if present, backward reads it
 
-  RowMajor dweight, dprojection;  // of the transposes where `…_transposed`
+  RowMajor dweight, dprojection;  // the gradients, or their transposes if `…_transposed`
   bool dweight_transposed = false, dprojection_transposed = false;
   void *db = nullptr, *dprojection_bias = nullptr;
 };

@@ -5,7 +5,7 @@
 
 namespace fastlane {
 
-// A layer, and which of its gradients are needed.
+// A layer's shortcut, whether it keeps z, and which of its gradients are needed.
 struct StackLayerUse {
   bool adds_input = false, projects = false;
   bool keeps_z = false;
@@ -15,19 +15,19 @@ struct StackLayerUse {
 };
 
 struct StackLayerReads {
-  bool dh = false;  // the gradient of its input is formed, from weight and projection
+  bool dh = false;  // forms the gradient of the layer's input, from weight and projection
   bool slope = false;  // act′(z)
-  bool output = false;  // its output is formed again, from z and from its input, as it is or projected with a bias
-  bool input = false;  // the rows that went in
-  bool forms_z = false;  // z is computed again, from input, weight and bias
+  bool output = false;  // forms the layer's output again, from z and from the input or its projection with a bias
+  bool input = false;  // the layer's input
+  bool forms_z = false;  // computes z again, from input, weight and bias
 
   bool z() const { return slope || output; }
   bool weight() const { return dh || forms_z; }
   bool projection() const { return dh || output; }
 };
 
-// Calls `layer_reads(i, StackLayerReads)` from the last layer to the first; `use_of(i)` is a StackLayerUse. Returns
-// the layer at which the backward ends.
+// Calls `layer_reads(i, StackLayerReads)` from the last layer to the first; `use_of(i)` returns a StackLayerUse.
+// Returns the layer at which the backward ends.
 template <class UseOf, class LayerReads>
 int64_t stack_reads(int64_t count, bool needs_dx, bool has_slope, bool concat, UseOf use_of, LayerReads layer_reads) {
   int64_t first = 0;

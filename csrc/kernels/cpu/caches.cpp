@@ -22,7 +22,7 @@ int64_t size_of(const char* level) {
 }
 Caches ask() { return {size_of("hw.l2cachesize"), size_of("hw.l3cachesize")}; }
 #elif defined(_SC_LEVEL2_CACHE_SIZE)
-// The cache of the level that Linux lists for the first core, such as "32768K".
+// The size of this level's cache that Linux lists for the first core, such as "32768K".
 int64_t listed_size(int level) {
   constexpr int kListed = 8;
   for (int i = 0; i < kListed; ++i) {
@@ -35,7 +35,7 @@ int64_t listed_size(int level) {
   }
   return 0;
 }
-// For the last level sysconf gives the sum of a socket's caches on some machines, of which a core uses one.
+// On some machines sysconf gives, for the last level, the sum of a socket's caches, but a core uses only one of them.
 Caches ask() {
   const int64_t last = listed_size(3);
   return {sysconf(_SC_LEVEL2_CACHE_SIZE), last > 0 ? last : sysconf(_SC_LEVEL3_CACHE_SIZE)};

@@ -1,4 +1,4 @@
-// The sizes of this machine's caches, from which the kernels choose how much of an operand a task holds.
+// The sizes of this machine's caches. They decide how much of an operand a task holds.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ struct Caches {
   int64_t last = 8 << 20;  // shared by all cores
 };
 
-// Asked once; what the system does not tell keeps the modest default.
+// Asks the system once. A size that the system does not tell keeps its modest default.
 const Caches& caches();
 
 }  // namespace fastlane

@@ -1,5 +1,5 @@
-// Which kernel set this process runs: the best the CPU and the operating system support, or the one that
-// FASTLANE_CPU_ISA names; or none, where that is faster.
+// Which kernel set this process runs: the set that FASTLANE_CPU_ISA names, otherwise the best set that the CPU and
+// the operating system support, or none where torch's operators are faster.
 #pragma once
 
 #include <string>
@@ -13,14 +13,15 @@ namespace fastlane {
 struct KernelTable {
   const char* isa;
   void (*gemm)(const GemmProblem&, const Parallel&);
-  // The epilogue of `gemm` alone, in one pass over a product, m × n, that is there already; it may lie in z or out.
+  // The epilogue of `gemm` alone, in one pass over an m × n product that lies in memory, perhaps in z or out.
   void (*epilogue)(const GemmProblem&, const ConstRowMajor& product, const Parallel&);
   void (*preactivation_grad)(const PreActivationGradProblem&, const Parallel&);
-  // In one pass over the rows, dz staying in L2; false, and nothing done, where the layer is too wide for that.
+  // One pass over the rows, with dz in L2. Returns false, and does nothing, if the layer is too wide for this.
   bool (*layer_backward)(const LayerBackwardProblem&, const Parallel&);
   // The same for an MLP.
   bool (*mlp_backward)(const MlpBackwardProblem&, const Parallel&);
-  // A block of rows through all layers while it lies in cache; for layers that stack.h calls narrow.
+  // Both take a block of rows through all layers while the block lies in cache, for stacks that narrow_stack.h calls
+  // narrow.
   void (*stack_forward)(const StackProblem&, const Parallel&);
   void (*stack_backward)(const StackProblem&, const Parallel&);
 };
@@ -39,9 +40,9 @@ struct IsaChoice {
   std::string reason;
 };
 
-// `asked` is what FASTLANE_CPU_ISA says, `supported` lists what runs here, best first. The scalar set takes many
-// times as long as torch's vectorised operators, so it runs only if asked for. Throws std::runtime_error if `asked`
-// is neither empty, nor supported, nor kNoIsa.
+// `asked` is the value of FASTLANE_CPU_ISA; `supported` lists the sets that run here, best first. The scalar set
+// takes many times as long as torch's vectorised operators, so the scalar set runs only if asked for. Throws
+// std::runtime_error if `asked` is neither empty, nor supported, nor kNoIsa.
 IsaChoice choose_isa(const std::string& asked, const std::vector<std::string>& supported);
 
 // Decided once, on first use.

@@ -1,5 +1,5 @@
-// 16-bit storage formats ↔ float, round to nearest even, denormals and NaN kept: for CPUs and builds without
-// the conversion instructions.
+// Converts 16-bit storage formats ↔ float, rounding to nearest even and keeping denormals and NaN. For CPUs and
+// builds without the conversion instructions.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +46,7 @@ inline Half to_half(float f) {
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x1ffu))};
   if (magnitude >= 0x47800000u) return {static_cast<uint16_t>(sign | 0x7c00u)};
   if (magnitude < 0x38800000u) {
-    // Adding 0.5 lines the subnormal's last bit up with float's: the addition itself rounds to nearest even.
+    // Adding 0.5 lines the subnormal's last bit up with float's, so the addition itself rounds to nearest even.
     const float aligned = float_from_bits(magnitude) + 0.5f;
     return {static_cast<uint16_t>(sign | (float_bits(aligned) - float_bits(0.5f)))};
   }

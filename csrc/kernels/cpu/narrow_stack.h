@@ -1,4 +1,5 @@
-// Which stacks run as one: a block of rows through all layers, instead of all rows through one layer after the other.
+// Which stacks run as one kernel. It takes a block of rows through all layers, instead of all rows through one layer
+// after the other.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +9,8 @@
 
 namespace fastlane {
 
-// Every weight stays in L2 beside a block of rows, and what is packed of all of them is bounded; projections may
-// double the bound.
+// Narrow means: every weight stays in L2 beside a block of rows, and all packed weights together are bounded.
+// Projections are not counted and may double the packed size.
 inline bool is_narrow(const StackProblem& p, const Caches& caches) {
   constexpr int64_t kMaxFeatures = 1024, kMaxBytes = int64_t{16} << 20;
   constexpr int64_t kCopies = 2;  // W for the way back, Wᵀ for the way forward

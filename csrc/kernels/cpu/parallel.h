@@ -1,5 +1,4 @@
-// What the caller lends a kernel: its thread pool, since the kernels start no thread of their own, and the caches
-// to block for.
+// What the caller lends a kernel: its thread pool, since kernels start no threads, and the cache sizes to block for.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +11,7 @@ struct Parallel {
   using Body = void (*)(void* context, int64_t begin, int64_t end);
 
   int64_t threads = 1;
-  // Splits [0, tasks) over the pool and returns when all of it is done.
+  // Splits [0, tasks) over the pool and returns when all tasks are done.
   void (*run)(int64_t tasks, Body body, void* context) = nullptr;
   Caches caches;
 

@@ -12,7 +12,7 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
-// Work memory is kept and read again and again: huge pages save faults once, and entries of the TLB always.
+// Work memory is kept and read again and again. Huge pages save page faults once, and TLB entries always.
 void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);

@@ -5,7 +5,7 @@
 
 namespace fastlane {
 
-// A slot is borrowed by one owner of a thread at a time.
+// In each thread one owner at a time borrows a slot.
 enum class ScratchSlot {
   packed_a,
   packed_b,
@@ -21,7 +21,7 @@ enum class ScratchSlot {
   count
 };
 
-// A larger buffer goes back to the system after its call: memory held by an idle thread stays bounded.
+// A larger buffer goes back to the system after its call, so that an idle thread holds a bounded amount of memory.
 constexpr size_t kKeptScratchBytes = size_t{32} << 20;
 
 class Scratch {

@@ -2,9 +2,9 @@
 //
 //   gelu(z) = max(z, 0) − t C(t)        gelu′(z) = S(t) for z < 0, 1 − S(t) for z ≥ 0
 //
-// with C(t) = Φ(−t) or σ(−2u(t)), which has no cancellation however far the tail, and S(t) = gelu′(−t) = C − t C′.
-// About 2e-7 relative in float and 4e-16 in double near zero; in the tail the error grows with the rounding of
-// exp's argument, to 8e-6 at float(−10).
+// Here C(t) = Φ(−t) or σ(−2u(t)), which has no cancellation however far out in the tail.
+// S(t) = gelu′(−t) = C + t C′. The relative error near zero is about 2e-7 in float and 4e-16 in double. In the tail
+// the error grows with the rounding of exp's argument, to 8e-6 at float(−10).
 #pragma once
 
 #include <cstddef>
@@ -26,11 +26,11 @@ FASTLANE_INLINE V polynomial(V x, const typename V::elem (&coefficients)[N]) {
   return sum;
 }
 
-// Minimax coefficients, by what the result is stored in: a 16-bit one rounds by 2e-4 and more.
+// Minimax coefficients for each type of the stored result. A 16-bit result rounds by 2e-4 and more.
 //   exp2           2ʳ on [−½, ½]
 //   scaled_tail    ½ erfcx(t/√2) = Φ(−t) exp(t²/2) in q = (t − c)/(t + c), c = tail_center, on [0, tail_end]
 struct Bits32 {
-  // 2e-9 and, before its coefficients are rounded to float, 9e-9 relative; 2e-7 after.
+  // Relative errors: exp2 2e-9; scaled_tail 9e-9 before its coefficients are rounded to float, 2e-7 after.
   using ForSlope = Bits32;
   static constexpr float exp2[] = {1.0f,           0.693147203f,   0.240226479f,   0.0555033247f,
                                    0.00961843736f, 0.00133988746f, 0.000153533621f};
@@ -40,13 +40,14 @@ struct Bits32 {
   static constexpr float tail_center = 3.0f, tail_end = 14.5f, logistic_end = 11.0f;
 };
 struct Bits16 : Bits32 {
-  // 3e-6 and 1e-5 relative. GELU′ has a zero, next to which no error is small.
+  // Relative errors: exp2 3e-6, scaled_tail 1e-5. The slope keeps Bits32's coefficients (ForSlope): GELU′ has a zero,
+  // next to which no error is small.
   static constexpr float exp2[] = {0.999999261f, 0.693121816f, 0.240247453f, 0.0559178581f, 0.00957008589f};
   static constexpr float scaled_tail[] = {0.121513667f,   -0.206412405f,  0.123250575f,   -0.0461061655f,
                                           0.00594469565f, 0.00258428073f, -0.00064820446f};
 };
 struct Bits64 {
-  // 9e-18 and 3e-18 relative.
+  // Relative errors: exp2 9e-18, scaled_tail 3e-18.
   using ForSlope = Bits64;
   static constexpr double exp2[] = {1.0,
                                     0.69314718055994531,
@@ -70,14 +71,14 @@ struct Bits64 {
   static constexpr double tail_center = 5.0, tail_end = 40.0, logistic_end = 22.0;
 };
 
-// 2^(ab) for ab ≤ 0: the product enters the reduction unrounded.
+// 2^(ab) for ab ≤ 0. The product ab enters the range reduction unrounded.
 template <class Coefficients, class V>
 FASTLANE_INLINE V exp2_of_product(V a, V b) {
   const V n = round(a * b);
   return scale_by_power(polynomial(multiply_subtract(a, b, n), Coefficients::exp2), n);
 }
 
-// exp(−t²/2). In double the rounding of the first product is put right: it would be the largest error.
+// exp(−t²/2). In double the rounding of the first product is corrected: it would be the largest error.
 template <class Coefficients, class V>
 FASTLANE_INLINE V gaussian(V t) {
   using E = typename V::elem;
@@ -90,8 +91,8 @@ FASTLANE_INLINE V gaussian(V t) {
   }
 }
 
-// (t − c)/(t + c). In double the roundings of both sums and of the quotient are put right: the polynomial in q is
-// steep near t = 0, and they would be the largest error.
+// (t − c)/(t + c). In double the roundings of both sums and of the quotient are corrected. The polynomial in q is
+// steep near t = 0, so these roundings would be the largest error.
 template <class V>
 FASTLANE_INLINE V tail_argument(V t, V c) {
   const V sum = t + c, inverse = V::set(1) / sum;
@@ -117,7 +118,7 @@ struct ValueAndSlope {
 
 template <class Coefficients>
 struct NormalTail {
-  // There exp(−t²/2) is 0 in the type; clamping keeps ∞ from becoming ∞ · 0.
+  // At `end` exp(−t²/2) is 0 in the type. Clamping t there keeps ∞ from becoming ∞ · 0.
   static constexpr auto end = Coefficients::tail_end;
 
   template <class V>
@@ -165,7 +166,7 @@ struct LogisticTail {
   }
   template <class V>
   static FASTLANE_INLINE ValueAndSlope<V> both(V t) {
-    // The slope's own quotient is rounded in another way than value()'s, whose bits this keeps.
+    // slope_at computes the same quotient with other roundings. The division here keeps value()'s bits.
     const V square = t * t, e = exponential<typename Coefficients::ForSlope>(t, square);
     return {e / (V::set(1) + e), slope_at(t, square, e)};
   }
@@ -182,8 +183,8 @@ struct LogisticTail {
 
 template <class Tail>
 struct Gelu {
-  // min and max return their second operand where it is NaN; max also keeps the sign of a zero, and −0 that of a
-  // result below the smallest denormal.
+  // min and max return their second operand where it is NaN. max also keeps the sign of a zero z, and −0 keeps the
+  // sign of a result below the smallest denormal.
   template <class V>
   static FASTLANE_INLINE V value(V z) {
     const V t = distance(z);

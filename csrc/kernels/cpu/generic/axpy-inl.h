@@ -1,5 +1,5 @@
-// A product with few rows whose B runs along n in memory: rows of B, each times an element of A, are added up. An
-// element meets its multiply-adds in the order of gemm-inl.h's tiles, so that the results are the same bits.
+// A product with few rows whose B runs along n in memory. Rows of B, each times an element of A, are added up. An
+// element meets its multiply-adds in the order of gemm-inl.h's tiles, so that the bits are the same.
 #pragma once
 
 #include <algorithm>
@@ -21,14 +21,14 @@
 
 FASTLANE_BEGIN_TARGET
 
-// Above it packing B pays, earlier with fewer registers and where it is not stored as it is multiplied. Measured at
-// 768 to 3072 features, with one and two threads.
+// With more rows packing B pays, earlier with fewer registers and where B is not stored as it is multiplied. Measured
+// at 768 to 3072 features, with one and two threads.
 template <class T, class P>
 constexpr int64_t kAxpyMaxRows = P::V::width == 1                      ? 0
                                  : kTileRows * kTileVecs < 24          ? 48
                                  : std::is_same_v<T, typename P::Unit> ? 128
                                                                        : 96;
-// So few that pairing two rows of B costs more than it saves.
+// Up to this many rows, pairing two rows of B costs more than it saves.
 constexpr int64_t kAxpyMaxUnpairedRows = 2;
 
 // The sums of some columns, before the finish.
@@ -38,11 +38,11 @@ class AxpyColumns {
   using V = typename P::V;
   using Unit = typename P::Unit;
   static constexpr int W = V::width;
-  // Of a tile; as many sums as gemm-inl.h's tiles have.
+  // The size of a tile, which has as many sums as gemm-inl.h's tiles.
   static constexpr int kMaxRows = 6, kVecs = kTileRows * kTileVecs / kMaxRows;
 
  public:
-  // Of `cols` columns from `col` on; rows are `stride` ≥ cols apart, a multiple of W.
+  // For `cols` columns from `col` on. Rows of sums lie `stride` ≥ cols apart, a multiple of W.
   AxpyColumns(const GemmProblem& problem, int64_t col, int64_t cols, int64_t stride)
       : p_(problem),
         a_{static_cast<const T*>(p_.a.data), p_.m, p_.a.row_stride, p_.a.col_stride},
@@ -69,7 +69,7 @@ class AxpyColumns {
 
  private:
   static constexpr int64_t kHalfPanel = kVecs / 2 * W;
-  // One or two rows take two panels at a time: more independent sums.
+  // One or two rows take two panels at a time, to have more independent sums.
   static constexpr int kWideRows = 2;
   static constexpr int64_t kChainK = kChain * P::k_per_step;
 
@@ -78,12 +78,12 @@ class AxpyColumns {
     bool is_first;
     C* sums;
   };
-  // Of B, what a tile fetches for those after it: `bytes` of each row, `offset` bytes from what it reads itself.
+  // What a tile fetches of B for later tiles: `bytes` of each row, `offset` bytes from what the tile itself reads.
   struct Ahead {
     int64_t offset = 0, bytes = 0;
   };
 
-  // Step by step, the rows side by side.
+  // Packs A step by step, with the rows side by side.
   void pack_a(const Chain& chain) const {
     Unit* const packed = packed_a_.as<Unit>();
     for (int64_t row = 0; row < p_.m; ++row) {
@@ -97,7 +97,7 @@ class AxpyColumns {
     }
   }
 
-  // Panel by panel, so that a chain's rows of B stay in L1 and their pages in the TLB.
+  // Goes panel by panel, so that a chain's rows of B stay in L1 and their pages in the TLB.
   bool run_chain(const Chain& chain) const {
     const int64_t panel = (p_.m <= kWideRows ? 2 : 1) * kPanel;
     bool lost = false;
@@ -111,7 +111,8 @@ class AxpyColumns {
     return lost;
   }
 
-  // The next panel, or the first one of the next chain: rows a page apart, which the hardware does not foresee.
+  // The next panel, or the first panel of the next chain. Their rows may lie a page apart, which the hardware does
+  // not foresee.
   Ahead ahead_of(const Chain& chain, int64_t col, int64_t width, int64_t panel) const {
     constexpr auto size = static_cast<int64_t>(sizeof(T));
     if (b_.count - col - width >= panel) return {width * size, panel * size};
@@ -123,7 +124,7 @@ class AxpyColumns {
     const int64_t tiles = ceil_div(p_.m, kMaxRows);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t row = p_.m * i / tiles, rows = p_.m * (i + 1) / tiles - row;
-      // Two tiles ask for it, since requests get lost where memory is busy.
+      // Two tiles ask for what lies ahead, since requests get lost where memory is busy.
       run_tile<1>(chain, row, rows, col, width, i < 2 ? ahead : Ahead{});
     }
   }
@@ -139,7 +140,7 @@ class AxpyColumns {
     multiply<kRows, 1>(chain, row, col, width, ahead);
   }
 
-  // kRows rows × kColVecs vectors of columns, the last of which holds `last_count`.
+  // Adds a chain to kRows rows × kColVecs vectors of columns; the last vector holds `last_count` columns.
   template <int kRows, int kColVecs>
   __attribute__((noinline)) void multiply(const Chain& chain, int64_t row, int64_t col, int64_t last_count,
                                           Ahead ahead) const {
@@ -205,7 +206,7 @@ class AxpyGemm {
     return p.m <= max_rows(p, threads) && multiplies_as_stored(p) && (p.b.col_stride == 1 || p.n <= 1);
   }
 
-  // False if the product lost a value, as gemm-inl.h's.
+  // False if the product lost a value, as in gemm-inl.h.
   bool run() {
     if (p_.m == 0 || p_.n == 0) return true;
     const int64_t runs = p_.column_sums ? ceil_div(p_.m, kRunRows) : 0;
@@ -219,10 +220,10 @@ class AxpyGemm {
 
  private:
   static constexpr int64_t kTaskCols = 1024;
-  static constexpr int64_t kRunRows = TileShape<C>::rows;  // that one call of finish sums
+  static constexpr int64_t kRunRows = TileShape<C>::rows;  // how many rows one call of finish sums
 
-  // Every task packs A: with many rows that takes some panels to pay. Column sums are of other runs of rows in
-  // gemm-inl.h, and their bits must not depend on the threads.
+  // Every task packs A, which with many rows pays only if the task has several panels. gemm-inl.h sums columns over
+  // other runs of rows. So where there are column sums the limit must not depend on the threads, or their bits would.
   static int64_t max_rows(const GemmProblem& p, int64_t threads) {
     const bool many_panels = p.n >= 4 * AxpyColumns<T, P>::kPanel * threads;
     return many_panels && !p.column_sums ? kAxpyMaxRows<T, P> : std::min(kAxpyMaxRows<T, P>, 2 * kRunRows);

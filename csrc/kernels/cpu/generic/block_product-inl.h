@@ -1,5 +1,5 @@
-// Products of a block of rows that lies in cache: with an operand that all blocks share, and, summed over blocks, of
-// two such blocks.
+// Products of a block of rows that lies in cache: with an operand that all blocks share, or with another block of the
+// same rows, summed over the blocks.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,8 @@
 
 FASTLANE_BEGIN_TARGET
 
-// Strips [strip, strip + R) over [0, k_count): where they lie, or in `packed`, filled now if `pack`.
+// The panel of strips [strip, strip + R) over [0, k_count): where the strips lie, or in `packed`, which is filled now
+// if `pack`.
 template <int R, class P, class T>
 Panel panel_of(const Strips<T>& s, int64_t strip, int64_t k_count, bool in_place, typename P::Unit* packed,
                bool pack) {
@@ -63,7 +64,7 @@ class SharedOperand {
   Unit* packed_ = nullptr;
 };
 
-// The rows of `p` from `row` on, as many as `a` has: out = act(a b + bias) + addend.
+// out = act(a b + bias) + addend for the rows of `p` from `row` on, as many as `a` has.
 template <class Act, class P, class T>
 void multiply_block(const Strips<T>& a, const SharedOperand<T, P>& b, const GemmProblem& p, int64_t row) {
   using C = typename P::C;
@@ -93,7 +94,7 @@ class WeightGrad {
 
  public:
   WeightGrad() = default;
-  // dW is out_features × in_features, `dweight` its transpose where `transposed`.
+  // dW is out_features × in_features. `dweight` is dW, or its transpose if `transposed`.
   WeightGrad(int64_t out_features, int64_t in_features, const RowMajor& dweight, bool transposed)
       : dweight_(dweight),
         transposed_(transposed),
@@ -104,7 +105,7 @@ class WeightGrad {
   int64_t tiles() const { return needed() ? row_panels() * col_panels() : 0; }
   int64_t sums() const { return tiles() * S::size; }
 
-  // dz and x as strips along the features, rows being k. The first block of a chunk sets `sums`, the others add.
+  // A strip of dz and x is a feature; k runs over the rows. The first block of a chunk sets `sums`, later blocks add.
   void add(const Strips<T>& dz, const Strips<T>& x, int64_t rows, bool first, C* sums) const {
     for_each_tile(dz, x, rows, [&](int64_t steps, const Panel& a, const Panel& b, int64_t tile_index) {
       Prefetcher<T> nothing_ahead;
@@ -116,7 +117,7 @@ class WeightGrad {
   }
   void clear(C* sums) const { std::fill_n(sums, this->sums(), C(0)); }
 
-  // dW at once, of rows that are all there are.
+  // Stores dW at once, where `rows` are all the rows there are.
   void store_product(const Strips<T>& dz, const Strips<T>& x, int64_t rows) const {
     for_each_tile(dz, x, rows, [&](int64_t steps, const Panel& a, const Panel& b, int64_t tile_index) {
       Prefetcher<T> nothing_ahead;
@@ -126,7 +127,7 @@ class WeightGrad {
     });
   }
 
-  // One tile of dW from the sums of all chunks, `chunk_stride` apart, added in their order.
+  // Stores one tile of dW from the sums of all chunks, which lie `chunk_stride` apart and are added in their order.
   void store(C* sums, int64_t chunks, int64_t chunk_stride, int64_t tile_index) const {
     C* const total = sums + tile_index * S::size;
     for (int64_t chunk = 1; chunk < chunks; ++chunk) add_tile(total, total + chunk * chunk_stride);
@@ -171,7 +172,7 @@ class WeightGrad {
 };
 
 // How a reduction over rows is cut: by the number of rows alone, so that bits do not depend on the number of threads.
-// A power of two of chunks, nearly equal, is shared evenly by most numbers of threads.
+// Chunks are nearly equal, and their number is near a power of two: most numbers of threads share them evenly.
 struct RowChunks {
   static constexpr int64_t kMinRows = 256, kMaxChunks = 64, kChainRows = 64;
   int64_t rows, chunk_rows, count;

@@ -1,5 +1,6 @@
-// Sums of a matrix's columns: of short runs of rows in the compute type, of runs in double, with what these additions
-// lose summed too. What is a run depends on the problem alone, so that the bits do not depend on the threads.
+// Sums of a matrix's columns. Each short run of rows is summed in the compute type, and the runs are added in double;
+// what these additions lose is summed too. The problem alone decides which rows are a run, so that the bits do not
+// depend on the threads.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +14,7 @@
 
 FASTLANE_BEGIN_TARGET
 
-// A chunk's column sums: `cols` of them, then what each lost by rounding.
+// A chunk's column sums: `cols` sums, then what each sum lost by rounding.
 inline int64_t column_sums_size(int64_t cols) { return 2 * cols; }
 
 // Knuth's TwoSum: fp64 has no wider type to add in.
@@ -23,7 +24,7 @@ inline void add_column(double term, double& sum, double& lost) {
   sum = total;
 }
 
-// db from the chunks' sums, `chunk_stride` apart.
+// Stores db from the chunks' sums, which lie `chunk_stride` apart.
 template <class T>
 void store_column_sums(const double* sums, int64_t chunks, int64_t chunk_stride, int64_t cols, T* db) {
   using V = typename VecOf<compute_t<T>>::type;
@@ -37,14 +38,14 @@ void store_column_sums(const double* sums, int64_t chunks, int64_t chunk_stride,
         add_column(own[0], total, lost);
         lost += own[cols];
       }
-      // Where the sum is infinite, what it lost is NaN.
+      // If the sum is infinite, `lost` is NaN.
       lanes[j] = static_cast<compute_t<T>>(std::isfinite(total) ? total + lost : total);
     }
     store_first(db + col, load(lanes), count);
   }
 }
 
-// The same from the sums of `runs` runs of rows, n of each one after the other.
+// The same from the sums of `runs` runs of rows. Each run has n sums, and the runs lie one after the other.
 template <class T>
 void store_run_sums(const compute_t<T>* run_sums, int64_t runs, int64_t n, T* column_sums, Parallel parallel) {
   constexpr int64_t kStrip = 256;

@@ -1,4 +1,4 @@
-// A product with few rows, both operands running along k in memory: inner products of rows.
+// A product with few rows whose operands both run along k in memory, by inner products of rows.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,8 @@
 
 FASTLANE_BEGIN_TARGET
 
-// Above it tiles take over, with short vectors earlier. Measured at 768 to 3072 features; at 25 to 48 rows either may
-// win.
+// With more rows tiles take over, earlier where vectors are short. Measured at 768 to 3072 features; at 25 to 48 rows
+// either may win.
 template <class P>
 constexpr int64_t kDotMaxRows = P::V::width == 1  ? 0
                                 : P::V::width < 8 ? 16
@@ -41,7 +41,7 @@ class DotGemm {
            (p.b.row_stride == 1 || p.k <= 1);
   }
 
-  // False if the product lost a value, as gemm-inl.h's.
+  // False if the product lost a value, as in gemm-inl.h.
   bool run() {
     if (p_.m == 0 || p_.n == 0) return true;
     for_columns(p_, W, kTaskCols, parallel_, [&](int64_t col, int64_t cols) { run_columns(col, cols); });
@@ -68,9 +68,9 @@ class DotGemm {
     finish<T, Act>({&p_, 0, col, p_.m, cols}, sums, stride);
   }
 
-  // What is fetched ahead, into L2: the next W rows of B, which the hardware does not foresee. Three tiles of rows
-  // ask for all of it, since requests get lost where memory is busy. One or two rows have no time to ask for more
-  // than a row's beginning, after which the hardware follows.
+  // The next W rows of B are fetched ahead into L2, since the hardware does not foresee them. Three tiles of rows ask
+  // for the whole rows, since requests get lost where memory is busy. One or two rows have no time to ask for more
+  // than a row's beginning; the hardware follows from there.
   static constexpr int64_t kFetchingRows = 12;
   static constexpr int64_t kBeginning = 4 * kLineBytes / static_cast<int64_t>(sizeof(T));
   struct Ahead {
@@ -81,8 +81,8 @@ class DotGemm {
     return {W * p_.b.col_stride, rows >= 3 ? p_.k : std::min(p_.k, kBeginning)};
   }
 
-  // kRows rows × W columns, W / kRows columns at a time: W sums, one in each lane after a transposition. Absent
-  // rows and columns repeat the last.
+  // Computes kRows rows × W columns, W / kRows columns at a time. That gives W sums, one in each lane after a
+  // transposition. Absent rows and columns repeat the last one.
   template <int kRows>
   int64_t dot_rows(int64_t row, int64_t col, C* sums, int64_t stride) {
     constexpr int kCols = W / kRows;
@@ -108,7 +108,7 @@ class DotGemm {
   // Rows of B that are whole pages apart share a set of L1, which has eight ways or a few more.
   static constexpr int kMaxStreams = 8;
 
-  // Like a tile's, a lane's chain of additions is cut after kChain steps.
+  // A lane's chain of additions is cut after kChain steps, like a tile's.
   template <int kRows, int kCols, bool kWatches>
   FASTLANE_INLINE V dot_products(const T* const (&a)[kRows], const T* const (&b)[kCols], Ahead ahead) {
     constexpr int kStreams = std::min(kCols, kMaxStreams);

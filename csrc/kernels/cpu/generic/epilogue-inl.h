@@ -16,7 +16,7 @@
 
 FASTLANE_BEGIN_TARGET
 
-// S is what the sums are stored as.
+// S is the type in which the sums are stored.
 template <class T, class S>
 struct FinishRows {
   const S* sums;
@@ -38,13 +38,13 @@ struct FinishRows {
   }
 };
 
-// kVecs vectors of every row; the last holds `last_count` columns.
+// Finishes kVecs vectors of every row; the last vector holds `last_count` columns.
 template <class Act, int kVecs, bool kWithSlope, class T, class S>
 FASTLANE_INLINE void finish_columns(FinishRows<T, S> r, const T* bias, int64_t last_count) {
   using V = typename VecOf<compute_t<T>>::type;
   const auto count = [&](int v) { return v + 1 < kVecs ? V::width : last_count; };
   V b[kVecs];
-  // −0 leaves every value as it is.
+  // Adding −0 changes no value.
   for (int v = 0; v < kVecs; ++v) b[v] = bias ? load_first(bias + v * V::width, count(v)) : V::set(-0.0);
   for (int64_t i = 0; i < r.rows; ++i) {
     VecBlock<V, kVecs> value;
@@ -76,7 +76,7 @@ FASTLANE_INLINE void finish_columns(FinishRows<T, S> r, const T* bias, int64_t l
   }
 }
 
-// kVecs vectors of every row, as above: out = sums ⊙ act′(preactivation), and the sum of these rows.
+// The same with out = sums ⊙ act′(preactivation), and the sums of out over these rows.
 template <class Act, int kVecs, class T, class S>
 FASTLANE_INLINE void finish_gradient_columns(const FinishRegion<T>& region, const S* sums, int64_t stride,
                                              int64_t col, int64_t last_count) {
@@ -115,7 +115,7 @@ void finish_gradient(const FinishRegion<T>& region, const S* sums, int64_t strid
     finish_gradient_columns<Act, 1>(region, sums, stride, col, std::min(width, region.cols - col));
 }
 
-// `sums` holds the region's sums row by row, `stride` apart.
+// `sums` holds the region's sums row by row; rows lie `stride` apart.
 template <class T, class Act, class S>
 void finish(const FinishRegion<T>& region, const S* sums, int64_t stride) {
   if (region.row_sums) return finish_gradient<T, Act>(region, sums, stride);
@@ -145,7 +145,7 @@ void finish(const FinishRegion<T>& region, const S* sums, int64_t stride) {
   rows.slope ? finish_rows(std::true_type{}) : finish_rows(std::false_type{});
 }
 
-// The same for sums that lie column by column; beyond the region's columns there may be no sums.
+// The same for sums that lie column by column. Beyond the region's columns there may be no sums.
 template <class T, class Act>
 void finish_transposed(const FinishRegion<T>& region, const compute_t<T>* sums, int64_t stride) {
   using V = typename VecOf<compute_t<T>>::type;
@@ -166,7 +166,7 @@ void finish_transposed(const FinishRegion<T>& region, const compute_t<T>* sums, 
     }
 }
 
-// The finish of a product that something else computed.
+// Finishes a product that something else computed.
 template <class T>
 void run_epilogue(const GemmProblem& p, const ConstRowMajor& product, Parallel parallel) {
   constexpr int64_t kTaskRows = 4;

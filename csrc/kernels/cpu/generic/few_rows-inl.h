@@ -1,4 +1,4 @@
-// What products with few rows share: B is not packed, and fetching it from memory is what they cost.
+// What products with few rows share. They do not pack B, and fetching B from memory is their cost.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ inline bool multiplies_as_stored(const GemmProblem& p) {
   return p.a_activation == Activation::none && p.b_activation == Activation::none;
 }
 
-// run(col, cols) for tasks of at most `max_cols` columns, cut evenly, at multiples of `width`.
+// Calls run(col, cols) for tasks of at most `max_cols` columns, cut evenly, at multiples of `width`.
 template <class Run>
 void for_columns(const GemmProblem& p, int64_t width, int64_t max_cols, Parallel parallel, Run run) {
   if (static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k) < kSerialMultiplyAdds)

@@ -5,11 +5,11 @@
 //       k in blocks                        one operand stays in the core's L2, the other passes by panel by panel
 //         tiles, in groups that are finished together
 //
-// Where A is read as it lies, a block of packed B stays in L2, one for each thread if there are enough; otherwise a
-// task's A stays there, packed once, and all threads share a wide packed B.
+// If A is read where it lies, a block of packed B stays in L2; each thread has its own block if there are enough.
+// Otherwise a task's A is packed once and stays in L2, and all threads share a wide packed B.
 //
-// A panel is read where it lies if its layout suits the tile, otherwise packed. Where that saves packing, the
-// transposed product Bᵀ Aᵀ is computed, and transposed back when a group is finished.
+// A panel is read where it lies if its layout suits the tile; otherwise it is packed. If that saves packing, the
+// transposed product Bᵀ Aᵀ is computed, and finishing a group transposes its sums back.
 #pragma once
 
 #include <algorithm>
@@ -44,7 +44,8 @@ struct TaskGrid {
   int64_t row_tasks, col_tasks;
 };
 
-// Tasks of at most max_row_panels, as many as fill the threads evenly; a problem with few rows is cut by columns.
+// Cuts rows into tasks of at most max_row_panels, as many as fill the threads evenly. A problem with few rows is cut
+// by columns too.
 inline TaskGrid task_grid(int64_t row_panels, int64_t col_panels, int64_t max_row_panels, int64_t threads) {
   TaskGrid grid;
   grid.row_tasks = ceil_div(row_panels, max_row_panels);
@@ -118,7 +119,8 @@ class Gemm {
     }
   }
 
-  // A tile's rows are no multiple of the vector, those of four tiles are: so many are transposed together.
+  // The rows of one tile are no multiple of the vector's width, the rows of four tiles are. So a group of four tiles
+  // is transposed together.
   static constexpr int64_t kMaxGroup = 4;
   static constexpr int64_t kBlock = kBlockSteps<P> * P::k_per_step;
 
@@ -127,7 +129,7 @@ class Gemm {
     Unit* values;
     int64_t first_col;
     int64_t first_block, end_block;
-    int64_t steps;  // of all its blocks
+    int64_t steps;  // of all these blocks
 
     Unit* panel(int64_t col_panel, int64_t k_block) const {
       return values + (col_panel * steps + (k_block - first_block) * kBlockSteps<P>)*S::cols;
@@ -141,8 +143,8 @@ class Gemm {
   bool a_reads_storage(const Strips<T>& a) const {
     return (P::reads_storage && a.activation == Activation::none && a.k_stride == 1) || reads_dense_rows<P>(a);
   }
-  // A tile reads its rows of A side by side. Whole pages apart they all fall into one set of L1, where they just fit
-  // until something else runs on the core. Few rows are not read often enough to be packed.
+  // A tile reads its rows of A side by side. Rows that are whole pages apart all fall into one set of L1, and just
+  // fit there until something else runs on the core. Few rows are not read often enough to pay for packing.
   static bool rows_share_a_set(const Strips<T>& a) {
     constexpr int64_t kPageBytes = 4096;
     return a.count > kMaxGroup * S::rows && a.k_stride == 1 &&
@@ -157,12 +159,12 @@ class Gemm {
 
   void keep_b_in_l2(int64_t max_panels) {
     const int64_t panels = ceil_div(b_.count, S::cols), threads = parallel_.threads;
-    // A passes by once for each block: from the last-level cache, not from memory.
+    // A passes by once for each block, so A has to come from the last-level cache, not from memory.
     const double a_bytes = static_cast<double>(a_.count) * static_cast<double>(p_.k) * sizeof(T);
     own_blocks_ = panels >= max_panels * threads && (panels <= max_panels || a_bytes <= parallel_.caches.last);
     b_stays_ = own_blocks_ || panels <= max_panels;
     if (!own_blocks_) return;
-    // As many as fill the threads evenly.
+    // As many blocks as fill the threads evenly.
     col_blocks_ = std::min(panels, ceil_div(ceil_div(panels, max_panels), threads) * threads);
     block_cols_ = std::min(b_.count, ceil_div(panels, col_blocks_) * S::cols);
   }
@@ -177,7 +179,7 @@ class Gemm {
     const bool one_slab = slab_blocks_ >= k_blocks_;
     const int64_t slab_steps = std::min(slab_blocks_ * kBlockSteps<P>, steps_of<P>(p_.k));
     const Scratch packed_b(ScratchSlot::packed_b, bytes_of<Unit>(col_panels * S::cols * slab_steps));
-    // From one slab to the next the sums of the whole column block wait here.
+    // The sums of the whole column block wait here from one slab to the next.
     const Scratch waiting(ScratchSlot::slab_sums, bytes_of<C>(one_slab ? 0 : row_panels * col_panels * S::size));
     for (int64_t block = 0; block < k_blocks_; block += slab_blocks_) {
       const int64_t end_block = std::min(k_blocks_, block + slab_blocks_), blocks = end_block - block;
@@ -197,7 +199,7 @@ class Gemm {
     }
   }
 
-  // Tasks keep their tiles one after the other, row of tasks by row of tasks.
+  // A task's tiles lie one after the other; tasks lie in the order of the grid's rows.
   static int64_t task_offset(const Task& task, int64_t col_panels) {
     return (task.row_panel * col_panels + task.col_panel * task.row_panels) * S::size;
   }
@@ -240,7 +242,7 @@ class Gemm {
         task.row_panels * S::rows * std::min(kBlockSteps<P>, steps_of<P>(p_.k)) + kPanelOverhang<P>;
     const Scratch packed_a(ScratchSlot::packed_a, bytes_of<Unit>(a_units));
     Unit* const a = packed_a.as<Unit>();
-    // With several k blocks the sums of all tiles wait from one block to the next.
+    // With several k blocks the sums of all tiles wait here from one block to the next.
     const bool one_block = k_blocks_ == 1;
     const int64_t own_sums = one_block || slab_sums ? 0 : task.row_panels * task.col_panels * S::size;
     const Scratch waiting(ScratchSlot::task_sums, bytes_of<C>(own_sums));
@@ -271,8 +273,8 @@ class Gemm {
     }
   }
 
-  // Of A, where it passes by, the part of its next panel that these tiles shall fetch. A packed B is one run of
-  // memory, which the hardware prefetchers follow by themselves.
+  // If A passes by: the part of A's next panel that these tiles fetch ahead. A packed B is one run of memory, which
+  // the hardware prefetchers follow by themselves.
   Stream next_panel(const Task& task, int64_t first, int64_t panels, int64_t j, int64_t k_block,
                     const Unit* packed_a) const {
     if (!b_stays_ || first + panels >= task.row_panels || a_.k_stride != 1) return {};
@@ -289,7 +291,7 @@ class Gemm {
     if (p_.column_sums) region.row_sums = run_sums_ + region.row / rows_of_run() * p_.n;
     return region;
   }
-  // Of the problem's rows, those that one call of finish sums.
+  // How many of the problem's rows one call of finish sums.
   int64_t rows_of_run() const { return transposed_ ? S::V::width : S::rows; }
   void finish_group(const C* sums, const FinishRegion<T>& region) const {
     if (transposed_) {
@@ -303,8 +305,8 @@ class Gemm {
   Parallel parallel_;
   Strips<T> a_, b_;
   bool transposed_, a_in_place_, b_in_place_, prefetches_finish_;
-  bool b_stays_ = false;  // in L2, and A passes by; otherwise the other way round
-  bool own_blocks_ = false;  // a thread takes whole column blocks; otherwise threads share each
+  bool b_stays_ = false;  // B stays in L2 and A passes by; otherwise the other way round
+  bool own_blocks_ = false;  // a thread takes whole column blocks; otherwise threads share each block
   int64_t k_blocks_;
   int64_t col_blocks_, block_cols_;  // how many, and the columns of the largest
   int64_t slab_blocks_;

@@ -31,7 +31,7 @@ class LayerBackward {
   using Unit = typename P::Unit;
 
  public:
-  // The sums of dW stay in L2 beside dz and W.
+  // Whether the sums of dW stay in L2 beside dz and W.
   static bool suits(const LayerBackwardProblem& p, const Caches& caches) {
     constexpr int64_t kMaxFeatures = 1024;
     return p.in_features <= kMaxFeatures && p.out_features <= kMaxFeatures &&
@@ -76,7 +76,7 @@ class LayerBackward {
   }
 
  private:
-  // Whole tiles of every instruction set, whole chains.
+  // A run is whole tiles of every instruction set, and whole chains.
   static constexpr int64_t kRunOfRows = 192;
 
   void run_chunk(int64_t chunk, C* weight_sums, double* column_sums) {
@@ -111,7 +111,7 @@ class LayerBackward {
     multiply_block<NoActivation>(Strips<T>{dz, rows, p_.out_features, 1}, weight_, dgrad, row);
   }
 
-  // Along the features; rows are the steps.
+  // Each feature is a strip; rows are the steps.
   Strips<T> x_strips(int64_t row) const {
     const auto* x = static_cast<const T*>(p_.x.data);
     return {x ? x + row * p_.x.row_stride : x, p_.in_features, p_.x.col_stride, p_.x.row_stride};

@@ -29,7 +29,7 @@ class MlpBackward {
   using Unit = typename P::Unit;
 
  public:
-  // The sums of both weights' gradients stay in L2 beside the weights, dz and the hidden activations.
+  // Whether the sums of both weights' gradients stay in L2 beside the weights, dz and the hidden activations.
   static bool suits(const MlpBackwardProblem& p, const Caches& caches) {
     constexpr int64_t kMaxFeatures = 1024;
     return p.in_features <= kMaxFeatures && p.hidden <= kMaxFeatures && p.out_features <= kMaxFeatures &&
@@ -88,7 +88,7 @@ class MlpBackward {
   }
 
  private:
-  // Whole tiles of every instruction set, whole chains.
+  // A run is whole tiles of every instruction set, and whole chains.
   static constexpr int64_t kRunOfRows = 192;
 
   void pack(const SharedOperand<T, P>& weight) {
@@ -130,7 +130,7 @@ class MlpBackward {
     }
   }
 
-  // Strips along the features; rows are the steps.
+  // Each feature is a strip; rows are the steps.
   void add(const WeightGrad<T, P>& grad, const Strips<T>& gradient, const Strips<T>& input, int64_t rows, bool first,
            C* sums) {
     if (loses_any<P>(input, 0, input.count, 0, rows)) lost_ = true;

@@ -25,8 +25,8 @@ struct Strips {
   const T* at(int64_t strip, int64_t k) const { return data + strip * strip_stride + k * k_stride; }
 };
 
-// Whether a product of type P would take any of these values for zero. Activated ones are not looked at: eager rounds
-// them to the same type and its product takes those for zero too.
+// Whether a product of type P would take any of these values for zero. Activated values are not looked at: eager
+// rounds them to the same type, and eager's product takes the same values for zero.
 template <class P, class T>
 bool loses_any(const Strips<T>& s, int64_t strip, int64_t strips, int64_t k, int64_t k_end) {
   strips = std::min(strips, s.count - strip);
@@ -62,7 +62,8 @@ int64_t steps_of(int64_t k) {
   return ceil_div(k, P::k_per_step);
 }
 
-// Rows no further apart are read as they come: across them by tiles, along them by the hardware prefetchers.
+// Rows at most this far apart are dense: tiles read across them where they lie, and the hardware prefetchers follow
+// along them.
 constexpr int64_t kDenseRowBytes = 512;
 
 // Whether a tile may read the lanes of a step side by side from dense rows of storage.
@@ -88,7 +89,7 @@ Panel packed_panel(const Unit* values) {
   return {reinterpret_cast<const char*>(values), bytes, R * bytes};
 }
 
-// Units a store may write beyond the end of a panel whose R is no multiple of the vector.
+// How many units a store may write beyond the end of a panel whose R is no multiple of the vector's width.
 template <class P>
 constexpr int kPanelOverhang = P::V::width;
 
@@ -99,8 +100,8 @@ FASTLANE_INLINE void pack_step(const Strips<T>& s, int64_t strip, int64_t k, int
   for (int r = present; r < R; ++r) dst[r] = typename P::Unit{};
 }
 
-// k runs along memory: vectors of consecutive units are loaded from each strip and transposed in registers, one group
-// of strips after the other: the lines of more of them, fetched ahead, would not fit in one set of L1.
+// For k that runs along memory. Vectors of consecutive units are loaded from the strips of a group and transposed in
+// registers. One group follows the other: the lines fetched ahead for more strips would not fit in one set of L1.
 template <int R, class P, class T>
 void pack_transposing(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end, typename P::Unit* dst) {
   using V = typename P::V;
@@ -108,7 +109,7 @@ void pack_transposing(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_en
   constexpr int groups = (R + W - 1) / W;
   constexpr int64_t k_per_vector = W * P::k_per_step;
   const int64_t present = s.count - strip, vectors = (k_end - k) / k_per_vector;
-  // Last group first: what it writes over the edge is then overwritten by the first one.
+  // The last group comes first. What it writes beyond a step's end is then overwritten by the first group.
   for (int g = groups - 1; g >= 0; --g) {
     for (int64_t vector = 0; vector < vectors; ++vector) {
       const int64_t from = k + vector * k_per_vector;
@@ -128,7 +129,7 @@ void pack_transposing(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_en
   for (; k < k_end; k += P::k_per_step, dst += R) pack_step<R, P>(s, strip, k, k_end, dst);
 }
 
-// The strips run along memory: every step is a straight copy.
+// For strips that run along memory: every step is a straight copy.
 template <int R, class P, class T>
 void pack_copying(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end, typename P::Unit* dst) {
   constexpr int W = P::V::width;
@@ -162,7 +163,7 @@ void activate_units(typename P::Unit* p, int64_t count) {
   }
 }
 
-// Activated in pieces, each while it lies in L1.
+// Activates piece by piece, while a piece lies in L1.
 template <int R, class P, class T>
 void pack_panel(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end, typename P::Unit* dst) {
   if (s.activation == Activation::none) return pack_values<R, P>(s, strip, k, k_end, dst);

@@ -1,8 +1,8 @@
 // dz = dy ⊙ act′(z), with the column sums of dz taken from registers in the same pass.
 //
 // Rows are cut into chunks of a fixed size, whatever the number of threads. Within a chunk a short run of rows is
-// summed in the compute type, then added to the chunk's sum in double; chunks are added in their order. What these
-// additions lose is summed too.
+// summed in the compute type, then added to the chunk's sum in double. Chunks are added in their order. What the
+// additions in double lose is summed too.
 #pragma once
 
 #include <algorithm>
@@ -22,12 +22,12 @@
 FASTLANE_BEGIN_TARGET
 
 constexpr int64_t kChunkRows = 128;
-// fp64 has no wider type for the chunk's sum to be exact in, so fewer of its rows are summed unguarded.
+// fp64 has no wider type in which to sum exactly, so fewer fp64 rows are summed without keeping what is lost.
 template <class C>
 constexpr int64_t kRunRows = std::is_same_v<C, double> ? 4 : 16;
 constexpr int64_t kStripCols = 256;
 
-// Z is what z is stored as, or, with GivenSlope, what stands there in its place: act′(z).
+// Z is the type in which z is stored. With GivenSlope the operand z holds act′(z) instead, stored as Z.
 template <class T, class Act, class Z = T>
 class PreActivationGrad {
   using C = compute_t<T>;

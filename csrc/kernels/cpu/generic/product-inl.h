@@ -30,22 +30,22 @@ struct WideningProduct {
   static FASTLANE_INLINE void store_units(Unit* p, V a) { store(p, a); }
   // V::width units that follow each other along k.
   static FASTLANE_INLINE V units_along_k(const T* p) { return load(p); }
-  // Of `count` values; absent ones are zero.
+  // The same from `count` values; absent values are zero.
   static FASTLANE_INLINE V units_along_k(const T* p, int64_t count) { return load_first(p, count); }
   // V::width lanes of one step.
   static FASTLANE_INLINE V units_along_strip(const T* p, int64_t) { return load(p); }
-  // `count` lanes of a step with `k_left` values left.
+  // `count` lanes of one step, with `k_left` values left along k.
   static FASTLANE_INLINE V units_along_strip(const T* p, int64_t, int64_t /*k_left*/, int64_t count) {
     return load_first(p, count);
   }
-  // Looks for values that would be lost.
+  // Looks for values that the product would lose.
   struct Watch {
     FASTLANE_INLINE void see(V) {}
     bool found() const { return false; }
   };
   static FASTLANE_INLINE Unit unit(const T* p, int64_t, int64_t) { return widen(*p); }
 
-  // The values of `kUnitsOfTwo` units, or of `count`, as two vectors.
+  // The values of `kUnitsOfTwo` units, or of `count` units if fewer, as two vectors.
   static constexpr int64_t kUnitsOfTwo = 2 * V::width;
   static FASTLANE_INLINE void load_values(const Unit* p, int64_t count, V (&v)[2]) {
     v[0] = load_first(p, count);

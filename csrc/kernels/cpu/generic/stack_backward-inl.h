@@ -1,12 +1,13 @@
-// A stack's backward: a block of rows goes forward through all layers, which gives every layer's input and act′(z),
-// and then backward, all of it in cache. The way forward needs no product where the zs were kept.
+// A stack's backward. A block of rows goes forward through all layers, which gives every layer's input and act′(z),
+// and then backward; all of this lies in cache. Where the zs were kept, the way forward needs no product but the
+// projections.
 //
 //   chunks of rows, one task each             sums of every dW and db of its own; added in order at the end
 //     blocks of rows                          every h, every act′(z), one dz, two gradients of h
 //       forward: act′(zᵢ), hᵢ₊₁ = act(zᵢ) + shortcut
 //       backward: dz, db, dW += dzᵀ h, dh = dz W + the shortcut's gradient
 //
-// Where there is but one chunk, the blocks are the tasks, keep every dz, and leave dW = dzᵀ h to one task a layer.
+// With a single chunk the blocks are the tasks. They keep every dz, and leave dW = dzᵀ h to one task for each layer.
 #pragma once
 
 #include <algorithm>
@@ -67,16 +68,17 @@ class StackBackward {
   static constexpr int64_t kMaxSumsBytes = int64_t{32} << 20;
   // Whole tiles of every instruction set.
   static constexpr int64_t kRowsStep = 48, kMaxBlockRows = 192;
-  // Blocks of a single chunk: an even number, of whole tiles of AVX-512, where there are rows enough for two.
+  // Rows of a block in a single chunk. Blocks are whole tiles of AVX-512; their number is even if there are rows
+  // enough for two.
   static constexpr int64_t kSmallStep = 12, kSmallBlockRows = 48;
 
-  // What lies in work memory of some rows, each layer's part after that of the layers before.
+  // The work memory of some rows. Each layer's part lies after the parts of the layers before.
   struct Memory {
     int64_t row, rows;
-    T* h;  // every layer's output, which the next one reads; side by side, after x, where they are concatenated
+    T* h;  // every layer's output, which the next layer reads; if concatenated, side by side after x
     C* slopes;  // act′(z)
-    T* dz;  // of every layer in a single chunk, else of one
-    T* grads;  // in a single chunk, of the outputs that a projection's gradient needs again
+    T* dz;  // every layer's in a single chunk, otherwise one layer's
+    T* grads;  // in a single chunk: gradients of the outputs that a projection's gradient needs again
   };
   struct Block {
     const Memory* memory;
@@ -90,12 +92,13 @@ class StackBackward {
                               slopes_size(plan_.total().outputs) * static_cast<int64_t>(sizeof(C));
     const int64_t in_l2 = parallel_.caches.l2 / 2 / std::max<int64_t>(1, row_bytes) / kRowsStep * kRowsStep;
     if (in_l2 >= 2 * kRowsStep) return std::min(kMaxBlockRows, in_l2);
-    // Not in L2 either way: more rows make longer sums of dW. Never by the number of threads: bits would follow it.
+    // The block is not in L2 either way, and more rows make longer sums of dW. The number of threads must not decide:
+    // bits would depend on it.
     return kMaxBlockRows * row_bytes <= parallel_.caches.last / 2 ? kMaxBlockRows : kRowsStep;
   }
   static int64_t slopes_size(int64_t outputs) { return kHasSlope ? outputs : 0; }
 
-  // Chunks of rows with sums of their own.
+  // Cuts the rows into chunks, each with its own sums.
   void run_chunks() {
     const auto& total = plan_.total();
     const int64_t chunk_bytes =
@@ -139,8 +142,8 @@ class StackBackward {
     }
   }
 
-  // Threads share the rows on the way back, which leaves every dz behind, and then share the layers, whose dW are
-  // single products.
+  // Threads first share the rows: their way back keeps every dz. Then threads share the layers, each of whose dW is a
+  // single product.
   void run_single_chunk() {
     const auto& total = plan_.total();
     const int64_t wanted = p_.rows < kSmallBlockRows ? 1 : ceil_div(p_.rows, 2 * kSmallBlockRows) * 2;
@@ -191,7 +194,7 @@ class StackBackward {
     const int64_t features = plan_.layer(i).out_features;
     return {m.dz + (single_chunk_ ? m.rows * plan_.at(i).outputs : 0) + (block.row - m.row) * features, features};
   }
-  // The gradient of layer i's output, that of the network's input for −1.
+  // The gradient of layer i's output; for i = −1, the gradient of the network's input.
   RowMajor output_grad(const Block& block, int64_t i) const {
     if (i < 0) return {element<T>(p_.dx, block.row, 0), p_.dx.row_stride};
     if (i + 1 == p_.count) return {const_cast<T*>(element<const T>(p_.dy, block.row, 0)), p_.dy.row_stride};
@@ -202,8 +205,8 @@ class StackBackward {
     return {block.work + (1 + i % 2) * block.rows * plan_.widest(), features};
   }
 
-  // The layers' inputs and act′(z) that the way back reads. In fp32 and fp64 the bits are forward's, but for
-  // projections and absent zs of rows so few that forward took inner products.
+  // Forms the layers' inputs and act′(z) that the way back reads. In fp32 and fp64 the bits are forward's, except for
+  // projections and absent zs where rows are so few that forward took inner products.
   void run_forward(const Block& block) {
     const Memory& m = *block.memory;
     if (p_.concat && plan_.reads(0).input) {
@@ -246,7 +249,7 @@ class StackBackward {
   }
   static ConstRowMajor read_only(const RowMajor& m) { return {m.data, m.row_stride}; }
 
-  // The gradient of what layer i's activation put out.
+  // The gradient of the output of layer i's activation.
   ConstRowMajor activated_grad(const Block& block, int64_t i) const {
     const RowMajor grad = output_grad(block, i);
     return {element<const T>(grad, 0, p_.concat ? plan_.layer(i).in_features : 0), grad.row_stride};

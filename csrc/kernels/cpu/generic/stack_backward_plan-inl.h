@@ -1,4 +1,4 @@
-// What a stack's backward multiplies and adds up in, and where each layer's part of that lies.
+// The operands and buffers of a stack's backward, and where each layer's part of them lies.
 #pragma once
 
 #include <algorithm>
@@ -27,8 +27,8 @@ class StackBackwardPlan {
     int64_t operands, sums, columns, h, outputs, grads;
     StackLayerReads reads;
   };
-  // On the way back, W and P; on the way forward, Wᵀ where z is computed again, and Pᵀ where the layer's output is.
-  // Those without use are empty.
+  // The way back multiplies by W and P. The way forward multiplies by Wᵀ where z is computed again, and by Pᵀ where
+  // the layer's output is computed again. Unused operands are empty.
   struct Operands {
     Shared weight, projection, weight_forward, projection_forward;
   };
@@ -99,7 +99,7 @@ class StackBackwardPlan {
     };
     first_needed_ = stack_reads(p_.count, p_.dx.data != nullptr, p_.activation != Activation::none, p_.concat, use_of,
                                 [&](int64_t i, const StackLayerReads& reads) { layout_[i].reads = reads; });
-    // Concatenated layers read x within h.
+    // A concatenating stack keeps x at the beginning of h.
     Layout at{0, 0, 0, p_.concat ? p_.layers[0].in_features : 0, 0, 0, {}};
     for (int64_t i = 0; i < p_.count; ++i) {
       at.reads = reads(i);

@@ -21,7 +21,7 @@
 
 FASTLANE_BEGIN_TARGET
 
-// The widest of what a layer puts out.
+// The width of the widest layer's output.
 inline int64_t widest_output(const StackProblem& p) {
   int64_t widest = 0;
   for (int64_t i = 0; i < p.count; ++i) widest = std::max(widest, p.layers[i].out_features);
@@ -40,8 +40,8 @@ void copy_rows(const ConstRowMajor& from, const RowMajor& to, int64_t rows, int6
   for (int64_t i = 0; i < rows; ++i) std::copy_n(element<const T>(from, i, 0), cols, element<T>(to, i, 0));
 }
 
-// Rows [row, row + rows) through all layers. `multiply(problem, layer, is_projection)` computes one product with its
-// epilogue. `work` holds three blocks of rows of the widest output: h, the next h, and a projected h.
+// Takes rows [row, row + rows) through all layers. `multiply(problem, layer, is_projection)` computes one product
+// with its epilogue. `work` holds three blocks of rows of the widest output: h, the next h, and a projected h.
 template <class T, class Multiply>
 void walk_forward(const StackProblem& p, int64_t row, int64_t rows, T* work, Multiply multiply) {
   const int64_t block = rows * widest_output(p);
@@ -166,7 +166,7 @@ bool suits_inner_products(const StackProblem& p) {
   return true;
 }
 
-// Few rows: inner products of rows of h with rows of W, nothing packed.
+// For few rows: inner products of rows of h with rows of W, with nothing packed.
 template <class T, class Act, class P>
 bool run_few_rows(const StackProblem& p, const Parallel& parallel) {
   const Scratch work(ScratchSlot::stack_rows, bytes_of<T>(3 * p.rows * widest_output(p)));

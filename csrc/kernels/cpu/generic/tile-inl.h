@@ -1,6 +1,6 @@
-// The register tile: an R × (N·width) block of A B over some steps of k, all accumulators in registers.
-// An element meets the same multiply-adds in the same order wherever its tile lies and whichever operand is called
-// A, so results do not depend on how rows and columns were cut into tasks or on the number of threads.
+// The register tile: an R × (N·width) block of A B over some steps of k, with all accumulators in registers. An
+// element meets the same multiply-adds in the same order, wherever its tile lies and whichever operand is called A.
+// So results depend neither on how rows and columns are cut into tasks nor on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -23,11 +23,11 @@ struct TileShape {
   static constexpr int size = rows * cols;
 };
 
-// Longer chains are summed in pieces of this length: the rounding error of a chain grows with its length, that of
-// the pieces' sum with their number.
+// The most steps of a chain. A longer reduction is cut into chains, whose sums are added: the rounding error of a
+// chain grows with its length, the error of the addition with the number of chains.
 constexpr int64_t kChain = 64;
-// Of one strip, the steps whose chains are summed before the next such block begins: fixed, like them, because it
-// decides in which order an element's sums are added.
+// The steps of a k block: the chains of one block are added up before the next block begins. The number is fixed, as
+// kChain is, because it decides in which order an element's sums are added.
 template <class P>
 constexpr int64_t kBlockSteps = 8192 / static_cast<int64_t>(sizeof(typename P::Unit));
 
@@ -37,35 +37,36 @@ FASTLANE_INLINE void add_tile(C* sum, const C* tile) {
   for (int i = 0; i < TileShape<C>::size; i += V::width) store(sum + i, load(sum + i) + load(tile + i));
 }
 
-// A part of z, addend, preactivation and out: what the finish of some tiles will touch.
+// The block of the output that one call of finish completes. finish reads or writes this block of addend, z, slope,
+// preactivation and out.
 template <class T>
 struct FinishRegion {
   const GemmProblem* p;
   int64_t row, col, rows, cols;
-  compute_t<T>* row_sums = nullptr;  // n: column sums over these rows; see column_sums-inl.h
+  compute_t<T>* row_sums = nullptr;  // n elements: out's column sums over these rows; see column_sums-inl.h
 };
 
 constexpr int64_t kLineBytes = 64;
 
-// Rows of bytes.
+// Rows of bytes to fetch ahead.
 struct Stream {
   const char* data = nullptr;
   int64_t rows = 0, row_stride = 0, row_bytes = 0;
 
-  // Of `parts` cuts across the rows, those in [begin, end).
+  // Every row is cut into `parts` parts; returns parts [begin, end).
   Stream part(int64_t begin, int64_t end, int64_t parts) const {
     const int64_t from = row_bytes * begin / parts;
     return {data + from, rows, row_stride, row_bytes * end / parts - from};
   }
 };
 
-// What will be needed soon, fetched into L2 piece by piece between the chains of the tiles before it: rows a page
-// apart are beyond the hardware prefetchers, and fetched all at once it would stall.
+// Fetches into L2 what later tiles will need, piece by piece between the chains of the tiles before them. Hardware
+// prefetchers do not follow rows a page apart, and to fetch everything at once would stall.
 template <class T>
 class Prefetcher {
  public:
   Prefetcher() = default;
-  // `finish` and `stream`, in `pieces` pieces.
+  // Fetches `finish` and `stream` in `pieces` pieces.
   Prefetcher(const FinishRegion<T>& finish, const Stream& stream, int64_t pieces)
       : finish_(finish),
         rows_(ceil_div(finish.rows, pieces)),
@@ -108,7 +109,7 @@ __attribute__((noinline)) void multiply_tile(int64_t steps, const Panel& a_panel
                                              typename P::C* tile, Prefetcher<T>& prefetcher) {
   using S = TileShape<typename P::C>;
   using V = typename S::V;
-  // Three rows from one pointer: as many as an x86 address reaches with one stride.
+  // One pointer serves three rows, as many as an x86 address reaches with one stride.
   constexpr int groups = (S::rows + 2) / 3;
   const int64_t row_stride = a_panel.strip_stride, a_step = a_panel.step_stride, b_step = b_panel.step_stride;
   const char* a[groups];

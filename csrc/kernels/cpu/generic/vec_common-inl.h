@@ -21,7 +21,7 @@ struct VecOf<double> {
   using type = VecD;
 };
 
-// N vectors side by side. What is written for a vector works on them step by step, so that N independent chains of
+// N vectors side by side. Code written for one vector works on all of them step by step, so that N independent
 // instructions are always at hand.
 template <class V, int N>
 struct VecBlock {
@@ -82,8 +82,8 @@ FASTLANE_INLINE double widen(double x) { return x; }
 FASTLANE_INLINE float widen(BFloat16 x) { return to_float(x); }
 FASTLANE_INLINE float widen(Half x) { return to_float(x); }
 
-// Edges are padded with zeros, so that they meet the same arithmetic as full vectors: by a copy, for types that the
-// instruction set does not load in part.
+// Edges are padded with zeros, so that they meet the same arithmetic as full vectors. These two copy, for types that
+// the instruction set does not load in part.
 template <class T>
 FASTLANE_INLINE auto load_part(const T* p, int64_t count) {
   T padded[decltype(load(p))::width] = {};
@@ -106,7 +106,7 @@ FASTLANE_INLINE void store_first(T* p, V a, int64_t count) {
   count >= V::width ? store(p, a) : store_part(p, a, count);
 }
 
-// Null stays null, wherever the element.
+// A null matrix gives null, whatever the element.
 template <class T, class Matrix>
 FASTLANE_INLINE T* element(const Matrix& matrix, int64_t row, int64_t col) {
   return matrix.data ? static_cast<T*>(matrix.data) + row * matrix.row_stride + col : nullptr;
@@ -114,7 +114,7 @@ FASTLANE_INLINE T* element(const Matrix& matrix, int64_t row, int64_t col) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Below it, waking the pool costs more than the arithmetic.
+// Below these, waking the pool costs more than the arithmetic.
 constexpr double kSerialMultiplyAdds = 64 * 1024;
 constexpr int64_t kSerialElements = 4096;
 

@@ -1,7 +1,7 @@
 #if defined(__x86_64__)
 
 #define FASTLANE_TARGET_AVX512
-// GCC 12 takes the deliberately undefined pass-through operand of its own intrinsics for a mistake.
+// GCC 12 warns of the pass-through operand that its own intrinsics leave undefined on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/generic/entry-inl.h"

@@ -1,7 +1,7 @@
 #if defined(__x86_64__)
 
 #define FASTLANE_TARGET_AVX512_BF16
-// GCC 12 takes the deliberately undefined pass-through operand of its own intrinsics for a mistake.
+// GCC 12 warns of the pass-through operand that its own intrinsics leave undefined on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/generic/gemm-inl.h"
@@ -12,7 +12,7 @@
 
 FASTLANE_BEGIN_TARGET
 
-// Everything but products of bf16 matrices is AVX-512's.
+// Functions that multiply bf16 matrices are compiled here. All others call the AVX-512 set.
 void gemm(const GemmProblem& p, const Parallel& parallel) {
   if (p.dtype != DType::bf16) return avx512_kernels()->gemm(p, parallel);
   run_gemm<BFloat16>(p, parallel);

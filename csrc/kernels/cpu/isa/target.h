@@ -1,9 +1,9 @@
 // Opens and closes a region of code that may use a kernel set's instructions. A region lies in an anonymous
-// namespace: no inline function of it can be picked by the linker for code that runs on an older CPU. Headers are
-// included outside.
+// namespace, so the linker cannot pick one of its inline functions for code that runs on an older CPU. Headers are
+// included outside a region.
 //
-// An ISA file says which set it is before it includes anything: FASTLANE_TARGET_AVX2, FASTLANE_TARGET_AVX512 or
-// FASTLANE_TARGET_AVX512_BF16. Where nothing is said, as in an editor, it is the scalar set.
+// An ISA file names its set before it includes anything: FASTLANE_TARGET_AVX2, FASTLANE_TARGET_AVX512 or
+// FASTLANE_TARGET_AVX512_BF16. Without a name, as in an editor, the set is scalar.
 #pragma once
 
 #if defined(FASTLANE_TARGET_AVX512_BF16)

@@ -1,4 +1,4 @@
-// AVX2 + FMA + F16C: 8 floats or 4 doubles. Included inside the ISA file's anonymous namespace and target region.
+// AVX2 + FMA + F16C: 8 floats or 4 doubles.
 #pragma once
 
 #include <cmath>
@@ -101,7 +101,7 @@ FASTLANE_INLINE void store(Half* p, VecF a) {
                    _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// The first `count` elements, fewer than a vector; absent ones read as 0.
+// Access to the first `count` elements, fewer than a vector. Absent elements read as 0.
 FASTLANE_INLINE __m256i first_floats(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }

@@ -77,7 +77,7 @@ FASTLANE_INLINE VecF load(const Half* p) {
 }
 FASTLANE_INLINE void store(float* p, VecF a) { _mm512_storeu_ps(p, a.v); }
 FASTLANE_INLINE void store(double* p, VecD a) { _mm512_storeu_pd(p, a.v); }
-// By hand: the AVX512_BF16 conversion flushes denormals.
+// Rounds by hand, because the AVX512_BF16 conversion flushes denormals.
 FASTLANE_INLINE __m256i narrow_bf16(VecF a) {
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i high = _mm512_srli_epi32(u, 16);
@@ -96,7 +96,7 @@ FASTLANE_INLINE void store(BFloat16* p, VecF a) {
 }
 FASTLANE_INLINE void store(Half* p, VecF a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_half(a)); }
 
-// The first `count` elements, fewer than a vector; absent ones read as 0.
+// Access to the first `count` elements, fewer than a vector. Absent elements read as 0.
 FASTLANE_INLINE __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 FASTLANE_INLINE VecF load_part(const float* p, int64_t count) {
   return {_mm512_maskz_loadu_ps(first_lanes(count), p)};

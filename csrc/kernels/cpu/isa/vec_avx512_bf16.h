@@ -1,4 +1,4 @@
-// AVX512_BF16: what vec_avx512.h lacks.
+// What AVX512_BF16 adds to vec_avx512.h.
 #pragma once
 
 #include <cmath>
@@ -18,8 +18,9 @@ struct Bf16Pair {
   BFloat16 first, second;
 };
 
-// vdpbf16ps adds the products of 16 pairs to 16 floats. It takes denormal operands for zero; every other path keeps
-// them, so they are looked for. Products and sums below 2⁻¹²⁶ it takes for zero too, and those are lost.
+// vdpbf16ps adds the products of 16 pairs to 16 floats. The instruction takes denormal operands for zero. Every other
+// path keeps denormals, so Watch looks for denormal operands. The instruction also takes products and sums below
+// 2⁻¹²⁶ for zero; nothing looks for these, and they are lost.
 struct Bf16PairProduct {
   using C = float;
   using V = VecF;
@@ -29,7 +30,7 @@ struct Bf16PairProduct {
   static constexpr bool loses_denormals = true;
 
   struct Watch {
-    __m512i least;  // of the magnitudes less one, where zero is the largest number
+    __m512i least;  // the least of magnitude − 1, where a magnitude of 0 wraps to the largest number
 
     FASTLANE_INLINE Watch() : least(_mm512_set1_epi16(-1)) {}
     FASTLANE_INLINE void see(V units) {

@@ -1,5 +1,4 @@
-// One lane: what every other instruction set is checked against, and the fallback on any CPU.
-//
+// One lane. Every other instruction set is checked against this one, which runs on any CPU.
 #pragma once
 
 #include <cmath>
@@ -47,7 +46,7 @@ template <class E>
 FASTLANE_INLINE ScalarVec<E> negated_multiply_add(ScalarVec<E> a, ScalarVec<E> b, ScalarVec<E> c) {
   return {c.v - a.v * b.v};
 }
-// ab − c without rounding the product, as the other sets have it, where a wider type holds it.
+// ab − c without rounding the product, as in the other sets, where a wider type holds the product.
 FASTLANE_INLINE ScalarVec<float> multiply_subtract(ScalarVec<float> a, ScalarVec<float> b, ScalarVec<float> c) {
   return {static_cast<float>(double{a.v} * double{b.v} - double{c.v})};
 }
