@@ -1,9 +1,10 @@
-// Sums over the rows of a result of tensor cores, where lane 4 g + t has columns 2 t and 2 t + 1 of every 8.
+// Sums over the rows of a tensor-core result. Lane 4 g + t has columns 2 t and 2 t + 1 of every 8.
 #pragma once
 
 namespace fastlane::cuda {
 
-// Of two lanes whose g differs in this bit each takes half of the values and adds the other lane's.
+// Two lanes whose g differs in bit kHalf share the work: each keeps one half of the values and adds the other lane's
+// values to that half.
 template <int kHalf, class Warp>
 __device__ void halve_over_lanes(float (&sums)[8], int g) {
   const bool upper = g & kHalf;
@@ -14,8 +15,8 @@ __device__ void halve_over_lanes(float (&sums)[8], int g) {
   }
 }
 
-// From a lane's sums over its own rows of its 8 columns of 32, which are changed: the sum over all the warp's rows of
-// the one column that is then its own, in seven exchanges.
+// `sums` holds a lane's sums over its own rows, for its 8 columns of 32, and is overwritten. Returns the sum over all
+// the warp's rows for one column, own_column(g, t). Takes seven exchanges.
 template <class Warp>
 __device__ float over_lanes(float (&sums)[8], int g) {
   halve_over_lanes<4, Warp>(sums, g);

@@ -48,10 +48,10 @@ __device__ void store(T* p, const Access<T, N>& values) {
   *reinterpret_cast<Access<T, N>*>(p) = values;
 }
 
-// A result in float of operands in TF32, which has no more digits than they.
+// Stands for a float result of TF32 operands, which has no more digits than the operands.
 struct Tf32 {};
 
-// gelu16.h's kind of a result; of float and double there is none.
+// gelu16.h's polynomial for a type of result. float and double have none.
 template <class T>
 struct GeluTail {};
 template <>
@@ -60,13 +60,13 @@ template <>
 struct GeluTail<__half> : bits16::Float16Tail {};
 template <>
 struct GeluTail<Tf32> : bits16::Tf32Tail {};
-// A pass waits for memory, and can afford the digits that bfloat16 does not ask for.
+// An elementwise pass waits for memory, and can afford digits that bfloat16 does not need.
 template <class T>
 using InPass = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, Tf32, T>;
 template <class T>
 constexpr bool kIsShort = !std::is_floating_point_v<T>;
 
-// T is what the result is stored in.
+// T is the type in which the result is stored.
 struct NoActivation {
   template <class T>
   static __device__ compute_t<T> value(compute_t<T> z) {
@@ -110,7 +110,7 @@ struct TanhGelu {
   }
 };
 
-// Calls f with one of the above: the branch is outside the loop over elements.
+// Calls f with one of the activations above, so that the branch is outside the loop over elements.
 template <class F>
 __device__ auto with_activation(Activation activation, F f) {
   switch (activation) {

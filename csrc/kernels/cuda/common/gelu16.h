@@ -1,11 +1,11 @@
-// GELU and its derivative where the result is stored in 16 bits, or is of TF32 operands: 8 to 16 instructions
-// without a branch, where gelu.h's take 40 to 63. An epilogue costs a GEMM's time by its instructions.
+// GELU and its derivative for results that are stored in 16 bits or come from TF32 operands. These functions take 8
+// to 16 instructions without a branch; gelu.h's take 40 to 63. In a GEMM's epilogue every instruction costs time.
 //
 //   exact:  gelu(z) = max(z, 0) − t Φ(−t),   gelu′(z) = S for z < 0, 1 − S for z ≥ 0,   t = |z|, S = Φ(−t) − t φ(t)
 //   tanh:   gelu.h's, with the GPU's own reciprocal and power of 2
 //
-// log₂ Φ(−t) is a polynomial, so that the tail keeps its digits; of as many terms as a result has digits. What the
-// GPU's functions would return as a denormal they return as 0, so that below 2⁻¹¹⁸ a result has fewer digits or is 0.
+// log₂ Φ(−t) is a polynomial, so that the tail keeps its digits, with as many terms as the result's digits need. The
+// GPU's functions return 0 instead of a denormal, so below 2⁻¹¹⁸ a result has fewer digits or is 0.
 #pragma once
 
 #include <limits>
@@ -31,8 +31,8 @@ inline float exp2_approx(float x) { return without_denormals(std::exp2(x)); }
 inline float reciprocal_approx(float x) { return without_denormals(1 / x); }
 #endif
 
-// Where Φ(−t) and φ(t), and where σ(−2u(t)), have become 0. Clamping there keeps ∞ from becoming ∞ · 0; written so
-// that NaN stays.
+// At kTailEnd Φ(−t) and φ(t) have become 0, at kLogisticEnd σ(−2u(t)). Clamping there keeps ∞ from becoming ∞ · 0.
+// The comparisons are written so that NaN stays.
 constexpr float kTailEnd = 13.2f, kLogisticEnd = 12;
 FASTLANE_HOST_DEVICE inline float at_most(float z, float limit) { return z > limit ? limit : z; }
 FASTLANE_HOST_DEVICE inline float at_least(float z, float limit) { return z < limit ? limit : z; }
@@ -44,24 +44,24 @@ FASTLANE_HOST_DEVICE float polynomial(float t, float first, Rest... rest) {
 }
 
 // For each kind of result: log₂ Φ(−t) for 0 ≤ t ≤ kTailEnd, with minimax coefficients. The errors are the largest
-// relative ones of gelu, and of gelu′ against Φ + |z| φ.
+// relative errors of gelu, and of gelu′ relative to Φ + |z| φ.
 //
-// 5.2e-4; half a unit is at least 2e-3.
+// Error: 5.2e-4. Half a unit of bfloat16 is at least 2e-3.
 struct Bfloat16Tail {
   static FASTLANE_HOST_DEVICE float log2(float t) {
     return polynomial(t, -1.00072908f, -1.14341259f, -0.472251445f, -0.0447753929f, 0.00554739079f, -0.000429960288f,
                       1.85255522e-05f, -3.36470492e-07f);
   }
 };
-// 2e-5 up to t = 6, where float16 ends; half a unit is at least 2.4e-4.
+// Error: 2e-5 up to t = 6, where float16 ends. Half a unit of float16 is at least 2.4e-4.
 struct Float16Tail {
   static FASTLANE_HOST_DEVICE float log2(float t) {
     return polynomial(t, -1.0000211f, -1.15092182f, -0.459242076f, -0.0532473847f, 0.00819277577f, -0.000858614338f,
                       5.34442624e-05f, -1.47141236e-06f);
   }
 };
-// 6e-5 up to t = 6, 3e-4 up to 10, 6e-4 beyond; half a unit of TF32 is at least 2.4e-4, and gelu at −t enlarges the
-// one in its z about t²-fold.
+// Error: 6e-5 up to t = 6, 3e-4 up to 10, 6e-4 beyond. Half a unit of TF32 is at least 2.4e-4, and gelu(−t) enlarges
+// a relative error of z about t²-fold.
 struct Tf32Tail {
   static FASTLANE_HOST_DEVICE float log2(float t) {
     return polynomial(t, -1.00007367f, -1.15030038f, -0.460419029f, -0.0524671637f, 0.00798706058f, -0.000847749005f,

@@ -1,7 +1,7 @@
-// Where the elementwise passes run: alignment rules and launch geometry, in plain C++ so that tests need no GPU.
+// Alignment rules and launch geometry of the elementwise passes, in plain C++ so that tests need no GPU.
 //
-// A block's threads lie side by side along the columns, each with one vector of them, and below each other along the
-// rows. Whatever decides the order of a sum depends on the problem alone, not on the GPU.
+// A block's threads lie side by side along the columns, each with one vector of columns, and below each other along
+// the rows. Whatever decides the order of a sum depends on the problem alone, not on the GPU.
 #pragma once
 
 #include <algorithm>
@@ -59,12 +59,13 @@ inline Geometry elementwise_geometry(int64_t rows, int64_t cols, int64_t access,
   return g;
 }
 
-// For sums over the rows: each block adds up a chunk of them, then the chunks are added in order.
+// For sums over the rows: each block adds up a chunk of rows, then the chunks are added in order.
 struct ColumnSumGeometry : Geometry {
   int64_t chunk_rows, chunks;
 };
 
-// No sum in a thread is longer than kMaxThreadRows, and there are blocks enough for a large GPU if there are rows.
+// No sum in a thread is longer than kMaxThreadRows. If there are rows enough, there are blocks enough for a large
+// GPU.
 inline ColumnSumGeometry column_sum_geometry(int64_t rows, int64_t cols, int64_t access) {
   constexpr int64_t kMaxThreadRows = 64, kMinThreadRows = 4, kWantedBlocks = 1024;
   const int64_t vectors = ceil_div(cols, access);

@@ -1,4 +1,4 @@
-// What path choice asks of a GPU.
+// What the choice of a path asks about a GPU.
 #pragma once
 
 namespace fastlane::cuda {
@@ -8,7 +8,7 @@ struct Gpu {
   int multiprocessors = 0;
 };
 
-// The current device; throws std::runtime_error if there is none.
+// Describes the current device; throws std::runtime_error if there is none.
 Gpu current_gpu();
 
 }  // namespace fastlane::cuda

@@ -14,7 +14,7 @@ struct StoredAs {
   static constexpr int access = N;
 };
 
-// Calls f(StoredAs<T, N>, Activation) for the types that the arguments name; N is what fills 16 bytes, or 1.
+// Calls f(StoredAs<T, N>, Activation) for the types that the arguments name; N elements fill 16 bytes, or N is 1.
 template <class F>
 void with_types(DType dtype, int64_t access, Activation activation, F f) {
   const auto with_activation = [&](auto stored) {

@@ -1,14 +1,14 @@
-// What a warp does together on the GPU; tests/native/cuda has the same for the host.
+// What a warp does together on the GPU; tests/native/cuda/warp.h has the same for the host.
 #pragma once
 
 #include "kernels/cuda/common/device.cuh"
 
 namespace fastlane::cuda {
 
-// sums += A B for A of 16 rows and B of 8 columns, 16 (4-byte types: 8) along k. In the notation of PTX's mma with
-// lane = 4 g + t: sums[i] is row g + 8 (i / 2), column 2 t + i % 2.
+// `multiply` computes sums += A B for A of 16 rows and B of 8 columns, with 16 steps along k (8 for 4-byte types). In
+// the notation of PTX's mma with lane = 4 g + t: sums[i] is row g + 8 (i / 2), column 2 t + i % 2.
 struct DeviceWarp {
-  // Kernels are compiled for older GPUs too, as nothing, and never launched there.
+  // For older GPUs the kernels are compiled to nothing. They are never launched there.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   static constexpr bool kMultiplies = true;
 #else
@@ -35,8 +35,8 @@ struct DeviceWarp {
   }
 #undef FASTLANE_MMA
 
-  // Four blocks of 8 × 8 values of 16 bits in shared memory; lanes 8 q to 8 q + 7 name the rows of block q. A lane
-  // gets, of each block, elements 2 t and 2 t + 1 of row g, or of column g (kTransposed).
+  // Loads four blocks of 8 × 8 values of 16 bits from shared memory. Lanes 8 q to 8 q + 7 name the rows of block q.
+  // From each block a lane gets elements 2 t and 2 t + 1 of row g, or of column g if kTransposed.
   template <bool kTransposed>
   static __device__ void load_matrices(const void* row, uint32_t (&blocks)[4]) {
     const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
@@ -52,9 +52,9 @@ struct DeviceWarp {
 #undef FASTLANE_LDMATRIX
   }
 
-  // 16 bytes from global to shared memory, both aligned to 16, or zeros if not `present`. A thread's copies since the
-  // last commit are a group; await_copies returns when at most kPending of its groups, the last ones, are still on
-  // their way.
+  // Copies 16 bytes from global to shared memory, both aligned to 16, or writes zeros if not `present`. A thread's
+  // copies since the last commit are a group. await_copies returns when at most the thread's last kPending groups are
+  // still on their way.
   static __device__ void copy_async(void* shared, const void* global, bool present) {
     const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(global)),
@@ -66,12 +66,12 @@ struct DeviceWarp {
   static __device__ void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
   }
-  // Has a line of global memory brought into the L2 cache.
+  // Asks for a line of global memory to be brought into the L2 cache.
   static __device__ void prefetch(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
   }
 
-  // What the lane has whose number differs in these bits.
+  // The x of the lane whose number differs in these bits.
   static __device__ float exchange(float x, int bits) { return __shfl_xor_sync(0xffffffff, x, bits); }
 };
 

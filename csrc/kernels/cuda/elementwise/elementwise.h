@@ -12,14 +12,16 @@ namespace fastlane::cuda {
 
 using Stream = CUstream_st*;
 
-// The epilogue of a GEMM in one pass over its product, m × n, which may lie in z or out.
+// The epilogue of a GEMM, in one pass over its m × n product. The product may lie in z or out.
 void epilogue(const GemmProblem& problem, const ConstRowMajor& product, Stream stream);
 
-// dz, and db in a fixed order of additions. `workspace` has as many bytes as asked for, aligned to 8.
+// Computes dz, and db in a fixed order of additions. `workspace` has preactivation_grad_workspace(problem) bytes,
+// aligned to 8.
 size_t preactivation_grad_workspace(const PreActivationGradProblem& problem);
 void preactivation_grad(const PreActivationGradProblem& problem, void* workspace, Stream stream);
 
-// The sums of `rows` rows of partial sums, float or double by dtype, in a fixed order; `sums` has `cols` elements.
+// Adds up `rows` rows of partial sums in a fixed order. Partial sums are double for f64, otherwise float. `sums` has
+// `cols` elements of `dtype`.
 void sum_rows(const ConstRowMajor& partial, int64_t rows, int64_t cols, DType dtype, void* sums, Stream stream);
 
 }  // namespace fastlane::cuda

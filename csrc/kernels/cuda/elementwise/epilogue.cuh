@@ -1,4 +1,5 @@
-// bias, the store of z, activation, addend, one rounding, the store of the result: of a product that is there.
+// The epilogue of a product that lies in memory: bias, the store of z, activation, addend, one rounding, the store of
+// the result.
 #pragma once
 
 #include "kernels/cuda/common/device.cuh"
@@ -15,9 +16,9 @@ struct EpilogueOperands {
   int64_t product_stride, addend_stride, z_stride, out_stride;
 };
 
-// A thread keeps to its columns, so that their bias is read once; the rows of an iteration are all loaded before any
-// is computed, so that many loads are under way; with two blocks on a multiprocessor nothing is spilled. No
-// __restrict__: the product may lie in z or out.
+// A thread keeps to its columns, so that their bias is read once. All rows of an iteration are loaded before any is
+// computed, so that many loads are under way. With two blocks on a multiprocessor no register is spilled. There is no
+// __restrict__, because the product may lie in z or out.
 template <class T, class Act, int N>
 __global__ void __launch_bounds__(kBlockThreads, 2) epilogue_kernel(const EpilogueOperands<T> p) {
   using R = compute_t<T>;

@@ -1,4 +1,4 @@
-// dz = dy ⊙ act′(z) and, in the same pass, the sums of its columns. Blocks are kSumCols × kSumRows threads.
+// dz = dy ⊙ act′(z) and, in the same pass, the column sums of dz. Blocks are kSumCols × kSumRows threads.
 #pragma once
 
 #include "kernels/cuda/common/device.cuh"
@@ -14,8 +14,8 @@ struct GradOperands {
   int64_t dy_stride, z_stride, dz_stride;
 };
 
-// A block takes chunks of rows. Its threads add up their own rows in order, then the first of each column adds what
-// the others have, in order.
+// A block takes chunks of rows. Its threads add up their own rows in order, then the first thread of each column adds
+// the other threads' sums, in order.
 template <class T, class Act, int N>
 __global__ void __launch_bounds__(kBlockThreads, 2) preactivation_grad_kernel(const GradOperands<T> p) {
   using R = compute_t<T>;
@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2) preactivation_grad_kernel(co
   }
 }
 
-// Sums of 32 columns: each thread adds every eighth row, then the first of each column adds the eight sums. In
-// double, since there may be very many rows.
+// A block sums 32 columns: each thread adds every eighth row, then the first thread of each column adds the eight
+// sums. The sums are double, since there may be very many rows.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads)
     sum_rows_kernel(const compute_t<T>* partial, int64_t rows, int64_t cols, int64_t row_stride, T* out) {

@@ -1,4 +1,4 @@
-// A build without CUTLASS, or not for sm_90a.
+// For a build without CUTLASS, or not for sm_90a.
 #include <stdexcept>
 
 #include "kernels/cuda/hopper/hopper.h"

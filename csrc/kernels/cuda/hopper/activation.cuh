@@ -10,7 +10,8 @@ struct ActivationArguments {
   Activation activation = Activation::none;
 };
 
-// For results of CUTLASS's type E: Value is act(z) of a fragment, TimesSlope grad ⊙ act′(z) of fragments.
+// For results of CUTLASS's type E: Value computes act(z) of a fragment, TimesSlope computes grad ⊙ act′(z) of two
+// fragments.
 template <class E>
 struct ActivationOf {
   using Result = std::conditional_t<std::is_same_v<E, float>, Tf32,

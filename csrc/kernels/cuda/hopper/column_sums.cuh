@@ -14,9 +14,9 @@ struct ColumnSumsArguments {
   int64_t row_stride = 0;
 };
 
-// Passes its input on. Each of a tile's warps writes its rows' sums as a row to memory: row kWarps · m + warp, for
-// the m-th tile of rows. CUTLASS's own node, Sm90RowReduction, keeps the sums of a whole tile in registers, here too
-// many; this one those of 32 columns, whose rows are visited one after the other.
+// Passes its input on. Each warp of a tile writes the sums over its rows to memory as a row, for the m-th tile of
+// rows row kWarps · m + warp. CUTLASS's own node, Sm90RowReduction, keeps the sums of a whole tile in registers,
+// which here are too many. This node keeps the sums of 32 columns, whose rows are visited one after the other.
 template <int kWarps>
 struct ColumnSums {
   using Arguments = ColumnSumsArguments;
@@ -52,7 +52,7 @@ struct ColumnSums {
     return fusion::EmptyProducerLoadCallbacks{};
   }
 
-  // `Coordinates` are those of a thread's elements, relative to the end of the matrix at `Residue`.
+  // `coordinates` are the coordinates of a thread's elements. An element below `residue` lies in the matrix.
   template <class Coordinates, class Residue>
   struct ConsumerStoreCallbacks : fusion::EmptyConsumerStoreCallbacks {
     Coordinates coordinates;
@@ -69,7 +69,7 @@ struct ColumnSums {
       for (float& sum : sums) sum = 0;
     }
 
-    // Rows beyond the last are left out: there 0 times an infinite weight is NaN.
+    // Rows beyond the matrix are left out: there 0 times an infinite weight is NaN.
     template <class Accumulator, int N>
     CUTLASS_DEVICE cutlass::Array<float, N> visit(const cutlass::Array<Accumulator, N>&, int epi_v, int epi_m,
                                                   int epi_n, const cutlass::Array<float, N>& input) {
@@ -97,7 +97,7 @@ struct ColumnSums {
     static_assert(cute::size<1>(EpilogueTile{}) == kSubtileCols);
     static_assert(decltype(cute::size(args.tiled_mma))::value == 32 * kWarps);
     const auto [m, n, k, l] = args.tile_coord_mnkl;
-    // Of a cluster's tiles one may lie beyond the matrix.
+    // One of a cluster's tiles may lie beyond the matrix.
     const bool exists = m * cute::size<0>(args.tile_shape_mnk) < cute::size<0>(args.problem_shape_mnkl);
     float* const row = params_.rows && exists
                            ? params_.rows + (int64_t{m} * kWarps + args.thread_idx / 32) * params_.row_stride +

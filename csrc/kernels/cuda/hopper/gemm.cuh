@@ -51,7 +51,7 @@ template <HopperTile kTile>
 using MainloopSchedule = std::conditional_t<is_shared(kTile), cutlass::gemm::KernelTmaWarpSpecializedCooperative,
                                             cutlass::gemm::KernelTmaWarpSpecializedPingpong>;
 
-// A matrix beside C and the result, read or written by TMA.
+// A further matrix besides C and the result, read or written by TMA.
 template <class E, HopperTile kTile>
 struct Aux {
   using Descriptor = cutlass::epilogue::collective::detail::EpilogueDescriptor<
@@ -66,10 +66,10 @@ struct Aux {
                           typename FromMemory::SmemLayoutAtom, typename FromMemory::CopyOpS2R>;
 };
 
-// Of rows that are contiguous; there is one batch.
+// The stride of a matrix with contiguous rows, in one batch.
 inline Stride<int64_t, _1, int64_t> row_major(int64_t row_stride) { return {row_stride, _1{}, 0}; }
 
-// act(acc + bias) + addend; acc + bias is stored as z on its way. One kernel serves all activations.
+// act(acc + bias) + addend; acc + bias is stored as z on the way. One kernel serves all activations.
 template <class E, HopperTile kTile, bool kStoresZ>
 struct ForwardEpilogue {
   using Bias = fusion::Sm90RowBroadcast<0, Tile<E, kTile>, E, float>;
@@ -97,8 +97,9 @@ struct DgradEpilogue {
   static typename Tree::Arguments arguments(const GemmProblem& p) { return {{{beta(p)}}, {}, {}, {}}; }
 };
 
-// (acc + addend) ⊙ act′(preactivation); acc + addend is stored as `unscaled` on its way. Each tile writes the sums of
-// its columns as a row of float to `column_sums`. One kernel serves with and without either.
+// (acc + addend) ⊙ act′(preactivation); acc + addend is stored as `unscaled` on the way. Each warp of a tile writes
+// its column sums as a row of floats to `column_sums`. One kernel serves whether `unscaled` and `column_sums` are
+// present or absent.
 template <class E, HopperTile kTile>
 struct ThroughActivationEpilogue {
   using Unscaled = fusion::Sm90EVT<typename Aux<E, kTile>::Store, PlusAddend<E, float, fusion::Sm90AccFetch>>;
@@ -118,8 +119,8 @@ struct ThroughActivationEpilogue {
   }
 };
 
-// CUTLASS puts A and B behind the epilogue's shared memory and leaves their alignment to its size. TMA and wgmma
-// repeat their swizzle of 128 bytes every 1024.
+// CUTLASS puts A and B behind the epilogue's shared memory, so that the size of that memory decides their alignment.
+// TMA and wgmma repeat their swizzle of 128 bytes every 1024 bytes, which A and B must be aligned to.
 constexpr size_t kSwizzleBytes = 1024;
 template <class Tree>
 struct Aligned : Tree {

@@ -1,5 +1,5 @@
-// A product with its epilogue as one kernel of Hopper's wgmma and TMA (CUTLASS, sm_90a): which problems it takes, and
-// with which tile. Plain C++, so that tests need no GPU.
+// A product with its epilogue as one kernel on Hopper's wgmma and TMA (CUTLASS, sm_90a). This file says which
+// problems the kernels take, and with which tile, in plain C++, so that tests need no GPU.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +13,9 @@
 
 namespace fastlane::cuda {
 
-// Rows × columns of the result that a block computes at once. Two warpgroups share a tile of 256 columns: more
-// multiply-adds for each operand read, but while they are in its epilogue nothing multiplies. Of the narrower tiles
-// each warpgroup has its own, and one multiplies while the other is in its epilogue.
+// Rows × columns of the result that a block computes at once. Two warpgroups share a tile of 256 columns: each
+// operand that is read serves more multiply-adds, but during the tile's epilogue nothing multiplies. With the smaller
+// tiles each warpgroup has a tile of its own, and one multiplies while the other is in its epilogue.
 enum class HopperTile : uint8_t { m128n256, m128n192, m128n128 };
 constexpr HopperTile kHopperTiles[] = {HopperTile::m128n256, HopperTile::m128n192, HopperTile::m128n128};
 constexpr int64_t kTileRows = 128;
@@ -24,13 +24,14 @@ constexpr int64_t tile_cols(HopperTile tile) {
 }
 constexpr bool is_shared(HopperTile tile) { return tile == HopperTile::m128n256; }
 
-// Which kernel: they differ in how B lies and in what their epilogues do.
+// The kinds of kernels. They differ in B's layout and in the epilogue.
 //   forward: B's columns lie along k; bias, z, activation, addend
 //   dgrad: B's rows lie along n; addend
 //   through_activation: as dgrad, and on through the activation of the layer before
 enum class HopperKind : uint8_t { none, forward, dgrad, through_activation };
 
-// TMA: a base and strides of multiples of 16 bytes, no overlapping rows, strides below 2^40 bytes.
+// TMA asks for a base and strides that are multiples of 16 bytes, rows that do not overlap, and strides below 2^40
+// bytes.
 inline bool tma_reads(const void* data, int64_t row_stride, int64_t cols, DType dtype) {
   return rows_are_aligned(data, row_stride, dtype) && row_stride >= cols &&
          row_stride < (int64_t{1} << 40) / element_size(dtype);
@@ -40,10 +41,10 @@ bool tma_takes(const Rows& rows, int64_t cols, DType dtype) {
   return rows.data == nullptr || tma_reads(rows.data, rows.row_stride, cols, dtype);
 }
 
-// CUTLASS's int, which also holds what whole clusters of tiles cover.
+// CUTLASS's sizes are int, and int must also hold what whole clusters of tiles cover.
 constexpr int64_t kMaxHopperSize = std::numeric_limits<int32_t>::max() - 512;
 
-// By layout, alignment and dtype alone.
+// Which kind of kernel can compute the problem. Whether that pays, is_worth_a_hopper_kernel decides.
 inline HopperKind hopper_kind(const GemmProblem& p) {
   if (p.dtype == DType::f64 || p.slope.data || std::max({p.m, p.n, p.k}) > kMaxHopperSize) return HopperKind::none;
   const int64_t vector = kAccessBytes / element_size(p.dtype);
@@ -60,7 +61,7 @@ inline HopperKind hopper_kind(const GemmProblem& p) {
       !tma_reads(p.b.data, p.b.row_stride, p.n, p.dtype))
     return HopperKind::none;
   if (!through_activation) return p.activation == Activation::none ? HopperKind::dgrad : HopperKind::none;
-  // Of no rows there are sums, but no tiles to write them.
+  // Without rows there are still column sums, but no tiles to write them.
   const bool fits = p.m > 0 && p.n > 0 && p.preactivation.data && p.activation != Activation::none &&
                     tma_reads(p.preactivation.data, p.preactivation.row_stride, p.n, p.dtype) &&
                     tma_takes(p.unscaled, p.n, p.dtype);
@@ -76,15 +77,16 @@ struct TileGrid {
   int64_t tiles() const { return rows * cols; }
 };
 
-// Whether there is such a kernel: nvcc 13.0 has registers enough for the tile of 192 columns in a 16-bit forward
-// only.
+// Whether there is a kernel with this tile. With nvcc 13.0 only a 16-bit forward has registers enough for the tile of
+// 192 columns.
 inline bool has_tile(HopperKind kind, DType dtype, HopperTile tile) {
   return tile != HopperTile::m128n192 || (kind == HopperKind::forward && element_size(dtype) == 2);
 }
 
-// Cycles that a multiprocessor takes, by what it can do at most: multiply-adds of 16-bit values, bytes of operands
-// from L2 (the two blocks of a cluster share B), and instructions of the epilogue, of which a scheduler issues one in
-// two cycles if it has a warp in it and four in five if it has two. Counted and estimated, not measured.
+// Cycles that a multiprocessor takes, by its limits: multiply-adds of 16-bit values, bytes of operands from L2 (the
+// two blocks of a cluster share B), and instructions of the epilogue. A scheduler with one warp in the epilogue
+// issues one of these instructions in two cycles, with two warps four in five cycles. The limits are counted and
+// estimated, not measured.
 inline double hopper_cycles(const GemmProblem& p, HopperKind kind, HopperTile tile, const Gpu& gpu) {
   constexpr double kMultiplyAdds = 2048, kL2Bytes = 27, kLanes = 4 * 32;
   const double cols = static_cast<double>(tile_cols(tile)), rows = kTileRows, k = static_cast<double>(p.k);
@@ -94,12 +96,13 @@ inline double hopper_cycles(const GemmProblem& p, HopperKind kind, HopperTile ti
   const double instructions = kind == HopperKind::through_activation ? 34 : p.activation == Activation::none ? 5 : 17;
   const double epilogue = rows * cols * instructions / (kLanes * (is_shared(tile) ? 0.8 : 0.5));
   const double rounds = static_cast<double>(ceil_div(TileGrid(p, tile).tiles(), gpu.multiprocessors));
-  // Of two warpgroups with tiles of their own one at a time multiplies, and one at a time is in its epilogue.
+  // Where two warpgroups have tiles of their own, one at a time multiplies, and one at a time is in its epilogue.
   return is_shared(tile) ? rounds * (main_loop + epilogue)
                          : main_loop + epilogue + (rounds - 1) * std::max(main_loop, epilogue);
 }
 
-// The columns of the tile for every product that has such a kernel, to test and to measure it; 0: the choice below.
+// If not 0, the columns of the tile for every product that has a kernel with this tile. Tests and measurements set
+// it.
 inline std::atomic<int64_t> forced_tile_cols = 0;
 
 inline HopperTile hopper_tile(const GemmProblem& p, HopperKind kind, const Gpu& gpu) {
@@ -114,14 +117,14 @@ inline HopperTile hopper_tile(const GemmProblem& p, HopperKind kind, const Gpu& 
   return best;
 }
 inline bool runs_hopper_kernels(const Gpu& gpu) { return gpu.capability == 90; }
-// Below half a GPU of the smallest tiles the library, which can also cut along k, has the product.
+// A product whose smallest tiles fill less than half the GPU goes to the library, which can also cut along k.
 inline bool is_worth_a_hopper_kernel(const GemmProblem& p, const Gpu& gpu) {
   return runs_hopper_kernels(gpu) && TileGrid(p, HopperTile::m128n128).tiles() * 2 >= gpu.multiprocessors;
 }
 
 // Rows of column sums that each row of tiles writes: one for each of the warps that share the tile.
 constexpr int column_sum_rows(HopperTile tile) { return is_shared(tile) ? 8 : 4; }
-// Their bytes; a row has as many columns as the tiles cover.
+// The bytes of these rows; a row has as many columns as the tiles cover.
 inline int64_t hopper_workspace(const GemmProblem& p, HopperTile tile) {
   const TileGrid grid(p, tile);
   return p.column_sums ? grid.rows * column_sum_rows(tile) * grid.covered_cols * int64_t{sizeof(float)} : 0;
@@ -130,9 +133,9 @@ inline int64_t hopper_workspace(const GemmProblem& p, HopperTile tile) {
 // Whether this build has the kernels.
 bool has_hopper_kernels();
 
-// Runs the product, of a kind that is not none, on the given stream of the current device. `workspace` has as many
-// bytes as asked for, aligned to 16. False, with nothing done, if CUTLASS cannot. A failed launch throws
-// std::runtime_error.
+// Runs the product, of a kind that is not none, on the given stream of the current device. `workspace` has
+// hopper_workspace(problem, tile) bytes, aligned to 16. Returns false, and does nothing, if CUTLASS cannot run the
+// product. A failed launch throws std::runtime_error.
 bool hopper_gemm(const GemmProblem& problem, HopperKind kind, HopperTile tile, int multiprocessors, void* workspace,
                  Stream stream);
 

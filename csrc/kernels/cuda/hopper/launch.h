@@ -1,4 +1,4 @@
-// The seam between the choice of a Hopper kernel and the files that hold them, one for each dtype and kind.
+// Connects the choice of a Hopper kernel with the files that hold the kernels, one file for each dtype and kind.
 #pragma once
 
 #include "kernels/cuda/hopper/hopper.h"

@@ -7,7 +7,7 @@
 
 namespace fastlane::cuda {
 
-// Of a float, or of two values of 16 bits.
+// The bits of a float, or of two values of 16 bits.
 template <class T>
 __device__ uint32_t bits_of(T x) {
   uint32_t bits;
@@ -21,7 +21,7 @@ __device__ inline float float_of(uint32_t bits) {
   return x;
 }
 
-// What a layer takes in.
+// A layer's input.
 __device__ inline const void* layer_input(const NarrowStack& p, int layer) {
   return layer == 0 ? p.x.data : p.layers[layer - 1].kept;
 }
@@ -29,9 +29,9 @@ __device__ inline int64_t layer_input_stride(const NarrowStack& p, int layer) {
   return layer == 0 ? p.x.row_stride : p.layers[layer].in_features;
 }
 
-// A matrix into shared memory, kRows × kWidth with rows kStride apart: what is beyond `rows` and `cols` is zero. What
-// may be copied by 16 bytes is only on its way then, in the thread's open group of copies. All kThreads of the block
-// have to come here.
+// Begins to copy a matrix into shared memory, as kRows × kWidth with rows kStride apart. Elements beyond `rows` and
+// `cols` become zero. Copies of 16 bytes are still on their way on return, in the thread's open group of copies. All
+// kThreads threads of the block have to call this.
 template <int kRows, int kWidth, int kStride, int kThreads, class Warp, class T>
 __device__ void begin_to_shared(T* to, const T* from, int64_t rows, int cols, int64_t row_stride,
                                 int64_t col_stride) {
@@ -78,8 +78,8 @@ struct Halves<__half> {
   }
 };
 
-// 16 rows × kCols columns over a warp: an mma's A operand, and at the same time kTiles results of an mma. A pair is
-// two neighbours in a row: of the upper 8 rows (half 0) or the lower (half 1), in a tile of 8 columns.
+// 16 rows × kCols columns spread over a warp: an mma's A operand, and at the same time kTiles results of an mma. A
+// pair is two neighbours in a row of a tile of 8 columns, in the upper 8 rows (half 0) or the lower 8 rows (half 1).
 template <class T>
 struct Slice {
   static constexpr int kTiles = 2, kCols = 16;
@@ -93,13 +93,13 @@ struct Slice {
     for (int half = 0; half < 2; ++half) r[2 * tile + half] = Halves<T>::rounded(c[2 * half], c[2 * half + 1]);
   }
   __device__ float at(int tile, int i) const { return Halves<T>::widened(r[2 * tile + i / 2], i % 2); }
-  // Of a pair with so many columns left in the matrix, what lies beyond becomes 0.
+  // Makes 0 what a pair has beyond the matrix, where `columns_left` columns are left from the pair's first column on.
   __device__ void keep(int tile, int half, int columns_left) {
     r[2 * tile + half] &= columns_left > 1 ? 0xffffffffu : columns_left == 1 ? 0x0000ffffu : 0u;
   }
 
-  // The B operands of kTiles products over 16 steps along k, from W at p: b[k][n] is W[n][k], or W[k][n]
-  // (kTransposed).
+  // Reads the B operands of kTiles products over 16 steps along k, from W at p: b[k][n] is W[n][k], or W[k][n] if
+  // kTransposed.
   template <bool kTransposed, class Warp>
   static __device__ void read_b(const T* p, int stride, uint32_t (&b)[kTiles][2]) {
     const int lane = threadIdx.x % 32, row_block = kTransposed ? lane / 8 % 2 : lane / 16;
@@ -109,7 +109,8 @@ struct Slice {
 #pragma unroll
     for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = blocks[i];
   }
-  // The A operand of 16 columns of a matrix at p, taken as rows, over 16 of its rows as steps along k.
+  // Reads the A operand from a matrix at p: 16 of the matrix's columns are A's rows, 16 of its rows are the steps
+  // along k.
   template <class Warp>
   static __device__ void read_a(const T* p, int stride, uint32_t (&a)[4]) {
     const int lane = threadIdx.x % 32;
@@ -117,7 +118,7 @@ struct Slice {
   }
 };
 
-// Operands of 4 bytes are taken along k in another order, which B follows.
+// Operands of 4 bytes take the steps along k in another order, and B follows this order.
 template <>
 struct Slice<float> {
   static constexpr int kTiles = 1, kCols = 8;
@@ -153,7 +154,7 @@ struct Slice<float> {
   }
 };
 
-// The result of a chain of mmas, from what it starts with.
+// The result of a chain of mmas, which starts from a given value.
 template <class T>
 struct Sums {
   float main[4];
@@ -167,8 +168,8 @@ struct Sums {
   __device__ float operator[](int i) const { return main[i]; }
 };
 
-// The 10 bits of a significand that TF32 keeps, rounded so that what is left has either sign, and that rest. Of what
-// is not finite neither.
+// Splits x into `high`, with the 10 bits of a significand that TF32 keeps, and the rest `low`. `high` is rounded, so
+// that the rest may have either sign. If x is not finite, both are 0.
 template <int N>
 __device__ void split(const uint32_t (&x)[N], uint32_t (&high)[N], uint32_t (&low)[N]) {
   constexpr uint32_t kExponent = 0x7f800000u, kKept = 0xffffe000u;
@@ -180,15 +181,15 @@ __device__ void split(const uint32_t (&x)[N], uint32_t (&high)[N], uint32_t (&lo
     low[i] = finite ? bits_of(float_of(x[i]) - float_of(high[i])) : 0u;
   }
 }
-// fp32 as three products of TF32; the fourth, of both rests, is below the rounding of a sum. The small ones have a
-// sum of their own, since tensor cores round sums toward zero. Infinities take part in the main product alone: times
-// a rest of 0 they are NaN.
+// A product in fp32 as three products of TF32. The fourth, of both rests, is below the rounding of a sum. The small
+// products have a sum of their own, since tensor cores round sums toward zero. Infinities take part in the main
+// product alone: an infinity times a rest of 0 is NaN.
 template <>
 struct Sums<float> {
   float first[4], main[4] = {0, 0, 0, 0}, rest[4] = {0, 0, 0, 0};
 
   __device__ void start(int i, float value) { first[i] = value; }
-  // Ends a chain of sums, all of which were rounded toward zero.
+  // Ends a chain, whose sums were all rounded toward zero.
   __device__ void round() {
 #pragma unroll
     for (int i = 0; i < 4; ++i) first[i] += main[i] + rest[i], main[i] = rest[i] = 0;

@@ -5,23 +5,23 @@
 
 namespace fastlane::cuda {
 
-// Zero beyond the layer's sizes.
+// A layer in shared memory, with zeros beyond its sizes.
 template <class T>
 struct SharedLayer {
   const T* weight;  // rows weight_stride apart
   const float* bias;
 };
 
-// There are places for kPlaces layers. If that is all of them they stay. Otherwise the copy of a layer begins kPlaces
-// − 1 uses ahead, into the place of the layer that was used last. Every thread of the block has to come to both
-// functions.
+// There are places for kPlaces layers. If all layers have a place, they stay. Otherwise the copy of a layer begins
+// kPlaces − 1 uses ahead, into the place of the layer that was used last. Every thread of the block has to call the
+// constructor and next().
 template <class T, int kWidth, int kThreads, class Warp>
 class LayerQueue {
   static constexpr int kPlaces = layers_at_once(kWidth, sizeof(T)), kStride = weight_stride(kWidth);
   static_assert(kPlaces >= 2 && kThreads >= kWidth);
 
  public:
-  // `count` layers, from `first` on in the direction of `step`, so many times over.
+  // `count` layers, from `first` on in the direction of `step`, used `times` times over.
   __device__ LayerQueue(const NarrowStack& p, int first, int step, int count, int64_t times)
       : p_(p), first_(first), step_(step), count_(count), places_(count < kPlaces ? count : kPlaces) {
     const int begun = count <= kPlaces ? count : kPlaces - 1;
@@ -33,7 +33,7 @@ class LayerQueue {
     ahead_ = begun, to_begin_ = count <= kPlaces ? 0 : times * count - begun;
   }
 
-  // That of the next use, at first of the first.
+  // The layer of the next use; the first call returns the first layer.
   __device__ SharedLayer<T> next() {
     const int last_place = place_ < 0 ? kPlaces - 1 : place_;
     const bool all_stay = count_ <= kPlaces, first_use = place_ < 0;
@@ -59,7 +59,7 @@ class LayerQueue {
                                                              l.out_features, l.in_features, l.weight.row_stride,
                                                              l.weight.col_stride);
   }
-  // A thread's element, which becomes a float and so goes through a register.
+  // A thread's element of the bias. It becomes a float, and therefore goes through a register.
   __device__ T bias_of(int i) const {
     const NarrowLayer& l = layer(i);
     const int n = static_cast<int>(threadIdx.x);
@@ -69,8 +69,8 @@ class LayerQueue {
     if (threadIdx.x < kWidth) bias_at(place)[threadIdx.x] = widen(bias);
   }
 
-  // Awaits the next layer, and begins the one that takes the place of the last. Its bias is read now and stored at
-  // the next call, so that nobody waits for it.
+  // Awaits the next layer, and begins to copy the layer that takes the place of the last one. The new layer's bias is
+  // read now and stored at the next call, so that no thread waits for the read.
   __device__ void pass_on(int last_place) {
     if (bias_place_ >= 0) keep_bias(bias_place_, bias_);
     Warp::template await_copies<kPlaces - 2>();
@@ -82,14 +82,14 @@ class LayerQueue {
       ahead_ = ahead_ + 1 == count_ ? 0 : ahead_ + 1;
       --to_begin_;
     }
-    Warp::commit_copies();  // also if empty, since await_copies counts
+    Warp::commit_copies();  // also an empty group, since await_copies counts groups
   }
 
   const NarrowStack& p_;
   const int first_, step_, count_, places_;
   int place_ = -1;  // of the layer in use
-  int ahead_;  // the next to begin, of `count`
-  int64_t to_begin_;  // copies
+  int ahead_;  // the next layer to begin, of `count`
+  int64_t to_begin_;  // copies still to begin
   int bias_place_ = -1;  // of the bias on its way, if there is one
   T bias_;
 };

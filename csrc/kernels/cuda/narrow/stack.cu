@@ -30,7 +30,7 @@ void with_kernels(DType dtype, int width, F f) {
   with_width(float{});
 }
 
-// Always the same limit: another thread may launch the kernel between this call and the launch.
+// A kernel always gets the same limit, since another thread may launch the kernel between this call and the launch.
 template <class Kernel>
 void allow_shared(Kernel kernel, int64_t bytes, const char* name) {
   const auto limit = static_cast<int>(bytes);

@@ -6,7 +6,7 @@
 
 namespace fastlane::cuda {
 
-// What a lane knows of its place.
+// A lane's place in its block, and what its warp does with 16 rows.
 template <class T, int kWidth, class Warp>
 struct StackWarp {
   using S = Slice<T>;
@@ -14,7 +14,8 @@ struct StackWarp {
   static constexpr int kForwardWarps = forward_shape(sizeof(T)).warps;
   static constexpr int kBackwardWarps = backward_shape(kWidth, sizeof(T)).warps;
   using Rows = S[kSlices];
-  // Without a branch between slices one's activation overlaps with the next one's product, if registers allow.
+  // Without a branch between slices, one slice's activation overlaps with the next slice's product. Registers allow
+  // this only here.
   static constexpr bool kOverlaps = sizeof(T) == 2 && kWidth <= 64;
 
   const NarrowStack& p;
@@ -39,7 +40,7 @@ struct StackWarp {
   struct Places {
     E* row[2];
     bool present[2];
-    bool pairs;  // there are all columns, and both of a pair can be read or written at once
+    bool pairs;  // all columns are there, and both elements of a pair can be read or written at once
 
     __device__ Places(const StackWarp& w, int64_t row_tile, E* data, int64_t stride, int cols)
         : pairs(cols == kWidth && stride % 2 == 0 && reinterpret_cast<uintptr_t>(data) % (2 * sizeof(T)) == 0) {
@@ -84,7 +85,8 @@ struct StackWarp {
     });
   }
 
-  // Has rows brought near that are to be read soon: of each two lines, all of it where it begins on one.
+  // Has rows brought into L2 that will be read soon: two lines of each row, which is the whole row if it begins on a
+  // line.
   __device__ void prefetch(int64_t row_tile, const void* data, int64_t stride, int cols) const {
     constexpr int kLine = 128 / sizeof(T);
     const int lane = threadIdx.x % 32, col = lane % 2 * kLine;
@@ -92,7 +94,7 @@ struct StackWarp {
     if (row < p.rows && col < cols) Warp::prefetch(static_cast<const T*>(data) + row * stride + col);
   }
 
-  // rows · W, or rows · Wᵀ, added to the sums of a slice of columns.
+  // Adds rows · Wᵀ, or rows · W if kTransposed, to the sums of a slice of columns.
   template <bool kTransposed>
   __device__ void multiply_add(const Rows& rows, const T* weight, int slice, Sums<T> (&sums)[kTiles]) const {
 #pragma unroll
@@ -120,13 +122,13 @@ struct StackWarp {
       f(s, sums);
     }
   }
-  // What lies beyond the columns becomes zero: 0 · inf would be NaN.
+  // Makes zero what lies beyond the columns: 0 · inf would be NaN.
   __device__ void keep_columns(Rows& rows, int cols) const {
     if (cols == kWidth) return;
     each_pair([&](int s, int j, int half, int col) { rows[s].keep(j, half, cols - col); });
   }
 
-  // h of the next layer.
+  // Replaces h, the layer's input, by the layer's output.
   __device__ void forward(Rows& h, int layer, const SharedLayer<T>& shared) const {
     const NarrowLayer& l = p.layers[layer];
     Rows next;
@@ -156,7 +158,7 @@ struct StackWarp {
     keep_columns(h, l.out_features);
   }
 
-  // Sums over a warp's rows, of the lane's own column of every 32.
+  // Sums over a warp's rows, for the lane's own column of every 32.
   using ColumnSums = float[kWidth / 32];
 
   __device__ void add_column_sums(const ColumnSums& sums, float* db, bool first_tile) const {
@@ -165,8 +167,8 @@ struct StackWarp {
     for (int i = 0; i < kWidth / 32; ++i) own[32 * i] = first_tile ? sums[i] : own[32 * i] + sums[i];
   }
 
-  // dz from h and the gradient of the layer's output. What lies beyond the columns, and rows beyond the last, are
-  // masked: there an infinite weight times h = 0 is NaN.
+  // Computes dz, and the sums of dz for db, from h and the gradient of the layer's output. Elements beyond the
+  // matrix's rows and columns are masked: there an infinite weight times h = 0 is NaN.
   __device__ void backward_dz(const Rows& h, const Rows& dh, Rows& dz, int layer, const SharedLayer<T>& shared,
                               int64_t rows_left, ColumnSums& db) const {
     const int cols = p.layers[layer].out_features;
@@ -197,7 +199,7 @@ struct StackWarp {
       }
     });
   }
-  // The gradient of the layer's input, in place.
+  // Replaces dh by the gradient of the layer's input.
   __device__ void backward_dh(const Rows& dz, Rows& dh, int layer, const SharedLayer<T>& shared) const {
     const NarrowLayer& l = p.layers[layer];
 #pragma unroll
@@ -278,7 +280,8 @@ __global__ void __launch_bounds__(backward_shape(kWidth, sizeof(T)).warps * 32,
       const bool present = tile < tiles.end;
       typename W::Rows dh;
       if (present) warp.read(dh, tile, p.dy.data, p.dy.row_stride, p.layers[last].out_features);
-      // Where there is one block, everyone waits for rows at once; the others have no registers for it.
+      // Where a multiprocessor holds one block, all warps wait for rows at once. The other shapes have no registers
+      // for a prefetch.
       if (const int64_t next = tile + kWarps; kWidth == 128 && next < tiles.end) {
         warp.prefetch(next, p.dy.data, p.dy.row_stride, p.layers[last].out_features);
         warp.prefetch(next, layer_input(p, last), layer_input_stride(p, last), p.layers[last].in_features);
@@ -296,7 +299,7 @@ __global__ void __launch_bounds__(backward_shape(kWidth, sizeof(T)).warps * 32,
           if (l.dz) warp.write(dz, tile, l.dz, l.out_features, l.out_features);
           if (layer > p.first || p.dx.data) warp.backward_dh(dz, dh, layer, shared);
         }
-        // A warp without rows has sums too: narrow_sum_kernel adds everyone's.
+        // A warp without rows writes sums too, since narrow_sum_kernel adds every warp's sums.
         if (l.db && partial_db && (present || first == tiles.begin))
           warp.add_column_sums(db, partial_db + int64_t{layer} * kWidth, first == tiles.begin);
       }

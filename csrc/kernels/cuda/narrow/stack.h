@@ -1,10 +1,10 @@
-// A whole narrow stack as one kernel forward and one backward, on the tensor cores of sm_80 and newer. A warp takes
-// 16 rows through all layers: between layers their activations stay in its registers, since the accumulators of one
-// product lie as the next one's operand. Weights wait in shared memory; where not all fit, they pass through it while
-// the layers before them are computed.
+// A whole narrow stack as one kernel forward and one kernel backward, on the tensor cores of sm_80 and newer; dW and
+// db take two more (wgrad.cuh). A warp takes 16 rows through all layers. Activations stay in the warp's registers
+// between layers, since the accumulators of one product lie as the operand of the next. Weights wait in shared
+// memory. If not all fit, they pass through it while the layers before them are computed.
 //
-// Forward keeps each layer's output for backward instead of its z, which backward computes again: on tensor cores a
-// product should cost less than the GELU that would restore an output from z. Nothing here was measured.
+// Forward keeps each layer's output for backward, and no z. Backward computes z again: on tensor cores a product
+// should cost less than the GELU that would restore an output from z. Nothing here was measured.
 #pragma once
 
 #include <algorithm>
@@ -18,13 +18,14 @@ namespace fastlane::cuda {
 
 constexpr int64_t kMaxStackLayers = 128;  // so that all fit into a kernel's parameters
 constexpr int kWarpRows = 16;
-// Three blocks of this fit on a Hopper's multiprocessor, and one where there is least, 99 KiB.
+// With this much, three blocks fit on a Hopper's multiprocessor, and one where shared memory is least, 99 KiB.
 constexpr int64_t kWeightBytes = int64_t{75} << 10;
-// Of the larger GPUs; a constant, because it decides in which order db is summed.
+// The multiprocessors of the larger GPUs. A constant, because the number decides in which order db is summed.
 constexpr int64_t kMultiprocessors = 132;
 
-// Warps of a block, and blocks that a multiprocessor's registers hold at once. Passing weights serve a whole block,
-// so where they are largest, and rows come from memory in every layer too, one block has all warps.
+// Warps of a block, and blocks that a multiprocessor's registers hold at once. Weights that pass through shared
+// memory serve a whole block. So one block has all warps where weights are largest and rows come from memory in every
+// layer too.
 struct StackShape {
   int warps, blocks_at_once;
 };
@@ -44,7 +45,7 @@ struct NarrowLayer {
   bool adds_input = false, dweight_transposed = false;
 };
 
-// Rows are rows × features, of unit column stride. Absent operands have a null data pointer.
+// Matrices of rows are rows × features, with unit column stride. Absent operands have a null data pointer.
 struct NarrowStack {
   int64_t rows = 0;
   int32_t count = 0;
@@ -57,8 +58,8 @@ struct NarrowStack {
   NarrowLayer layers[kMaxStackLayers];
 };
 
-// The columns that the kernel for these sizes computes with, or 0 if there is none. A thread holds three slices of a
-// warp's rows, which for 128 columns of 4 bytes would not fit its registers.
+// The columns that the kernel for these sizes computes with, or 0 if there is none. A thread holds its part of three
+// blocks of a warp's rows, which for 128 columns of 4 bytes would not fit its registers.
 inline int narrow_width(const StackProblem& p) {
   if (p.concat || p.count > kMaxStackLayers || p.dtype == DType::f64) return 0;
   int64_t widest = 1;
@@ -71,8 +72,8 @@ inline int narrow_width(const StackProblem& p) {
   return widest <= 32 ? 32 : widest <= 64 ? 64 : 128;
 }
 
-// Eight elements more than the columns keep a warp's reads of a weight in different banks; of W by columns in fp32
-// two lanes share one.
+// Eight elements more than the columns keep a warp's reads of a weight in different banks. When W is read by columns
+// in fp32, two lanes share a bank.
 constexpr int weight_stride(int width) { return width + 8; }
 constexpr int64_t layer_bytes(int width, int64_t element) {
   return width * weight_stride(width) * element + width * int64_t{sizeof(float)};
@@ -81,15 +82,15 @@ constexpr int64_t layer_bytes(int width, int64_t element) {
 constexpr int layers_at_once(int width, int64_t element) {
   return static_cast<int>(std::max<int64_t>(1, kWeightBytes / layer_bytes(width, element)));
 }
-// So many layers' weights in shared memory.
+// The bytes that `layers` layers take in shared memory, as far as they lie there at the same time.
 inline int64_t narrow_shared_bytes(int64_t layers, int width, DType dtype) {
   const int64_t element = element_size(dtype);
   return std::min<int64_t>(layers, layers_at_once(width, element)) * layer_bytes(width, element);
 }
 
-// A block has a range of tiles of kWarpRows, its warps take them in turn.
+// A block has a range of tiles of kWarpRows rows. Its warps take the tiles in turn.
 inline int64_t narrow_blocks(int64_t rows, StackShape shape) {
-  constexpr int64_t kLeastTiles = 4;  // few rows on many multiprocessors are faster than in full blocks
+  constexpr int64_t kLeastTiles = 4;  // few rows are faster on many multiprocessors than in full blocks
   return std::min(kMultiprocessors * shape.blocks_at_once, ceil_div(rows, kLeastTiles * kWarpRows));
 }
 // Each warp sums the db of its rows.
@@ -98,9 +99,9 @@ inline int64_t narrow_partial_sums(int64_t rows, int width, DType dtype) {
   return narrow_blocks(rows, shape) * shape.warps;
 }
 
-// A block of wgrad multiplies kWgradRows at a time, while the next come into shared memory. It sums chunk_rows, by
-// the problem alone: for about 512 blocks if there are rows, more where a chunk would be too long for tensor cores'
-// sums, which are rounded toward zero at every step.
+// A block of wgrad multiplies kWgradRows rows at a time, while the next rows come into shared memory. It sums
+// chunk_rows rows, a number that the problem alone decides. There are about 512 blocks if there are rows enough, and
+// more where a chunk would be too long for tensor cores' sums, which are rounded toward zero at every step.
 constexpr int kWgradWarps = 4, kWgradRows = 64;
 struct WgradGeometry {
   int64_t chunk_rows, chunks;
@@ -113,16 +114,16 @@ struct WgradGeometry {
     chunks = ceil_div(rows, chunk_rows);
   }
 };
-// Of dz and h.
+// The elements of one stage: kWgradRows rows of dz and of h.
 constexpr int wgrad_stage(int width) { return 2 * kWgradRows * weight_stride(width); }
 inline int64_t narrow_wgrad_shared_bytes(int width, DType dtype) {
   return 2 * wgrad_stage(width) * element_size(dtype);
 }
 
-// Of at least one row, on the given stream of the current device. A failed launch throws std::runtime_error with its
-// file and line.
+// Runs a stack of at least one row on the given stream of the current device. A failed launch throws
+// std::runtime_error with its file and line.
 void narrow_forward(const NarrowStack& stack, int width, DType dtype, Stream stream);
-// Every dz and dx, then every dweight and db, for which there is a place; a layer with a dweight has a dz.
+// Computes every dz and dx, then every dweight and db, for which there is a place. A layer with a dweight has a dz.
 void narrow_backward(const NarrowStack& stack, int width, DType dtype, Stream stream);
 
 }  // namespace fastlane::cuda

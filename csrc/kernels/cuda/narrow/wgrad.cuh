@@ -1,12 +1,12 @@
-// Every layer's dW = dzᵀ h of a narrow stack, from what its backward wrote, and with it db: chunks of rows are summed
-// on tensor cores, then the chunks in their order.
+// Every layer's dW = dzᵀ h of a narrow stack, and its db, from what the backward kernel wrote. Tensor cores sum
+// chunks of rows, then the chunks are added in their order.
 #pragma once
 
 #include "kernels/cuda/narrow/fragments.cuh"
 
 namespace fastlane::cuda {
 
-// A block's part of one layer: warps 2 i + j have the i-th half of dW's rows and the j-th of its columns.
+// A block's part of one layer. Warp 2 i + j has the i-th half of dW's rows and the j-th half of its columns.
 template <class T, int kWidth, class Warp>
 struct WgradBlock {
   using S = Slice<T>;
@@ -82,7 +82,7 @@ struct WgradBlock {
   }
 };
 
-// A block for each chunk of rows and layer.
+// One block for each chunk of rows and each layer.
 template <class T, int kWidth, class Warp>
 __global__ void __launch_bounds__(kWgradWarps * 32)
     narrow_wgrad_kernel(const __grid_constant__ NarrowStack p, int64_t chunk_rows) {
@@ -91,9 +91,9 @@ __global__ void __launch_bounds__(kWgradWarps * 32)
       WgradBlock<T, kWidth, Warp>::run(p, static_cast<int>(blockIdx.y), blockIdx.x, chunk_rows);
 }
 
-// Of layer blockIdx.y: the first blocks have 32 columns of db each, where each thread adds every eighth warp's sum of
-// its column, then the first adds the eight; each thread of the others has an element of dW. Loads are unrolled,
-// since their latency is the time.
+// blockIdx.y is the layer. The first blocks have 32 columns of db each: a thread adds every eighth warp's sum of its
+// column, then the column's first thread adds the eight sums. In the other blocks each thread has an element of dW.
+// Loads are unrolled, since their latency is the kernel's time.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads)
     narrow_sum_kernel(const __grid_constant__ NarrowStack p, int width, int64_t warps, int64_t chunks) {
