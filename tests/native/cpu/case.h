@@ -32,7 +32,7 @@ struct Case {
   Format format;
   Activation activation;
   Kind kind = Kind::normal;
-  Real roundoff;  // of the computation; 0 where integers leave nothing to round
+  Real roundoff;  // the computation's; 0 where integers leave nothing to round
   CachesChoice caches;
   std::string title, text;
 
@@ -94,7 +94,7 @@ struct Case {
   }
 };
 
-// The case in which a sanitizer may stop the program, and the largest error of those before.
+// The case in which a sanitizer may stop the program, and the largest error of the cases before.
 inline const Case* running = nullptr;
 struct LargestError {
   Real error = 0;  // in units of the tolerance
@@ -107,7 +107,7 @@ inline LargestError largest;
   std::exit(1);
 }
 
-// A result, once for each number of threads; leading dimension and alignment differ, the bits must not.
+// A result, once for each number of threads. Leading dimension and alignment may differ, the bits must not.
 class Output {
  public:
   Output(Case& c, const char* name, int64_t rows, int64_t cols, bool present) : case_(c), name_(name) {
@@ -161,7 +161,8 @@ class Output {
   Operand operands_[2];
 };
 
-// Each thread takes every third task, the last ones first; the caller is one of them, as in torch's pool.
+// Each thread takes every third task, the last tasks first. The caller is one of the three threads, as in torch's
+// pool.
 inline void run_on_three(int64_t tasks, Parallel::Body body, void* context) {
   const auto share = [=](int64_t thread) {
     for (int64_t task = tasks - 1 - thread; task >= 0; task -= 3) body(context, task, task + 1);
@@ -172,7 +173,7 @@ inline void run_on_three(int64_t tasks, Parallel::Body body, void* context) {
   third.join();
 }
 
-// Each call has its own thread: there work memory starts empty and ends where this call's need ends.
+// Each call has its own thread, whose work memory starts empty and ends where this call's need ends.
 template <class Call>
 void run_twice(const Case& c, Call call) {
   running = &c;

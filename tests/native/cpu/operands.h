@@ -1,5 +1,5 @@
-// Operands as the kernels may meet them: any strides, any alignment, each in memory of its own that ends where its
-// last element ends, so that an access one element beyond is seen.
+// Operands as the kernels may meet them, with any strides and any alignment. Each has memory of its own that ends
+// where its last element ends, so that an access one element beyond is seen.
 #pragma once
 
 #include <sys/mman.h>
@@ -46,8 +46,8 @@ struct Format {
   const char* name;
   int64_t size;
   Real roundoff;
-  Real compute_roundoff;  // of the type it is computed in
-  Real gelu_error;  // relative to z; shorter polynomials serve the formats that round more
+  Real compute_roundoff;  // the roundoff of the type of the computation
+  Real gelu_error;  // relative to z; formats that round more have shorter polynomials
   Real min_normal, min_denormal;
 };
 
@@ -92,11 +92,11 @@ inline void write(char* p, DType dtype, Real value) {
   }
 }
 
-// Where the bytes lie: heap, aligned or not, before AddressSanitizer's red zone; or at the end of a page that an
-// unmapped one follows, which also stops accesses by intrinsics that the sanitizer cannot see.
+// Where the bytes lie: on the heap, aligned or not, before AddressSanitizer's red zone, or at the end of a page
+// before an unmapped page. The unmapped page also stops accesses by intrinsics that the sanitizer cannot see.
 enum class Placement { heap, shifted, guarded };
 
-// Filled with ones: NaN in every format, for what nobody wrote.
+// All bits are one at first, so that an element that nobody wrote is NaN in every format.
 class Memory {
  public:
   Memory(int64_t bytes, int64_t shift, Placement placement) : bytes_(static_cast<size_t>(bytes)) {
@@ -175,7 +175,7 @@ struct Operand {
   int64_t rows = 0, cols = 0;
   Strides strides{"absent", 0, 0};
   std::shared_ptr<Memory> memory;
-  char* data = nullptr;  // null where absent, and for some that are empty
+  char* data = nullptr;  // null if absent, and for some empty operands
   std::string text;
   std::vector<Real> values;  // of inputs, row by row
 
@@ -192,7 +192,7 @@ struct Operand {
     text = std::string(strides.name) + "(" + std::to_string(strides.row) + "," + std::to_string(strides.col) + ")/" +
            names[choice];
     data = memory->data() - (std::min<int64_t>(0, row_span) + std::min<int64_t>(0, col_span)) * size;
-    // As torch has it; there no stride is negative.
+    // torch gives empty tensors null pointers too, and has no negative strides.
     if (empty && strides.row >= 0 && strides.col >= 0 && rng.one_in(2)) data = nullptr;
   }
 
@@ -205,7 +205,7 @@ struct Operand {
   ConstRowMajor row_major() const { return {data, strides.row}; }
   RowMajor mutable_row_major() const { return {data, strides.row}; }
 
-  // value(row, col) is called in order; where elements share memory, the last one stays.
+  // value(row, col) is called in order. If elements share memory, the last one stays.
   template <class Value>
   void fill(Value value) {
     for (int64_t i = 0; i < rows; ++i)
@@ -223,7 +223,7 @@ struct Operand {
       for (int64_t j = 0; j < cols; ++j) values.push_back(read(i, j));
   }
 
-  // Whether everything but the elements themselves (of rows of unit column stride) is as Memory left it.
+  // Whether everything but the elements is as Memory left it. The operand's rows must have unit column stride.
   bool gaps_untouched() const {
     if (memory == nullptr) return true;
     const int64_t size = format_of(dtype).size;

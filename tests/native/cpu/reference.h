@@ -1,4 +1,4 @@
-// What the kernels should compute, plainly and in long double, and how far from it a right result may be.
+// What the kernels should compute, plainly and in long double, and how far from this a right result may be.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace sweep {
 
-// A matrix, row by row, and for each element the largest error of its computation, the final rounding apart.
+// A matrix, row by row, and for each element the largest error of its computation without the final rounding.
 struct Approx {
   int64_t rows = 0, cols = 0;
   std::vector<Real> value, error;
@@ -29,8 +29,8 @@ struct Approx {
   }
 };
 
-// Of a sum of `count` terms, in units of the roundoff: the kernels add chains of 64, then the chains' sums, then
-// the lanes' or chunks'.
+// The error of a sum of `count` terms, in units of the roundoff: the kernels add chains of 64, then the chains' sums,
+// then the lanes' or chunks'.
 inline Real sum_error(int64_t count) { return 24 + static_cast<Real>(std::min<int64_t>(count, 64) + count / 64); }
 
 // What a sum loses at each term below the normal numbers of the type that has this roundoff.
@@ -38,7 +38,7 @@ inline Real smallest_step(Real roundoff) {
   return std::ldexp(Real{1}, roundoff == std::ldexp(Real{1}, -53) ? -1074 : -149);
 }
 
-// a bᵀ; either may be a result with an error of its own.
+// a bᵀ. Either operand may be a result with an error of its own.
 inline Approx product(const Approx& a, const Approx& b, Real roundoff) {
   Approx c(a.rows, b.rows);
   const auto k = static_cast<size_t>(a.cols);
@@ -60,7 +60,7 @@ inline Approx product(const Approx& a, const Approx& b, Real roundoff) {
   return c;
 }
 
-// `terms` has the matrix's columns, and its rows or a single one; without data it adds nothing.
+// `terms` has the matrix's columns, and its rows or a single row. Without data `terms` adds nothing.
 inline void add(Approx& sum, const Operand& terms, Real roundoff) {
   if (terms.values.empty()) return;
   for (size_t i = 0; i < sum.value.size(); ++i) {
@@ -81,7 +81,7 @@ inline Real normal_density(Real z) {
   static const Real inv_sqrt_2pi = 1 / std::sqrt(2 * std::acos(Real{-1}));
   return inv_sqrt_2pi * std::exp(-z * z / 2);
 }
-// gelu_tanh is z σ(2u); this is 2u and its derivative.
+// gelu_tanh is z σ(2u). This gives 2u and its derivative.
 inline Real twice_u(Real z) {
   static const Real scale = 2 * std::sqrt(2 / std::acos(Real{-1}));
   return scale * (z + Real{0.044715L} * z * z * z);
@@ -134,7 +134,7 @@ inline Approx preactivation_grad(const Approx& dy, const Approx& z, Activation a
   return dz;
 }
 
-// What storing it in the format adds to the error.
+// Adds the error of storing the matrix in the format.
 inline Approx rounded(Approx a, const Format& format) {
   for (size_t i = 0; i < a.value.size(); ++i)
     a.error[i] += format.roundoff * (std::fabs(a.value[i]) + a.error[i]) + format.min_denormal;

@@ -1,4 +1,4 @@
-// Cases of whole stacks: what is drawn, and the layers one after the other in long double.
+// Cases of whole stacks: what a case draws, and the layers one after the other in long double.
 #pragma once
 
 #include <vector>
@@ -22,7 +22,7 @@ struct DrawnLayer {
     l.in_features = in, l.out_features = out, l.adds_input = adds_input;
     l.weight = weight.matrix(), l.bias = bias.data;
     l.projection = projection.matrix(), l.projection_bias = projection_bias.data;
-    // Of no features it has no memory, but it is there.
+    // A matrix without features has no memory, but is not absent.
     if (projected && l.projection.data == nullptr) l.projection.data = this;
     return l;
   }
@@ -38,7 +38,7 @@ struct DrawnStack {
     enum { identity, projection, concatenation, none };
     const int64_t shortcut = c.rng.below(4);
     concat = shortcut == concatenation;
-    // More layers of integers would leave what the formats hold exactly.
+    // Through more layers integers would grow beyond what the formats hold exactly.
     const int64_t count = 1 + c.rng.below(c.kind == Kind::integers ? 2 : 4);
     const bool equal = c.rng.one_in(2), rows_of_weights = c.rng.one_in(2);
     double multiply_adds;
@@ -87,7 +87,7 @@ struct DrawnStack {
   }
 };
 
-// Values of scale 1; in the cases of denormals one of them is one, which some products would lose.
+// Values of scale 1; in the cases of denormals one value is a denormal, which some products would lose.
 inline Operand draw_rows(Case& c, const char* name, int64_t rows, int64_t cols) {
   Operand o = c.input(name, rows, cols, row_layout(rows, cols, c.rng), 1);
   const bool with_denormal = c.kind == Kind::denormals || c.kind == Kind::one_denormal;
@@ -123,7 +123,7 @@ inline Approx linear(const Approx& h, const Operand& weight, const Operand& bias
   return z;
 }
 
-// What a layer makes of h, before it is rounded: z is the layer's own, or one that was kept.
+// A layer's output for h, before rounding. z is the layer's own z, or a z that was kept.
 inline Approx layer_output(const Case& c, const DrawnStack& s, size_t i, const Approx& h, const Approx& z) {
   const DrawnLayer& l = s.layers[i];
   Approx out = activated(z, c.activation, c.format);
@@ -191,7 +191,7 @@ inline void stack_backward_case(int64_t number) {
   const int64_t y_features = s.out_features(count - 1);
   const Operand dy = draw_rows(c, "dy", s.rows, y_features);
   const bool with_z = c.rng.one_in(2), without_unread = c.rng.one_in(2);
-  // Any z will do: backward takes it for what forward had.
+  // Any z will do: backward takes it for forward's z.
   std::vector<Operand> zs;
   for (const DrawnLayer& l : s.layers)
     zs.push_back(with_z ? c.input("z", s.rows, l.out, layout(c.rng.below(2), s.rows, l.out, c.rng), 1)

@@ -21,7 +21,7 @@
 // Absent in a build without sanitizers (tests/test_qemu.py).
 #pragma weak __sanitizer_set_death_callback
 
-// Fresh memory is NaN, so that work memory read before it is written shows.
+// Fresh memory is NaN, so that a read of work memory before a write shows.
 extern "C" const char* __asan_default_options() {
   return "malloc_fill_byte=255:max_malloc_fill_size=2000000000:quarantine_size_mb=32";
 }
@@ -54,7 +54,7 @@ Shape draw_shape(Rng& rng) {
   for (;;) {
     int64_t sizes[3];
     for (int64_t& size : sizes) size = rng.pick(kSizes);
-    // Most along k: its blocks' sums wait in work memory.
+    // Most long sizes are k, whose blocks' sums wait in work memory.
     if (rng.one_in(4)) sizes[rng.one_in(3) ? rng.below(2) : 2] = rng.pick(kLongSizes);
     if (static_cast<double>(sizes[0]) * static_cast<double>(sizes[1]) * static_cast<double>(sizes[2]) <=
         kMaxMultiplyAdds)
@@ -62,7 +62,7 @@ Shape draw_shape(Rng& rng) {
   }
 }
 
-// Empty ones; several blocks of columns; k in several slabs for formats of 4, 8 and 2 bytes.
+// Empty products; several blocks of columns; k in several slabs for formats of 4, 8 and 2 bytes.
 constexpr Shape kGemmShapes[] = {{0, 5, 3},  {5, 0, 3},     {0, 0, 0},       {5, 3, 0},      {17, 65, 0},
                                  {1, 33, 0}, {13, 2100, 9}, {2100, 13, 9},   {48, 1100, 17}, {193, 100, 129},
                                  {1, 1, 1},  {16, 17, 385}, {9, 260, 16500}, {7, 257, 8300}, {3, 257, 33001}};
@@ -73,7 +73,7 @@ void gemm_case(int64_t number) {
   const bool is_fixed = number < 4 * fixed;
   const auto [m, n, k] = is_fixed ? kGemmShapes[number / 4] : draw_shape(c.rng);
   c.describe("m", m), c.describe("n", n), c.describe("k", k);
-  // All pairs of layouts in turn; a k so long that it is cut into slabs only if both operands are packed.
+  // All pairs of layouts in turn. A long k is cut into slabs only if both operands are packed.
   const bool steps = is_fixed && k > 8000;
   const int64_t a_layout = steps ? 4 : number % kLayouts, b_layout = steps ? 5 : number / kLayouts % kLayouts;
 
@@ -110,7 +110,7 @@ void gemm_case(int64_t number) {
   out.check(expected);
 }
 
-// An operand that is act of what lies there, the epilogue that multiplies by act′ and sums the columns, or both.
+// An operand that is activated as it is packed, the epilogue that multiplies by act′ and sums the columns, or both.
 void gradient_gemm_case(int64_t number) {
   Case c("gradient_gemm", number);
   c.kind = c.kind == Kind::integers ? c.kind : Kind::normal;
@@ -138,7 +138,7 @@ void gradient_gemm_case(int64_t number) {
     kernels().gemm(own_problem, parallel);
   });
 
-  // 16-bit activations may be rounded, or taken for zero where they are denormal.
+  // 16-bit activations may be rounded, and denormal ones may be taken for zero.
   const auto multiplied = [&](const Operand& operand, Activation activation) {
     Approx values(operand);
     if (activation == Activation::none) return values;
@@ -184,7 +184,8 @@ void preactivation_grad_case(int64_t number) {
   db.check(column_sums(expected, c.roundoff));
 }
 
-// rows × out_features × in_features: empty ones; more rows than the most chunks of the smallest size hold.
+// rows × out_features × in_features: empty shapes, and more rows than the largest number of chunks of the smallest
+// size holds.
 constexpr Shape kBackwardShapes[] = {{0, 5, 3}, {5, 0, 3}, {5, 3, 0}, {0, 0, 0}, {25000, 3, 2}, {1100, 33, 17}};
 
 bool layer_backward_case(int64_t number) {
@@ -325,7 +326,7 @@ bool mlp_backward_case(int64_t number) {
   return true;
 }
 
-// The product lies in memory of its own, or where z or the result goes.
+// The product lies in memory of its own, or in the memory of z or of the result.
 void epilogue_case(int64_t number) {
   Case c("epilogue", number);
   const auto [m, n, unused] = draw_shape(c.rng);

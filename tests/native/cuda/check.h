@@ -1,4 +1,4 @@
-// The least that a test in C++ needs.
+// The minimum that a test in C++ needs.
 #pragma once
 
 #include <cstdio>

@@ -24,7 +24,7 @@ struct Matrix {
   int64_t rows, cols, stride;
   std::vector<T> memory;
 
-  // All NaN, also the gaps between rows.
+  // Everything is NaN at first, also the gaps between rows.
   Matrix(int64_t rows, int64_t cols, int64_t gap = 0)
       : rows(rows), cols(cols), stride(cols + gap), memory(static_cast<size_t>(rows * stride + 1), rounded<T>(NAN)) {}
   T* row(int64_t i) { return memory.data() + i * stride; }
@@ -54,7 +54,7 @@ struct Matrix {
   }
 };
 
-// A stack with its results, and the same in double from the values that forward kept.
+// A stack with its results, and the same results in double from the values that forward kept.
 template <class T>
 struct Example {
   std::vector<int64_t> sizes;
@@ -65,7 +65,7 @@ struct Example {
   std::vector<float> partial_db, partial_dw;
   NarrowStack stack;
 
-  // Without a gap everything lies as 16-byte accesses need it, if the sizes do.
+  // Without a gap all rows allow 16-byte accesses, if the sizes do.
   Example(std::vector<int64_t> s, int64_t rows, Activation activation, bool transposed, int64_t gap = 1)
       : sizes(std::move(s)),
         rows(rows),
@@ -97,7 +97,7 @@ struct Example {
     stack.y = {y.row(0), y.stride}, stack.dx = {dx.row(0), dx.stride};
   }
 
-  // Places for the sums of narrow_backward.
+  // Memory for the sums of narrow_backward.
   void make_partial_sums(int64_t warps, int width) {
     const int64_t chunks = WgradGeometry(rows, stack.count).chunks;
     partial_db.assign(static_cast<size_t>(warps * stack.count * width), NAN);

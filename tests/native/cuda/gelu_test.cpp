@@ -1,4 +1,4 @@
-// The device's formulas, gelu.h in float and gelu16.h, compiled for the host: against gelu.h's in long double.
+// The device's formulas, gelu.h in float and gelu16.h, compiled for the host, against gelu.h's in long double.
 #include "kernels/cuda/common/gelu16.h"
 
 #include <algorithm>
@@ -32,7 +32,7 @@ void test_errors(double step, double tolerance) {
     if (x == 0) continue;
     const Real value = x * cdf(x);
     exact.add(static_cast<double>(std::fabs((gelu(z) - value) / value)));
-    // Against Φ + |x|φ: the derivative has a zero.
+    // Relative to Φ + |x|φ, because the derivative has a zero.
     exact_slope.add(static_cast<double>(std::fabs(gelu_derivative(z) - (cdf(x) + x * density(x))) /
                                         (cdf(x) + std::fabs(x) * density(x))));
     const Real s = sigma(two_u(x)), two_u_slope = Real{1.59576912160573071176L} * (1 + 3 * Real{0.044715L} * x * x);
@@ -53,11 +53,11 @@ double half_unit(double value, int bits, int least_exponent) {
   return std::ldexp(1, exponent - bits - 1);
 }
 
-// What gelu16.h adds to the rounding of its results, in halves of a unit in their last place. Of the derivatives,
-// which are not stored but multiplied, against Φ + |x|φ.
+// The errors that gelu16.h adds to the rounding of its results, in halves of a unit in their last place. The
+// derivatives are not stored but multiplied, so their errors are relative to Φ + |x|φ.
 template <class Tail>
 void test_errors_of_16_bits(const char* name, int bits, double tolerance) {
-  // A little below 2⁻¹⁰⁰ they begin to lose digits.
+  // A little below 2⁻¹⁰⁰ the functions begin to lose digits.
   const int least_exponent = std::is_same_v<Tail, bits16::Float16Tail> ? -14 : -100;
   Largest exact, exact_slope, tanh_form, tanh_slope;
   const auto test_at = [&](float z) {

@@ -1,5 +1,6 @@
-// CUDA kernels on the host: a block's threads are threads, blocks come one after the other. Slow, and blind to what
-// only a GPU does, but the code is the kernels' own: indices, edges, sums, roundings, the use of shared memory.
+// CUDA kernels on the host: a block's threads are threads, and blocks come one after the other. This is slow, and
+// blind to what only a GPU does. But the code is the kernels' own: indices, edges, sums, roundings, the use of shared
+// memory.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,4 +1,4 @@
-// The Hopper kernels' PTX run on the host, launched by CUTLASS's own host code, against the same formulas in double.
+// Runs the Hopper kernels' PTX on the host, launched by CUTLASS's own host code, against the same formulas in double.
 // Usage: hopper_kernels_test bf16|f16|f32 PTX...
 #include <cmath>
 #include <random>
@@ -15,9 +15,9 @@ using namespace fastlane::cuda;
 namespace {
 
 DType dtype;
-// Half a unit in the last place of a result; float32 operands are exact in TF32, their sums are in another order.
+// Half a unit in the last place of a result. float32 operands are exact in TF32, but their sums are in another order.
 double rounding() { return dtype == DType::bf16 ? 0x1p-8 : dtype == DType::f16 ? 0x1p-11 : 2e-6; }
-// gelu16.h's largest error, of t Φ(−t) ≤ 0.17 or Φ(−t) + t φ(t) ≤ 0.5.
+// gelu16.h's largest relative error, which applies to t Φ(−t) ≤ 0.17 or Φ(−t) + t φ(t) ≤ 0.5.
 double gelu_error(Activation activation) {
   if (activation != Activation::gelu) return activation == Activation::none ? 0 : 1e-5;
   return dtype == DType::bf16 ? 5.2e-4 : dtype == DType::f16 ? 2e-5 : 6e-5;
@@ -38,7 +38,7 @@ void set(void* data, int64_t i, float value) {
   }
 }
 
-// Rows in the midst of NaNs, aligned as TMA asks. Kernels may touch the rows and nothing beside them.
+// Rows between NaNs, aligned as TMA asks. Kernels may touch the rows and nothing beside them.
 struct Matrix {
   int64_t rows, cols, stride;
   std::vector<std::byte> memory;
@@ -49,7 +49,7 @@ struct Matrix {
     data = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16);
     for (int64_t i = 0; i < rows; ++i) {
       const void* const row = data + bytes(i * stride);
-      // TMA reads and writes rows of its box, so that a range is a row.
+      // TMA reads and writes its box row by row, so an allowed range is a row.
       ptx::runtime().allowed.push_back({row, bytes(cols), writable});
     }
   }
@@ -66,7 +66,7 @@ struct Matrix {
       for (int64_t j = 0; j < cols; ++j) set(data, i * stride + j, ptx::from_bf16(ptx::to_bf16(normal(random))));
   }
 
-  // `size` is that of what was added up, `approximation` the error that its terms had before.
+  // `size` is the size of what was added up; `approximation` is the error that the terms had before.
   void check(const Doubles& want, double size, const char* what, double approximation = 0) const {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < stride; ++j) {
@@ -96,7 +96,7 @@ struct Case {
   int64_t gap;
 };
 
-// A problem of every operand, its results as the kernel wrote them, and the same in double.
+// A problem with every operand, the results that the kernel wrote, and the same results in double.
 struct Example {
   const Case c;
   const HopperKind kind;
@@ -170,7 +170,7 @@ struct Example {
     if (forward && c.stores_more) z.check(before_activation, 1, "z");
     if (kind != HopperKind::through_activation) return;
     if (c.stores_more) unscaled.check(before_activation, 1, "unscaled");
-    // Errors, as roundings, have either sign, since gradients have.
+    // Errors have either sign, as roundings do, since gradients have either sign.
     const double root = std::sqrt(static_cast<double>(c.m));
     if (c.sums) sums.check(column_sums, root, "column sums", approximation * root);
   }
@@ -183,7 +183,7 @@ void test(HopperKind kind, const Case& c) {
   try {
     first.run();
     first.check();
-    again.run();  // the threads in another order
+    again.run();  // runs the threads in another order
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
     ++failures;
@@ -204,14 +204,14 @@ constexpr int64_t kSizes[][3] = {{8, 8, 8},       {1, 264, 72},   {128, 64, 256}
                                  {130, 520, 200}, {640, 136, 72}, {100, 72, 1000}};
 
 void test_kind(HopperKind kind) {
-  int turns[std::size(kHopperTiles)] = {};  // of each tile, so that each meets every option
+  int turns[std::size(kHopperTiles)] = {};  // for each tile, so that each tile meets every option
   for (const auto& [m, n, k] : kSizes)
     for (const HopperTile tile : kHopperTiles) {
       if (!has_tile(kind, dtype, tile)) continue;
       int& number = turns[static_cast<int>(tile)];
       for (const Activation activation : {Activation::gelu, Activation::gelu_tanh, Activation::none}) {
         const bool none = activation == Activation::none;
-        // The tree has one node for each, so that every option needs to be seen, not every combination.
+        // The tree has one node for each option. So every option has to be tested, but not every combination.
         if (none && (kind == HopperKind::through_activation || number % 2 == 0)) continue;
         if (kind == HopperKind::dgrad && activation == Activation::gelu_tanh) continue;
         const int turn = number++;
@@ -236,8 +236,8 @@ int main(int argc, char** argv) {
     test_kind(HopperKind::dgrad);
     test_kind(HopperKind::through_activation);
   }
-  // Forward with and without z; of 16 bits with all three tiles, and dgrad and through the activation with two;
-  // sum_rows.
+  // Forward with and without z. In 16 bits forward has three tiles, dgrad and through_activation have two; sum_rows
+  // is one more kernel.
   CHECK(ptx::runtime().kernels.size() == (dtype == DType::f32 ? 2 * 2 : 2 * 3 + 2 + 2 + 1));
   std::printf("%d launches, %zu kernels\n", ptx::runtime().launches, ptx::runtime().kernels.size());
   return failures != 0;

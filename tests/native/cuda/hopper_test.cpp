@@ -100,7 +100,7 @@ void test_choice() {
   CHECK(tile_of(forward(32768, 768, 768)) == HopperTile::m128n192);
   CHECK(tile_of(backward_through(8192, 1024, 4096)) == HopperTile::m128n256);
   CHECK(tile_of(backward_through(8192, 4096, 1024)) == HopperTile::m128n128);
-  // A dgrad hardly has one.
+  // A dgrad hardly has an epilogue.
   CHECK(tile_of(dgrad(32768, 768, 768)) == HopperTile::m128n256);
   // Few tiles; columns that no larger tile covers without waste.
   CHECK(tile_of(forward(1024, 1024, 1024)) == HopperTile::m128n128);
@@ -109,7 +109,7 @@ void test_choice() {
     for (const HopperKind kind : {forward_kind, HopperKind::dgrad, through})
       CHECK(has_tile(kind, dtype, HopperTile::m128n192) == (kind == forward_kind && dtype != DType::f32));
   CHECK(tile_of(forward(32768, 768, 768, DType::f32)) != HopperTile::m128n192);
-  // More time for more of anything, in every tile.
+  // More of anything takes more time, with every tile.
   for (const HopperTile tile : kHopperTiles) {
     const double cycles = hopper_cycles(forward(4096, 1024, 1024), forward_kind, tile, kH100);
     CHECK(hopper_cycles(forward(8192, 1024, 1024), forward_kind, tile, kH100) > cycles);
@@ -134,7 +134,7 @@ void test_worth() {
 }
 
 void test_workspace() {
-  // Two rows of tiles; of the wide one eight warps share a tile, of the narrow one four.
+  // Two rows of tiles. Eight warps share a tile of 256 columns, four a tile of 128.
   const GemmProblem p = backward_through(129, 264, 64);
   CHECK(hopper_workspace(p, HopperTile::m128n256) == 2 * 8 * 512 * 4);
   CHECK(hopper_workspace(p, HopperTile::m128n128) == 2 * 4 * 384 * 4);

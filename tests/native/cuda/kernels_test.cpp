@@ -1,4 +1,4 @@
-// The elementwise CUDA kernels run on the host, against the same formulas in double.
+// Runs the elementwise CUDA kernels on the host, against the same formulas in double.
 #include "grid.h"
 
 #include <cmath>
@@ -29,7 +29,8 @@ double value_of(T x) {
   }
 }
 
-// A matrix with room between its rows, all NaN but for what is written: a read or write beside it shows.
+// A matrix with room between its rows. Everything that is not written is NaN, so that a read or write beside the
+// matrix shows.
 template <class T>
 struct Matrix {
   int64_t rows, cols, stride;
@@ -132,7 +133,7 @@ void test_preactivation_grad(int64_t rows, int64_t cols, bool with_dz, bool with
   dz.check_gaps();
 }
 
-// Rows of partial sums with room between them, as the tiles of a GEMM write them.
+// Rows of partial sums with room between the rows, as the tiles of a GEMM write them.
 template <class T>
 void test_sum_rows(int64_t rows, int64_t cols, int64_t gap) {
   std::mt19937 random(static_cast<unsigned>(rows * 1000 + cols));

@@ -1,5 +1,5 @@
-// The launchers of our own kernels on the host: the grids, shared memory and parameters they give, and the kernels as
-// PTX. Usage: launches_test PTX...
+// Runs the launchers of our own kernels on the host, with the kernels as PTX: tests the grids, shared memory and
+// parameters that a launcher gives. Usage: launches_test PTX...
 #include "examples.h"
 #include "kernels/cuda/elementwise/elementwise.h"
 #include "ptx/runtime.h"
@@ -24,7 +24,7 @@ void allow(std::initializer_list<Matrix<T>*> matrices, bool writable) {
   for (const Matrix<T>* m : matrices) allow(m->memory, writable);
 }
 
-// A gap of 8 leaves rows aligned to 16 bytes, one of 3 does not.
+// A gap of 8 leaves rows aligned to 16 bytes, a gap of 3 does not.
 template <class T>
 void test_epilogue(int64_t rows, int64_t cols, int64_t gap, Activation activation, bool with_all) {
   std::mt19937 random(7);
@@ -90,7 +90,7 @@ void test_stack(const std::vector<int64_t>& sizes, int width, int64_t rows, Acti
   e.check_backward();
   if (e.stack.count == 1) return;
 
-  // Again, without one layer's dW and another one's db, then without any.
+  // Runs again without one layer's dW and another layer's db, then without any.
   const auto is_nan = [](const std::vector<T>& memory) {
     return std::all_of(memory.begin(), memory.end(), [](T x) { return std::isnan(static_cast<compute_t<T>>(x)); });
   };
@@ -129,7 +129,7 @@ void test_passes() {
   test_preactivation_grad<T>(9, 600, 8, Activation::none, false);
 }
 
-// Also more layers of 128 than fit into shared memory at a time.
+// Includes more layers of 128 features than fit into shared memory at a time.
 template <class T>
 void test_stacks_of_16_bits() {
   test_stack<T>({3, 3, 3, 1}, 32, 1, Activation::gelu, false);

@@ -1,6 +1,6 @@
-// The kernels of a narrow stack run on the host, against the same formulas in double.
+// Runs the kernels of a narrow stack on the host, against the same formulas in double.
 #include "warp.h"
-// The kernels after what they run on.
+// The kernels' headers come after the headers that they run on.
 #include "examples.h"
 #include "kernels/cuda/narrow/stack.cuh"
 #include "kernels/cuda/narrow/wgrad.cuh"
@@ -10,7 +10,7 @@ using namespace fastlane::cuda;
 
 namespace {
 
-// As narrow/stack.cu launches them, with fewer blocks than tiles.
+// Launches the kernels as narrow/stack.cu does, with fewer blocks than tiles.
 template <class T, int kWidth>
 void run_backward(Example<T>& e, unsigned blocks) {
   const auto warps = static_cast<unsigned>(backward_shape(kWidth, sizeof(T)).warps);
@@ -37,7 +37,7 @@ void test(std::vector<int64_t> sizes, int64_t rows, Activation activation, bool 
   e.check_forward();
   run_backward<T, kWidth>(e, blocks);
   e.check_backward();
-  // Again, without what only the first layer needs.
+  // Runs again without what only the first layer needs.
   if (e.stack.count == 1) return;
   e.dz[0] = Matrix<T>(rows, e.sizes[1]);
   const std::vector<T> before = e.dz[1].memory;
@@ -97,7 +97,7 @@ void test_plan() {
         CHECK(narrow_shared_bytes(layers, w, dtype) <= kWeightBytes);
       if (w < 128 || element == 2) CHECK(layers_at_once(w, element) >= 2);
     }
-  CHECK(sizeof(NarrowStack) + 64 <= 32764);  // what CUDA takes as parameters since 12.1
+  CHECK(sizeof(NarrowStack) + 64 <= 32764);  // the most bytes of parameters since CUDA 12.1
   for (const int64_t layers : {1, 8, 128})
     for (const int64_t rows : {1, 256, 257, 1 << 17, 1 << 30}) {
       const WgradGeometry g(rows, layers);
@@ -124,7 +124,7 @@ int main() {
   test<__nv_bfloat16, 64>(std::vector<int64_t>(13, 64), 300, Activation::gelu_tanh, false, 2);
   test<__nv_bfloat16, 128>({100, 128, 128, 128, 7}, 140, Activation::gelu, false, 2);
   test<__nv_bfloat16, 128>({128, 128, 128, 128}, 230, Activation::gelu, false, 1, /*gap=*/0);
-  // Aligned rows and NaN between them: of whole copies, and not.
+  // Aligned rows with NaN between them, whose columns are a multiple of a 16-byte copy, and not.
   test<__nv_bfloat16, 128>({96, 96, 120}, 70, Activation::gelu, false, 1, /*gap=*/8);
   test<__nv_bfloat16, 128>({100, 100, 100}, 70, Activation::gelu, false, 1, /*gap=*/4);
   test<__nv_bfloat16, 64>({64, 64, 64}, 70, Activation::gelu, false, 1, /*gap=*/0);

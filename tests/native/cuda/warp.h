@@ -1,4 +1,4 @@
-// What a warp does together, on the host: its 32 threads meet, and each reads what the others have laid down.
+// What a warp does together, on the host. Its 32 threads meet, and each reads what the others have laid down.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,7 +12,7 @@
 
 #include "grid.h"
 
-// One for each warp of the block that runs.
+// One meeting for each warp of the block that runs.
 struct WarpMeeting {
   std::barrier<> barrier{32};
   std::array<std::array<uint32_t, 4>, 32> a;
@@ -30,7 +30,7 @@ struct HostWarp {
     return memory;
   }
 
-  // As PTX documents the fragments of mma.m16n8k16 and, for 4-byte types, m16n8k8.
+  // The fragments are as PTX documents them for mma.m16n8k16 and, for 4-byte types, m16n8k8.
   template <class T>
   static void multiply(T, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     WarpMeeting& meeting = warp_meetings[threadIdx.x / 32];
@@ -69,7 +69,7 @@ struct HostWarp {
     meeting.barrier.arrive_and_wait();
   }
 
-  // Nothing arrives before it is awaited; until then its place is NaN.
+  // No copy arrives before it is awaited. Until then the copy's place is NaN.
   static void copy_async(void* shared, const void* global, bool present) {
     if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) std::abort();
     std::memset(shared, 0xff, 16);
@@ -111,7 +111,7 @@ struct HostWarp {
   template <class T>
   static float element(uint32_t bits, unsigned which) {
     T x;
-    // Of 4 bytes the instruction reads those of TF32.
+    // From 4 bytes the instruction reads the bits of TF32.
     if (sizeof(T) == 4) bits &= 0xffffe000u;
     std::memcpy(static_cast<void*>(&x), reinterpret_cast<const char*>(&bits) + which * sizeof(T), sizeof x);
     return static_cast<float>(x);

@@ -1,4 +1,4 @@
-// Registers to registers. Of float, approx instructions give what is exact but for one rounding.
+// Instructions from registers to registers. In float, approx instructions give the exact result with one rounding.
 #include <algorithm>
 #include <bit>
 #include <cfenv>
@@ -50,7 +50,7 @@ float fma_rounded_down(float a, float b, float c) {
   return result;
 }
 
-// Each of four digits names a byte of a, then b; its highest bit asks for copies of that byte's sign.
+// Each of four digits names a byte of a, then b; the digit's highest bit asks for copies of that byte's sign.
 uint32_t permuted(uint32_t a, uint32_t b, uint32_t digits) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t result = 0;
@@ -63,7 +63,7 @@ uint32_t permuted(uint32_t a, uint32_t b, uint32_t digits) {
   return result;
 }
 
-// Between a register and the two halves of it, or between registers.
+// Moves between a register and its two halves, or between registers.
 template <class Whole, class Half>
 bool move(Machine& m, Thread& t, const Instruction& i) {
   const Operand &to = i.operands[0], &from = i.operands[1];
@@ -100,10 +100,10 @@ void add_floats(Table& table, const std::string& type) {
   table["setp.geu" + type] = compare<R>([](R a, R b) { return !(a < b); });
 }
 
-// Conversions, and what there is of float alone.
+// Conversions, and what exists for float alone.
 void add_conversions(Table& table) {
   table["rcp.approx.ftz.f32"] = unary<float>([](float a) { return without_denormals(1 / a); });
-  // Of double only the upper half of the bits is given.
+  // For double only the upper half of the bits is given.
   table["rcp.approx.ftz.f64"] =
       unary<double>([](double a) { return std::bit_cast<double>(std::bit_cast<uint64_t>(1 / a) >> 32 << 32); });
   table["ex2.approx.ftz.f32"] = unary<float>([](float a) { return without_denormals(std::exp2(a)); });

@@ -88,7 +88,7 @@ MBarrier& mbarrier(Machine& m, Thread& t, const Operand& place) {
   return *reinterpret_cast<MBarrier*>(m.shared(shared_address(m, t, place), sizeof(MBarrier)));
 }
 
-// Operand 0 is the state before, which nobody asks for.
+// Operand 0 gets the state before, which nobody asks for.
 bool arrive(Machine& m, Thread& t, const Instruction& i) {
   m.arrive(mbarrier(m, t, i.operands[1]));
   return true;
@@ -113,7 +113,7 @@ bool map_to_block(Machine& m, Thread& t, const Instruction& i) {
   return true;
 }
 
-// Until it is waited for, its place is NaN.
+// Until the copy is waited for, its place is NaN.
 bool copy_async(Machine& m, Thread& t, const Instruction& i) {
   constexpr size_t kBytes = 16;
   const uint32_t to = shared_address(m, t, i.operands[0]);
@@ -170,7 +170,7 @@ void add_memory(Table& table) {
 
 void add_synchronisation(Table& table) {
   const Handler nothing = [](Machine&, Thread&, const Instruction&) { return true; };
-  // Threads run one at a time, so that memory is in order but for what TMA and wgmma see.
+  // Threads run one at a time, so memory is in order except for what TMA and wgmma see.
   for (const char* opcode :
        {"fence.mbarrier_init.release.cluster", "setmaxnreg.dec.sync.aligned.u32", "setmaxnreg.inc.sync.aligned.u32"})
     table[opcode] = nothing;

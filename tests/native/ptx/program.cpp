@@ -221,7 +221,8 @@ class Parser {
       result.kind = Kind::special;
       result.name = word;
     } else {
-      // Declared in the kernel, or without a size for all of them, which is the launch's.
+      // A symbol of shared memory is declared in the kernel, or for all kernels without a size, which the launch
+      // gives.
       const auto found = shared_.find(word);
       if (found == shared_.end() && text_.find(word + "[]") == std::string::npos) fail("unknown name " + word);
       result.kind = Kind::shared_symbol;

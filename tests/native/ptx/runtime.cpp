@@ -77,7 +77,7 @@ CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, voi
   return CUDA_SUCCESS;
 }
 
-// What a GPU of capability 9.0 gives a block, and how much of it to a kernel that did not ask.
+// The shared memory that a GPU of capability 9.0 gives a block, and gives a kernel that did not ask for more.
 constexpr size_t kMostSharedBytes = size_t{227} << 10, kSharedBytesUnasked = size_t{48} << 10;
 std::map<const void*, size_t>& shared_limits() {
   static std::map<const void*, size_t> of_functions;
@@ -88,7 +88,7 @@ struct Configuration {
   dim3 grid, block;
   size_t shared_bytes = 0;
 };
-// Of the launch by <<<>>> that is under way.
+// The configuration of the launch by <<<>>> that is under way.
 Configuration pushed;
 
 Size3 size_of(dim3 d) { return {d.x, d.y, d.z}; }
@@ -108,7 +108,7 @@ cudaError_t launch(const void* function, const Configuration& c, Size3 cluster, 
   return cudaSuccess;
 }
 
-// As cudaGetLastError has it.
+// The error that cudaGetLastError returns.
 cudaError_t latest_error = cudaSuccess;
 cudaError_t noted(cudaError_t error) {
   if (error != cudaSuccess) latest_error = error;

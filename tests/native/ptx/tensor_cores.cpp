@@ -1,4 +1,5 @@
-// Products of matrices: wgmma by four warps, of operands in shared memory; mma by one, of operands in its registers.
+// Products of matrices. Four warps do a wgmma, with operands in shared memory; one warp does an mma, with operands in
+// its registers.
 #include <cmath>
 
 #include "instructions.h"
@@ -28,7 +29,7 @@ double element(const void* place) {
   }
 }
 
-// An operand by its descriptor. The layouts in bytes, with rows of W = 16 · 2^swizzle bytes, T of them 16 bytes:
+// An operand by its descriptor. The layouts in bytes, with rows of W = 16 · 2^swizzle bytes:
 // along k (8 rows of W, then SBO) × (32 bytes), along mn (W, then LBO) × (8 rows of W, then SBO).
 struct Matrix {
   uint32_t start, leading, stride, element_bytes;
@@ -44,7 +45,7 @@ struct Matrix {
         along_k(along_k) {
     if (swizzle_bits == 4) throw std::runtime_error("wgmma: a layout without swizzle");
     if (descriptor >> 49 & 7) throw std::runtime_error("wgmma: a base offset");
-    // Without it the swizzle counts rows from a multiple of eight of them.
+    // Without a base offset the swizzle counts rows from a multiple of eight rows.
     const uint32_t row = 16u << swizzle_bits;
     if (start % (8 * row) / row != 0) throw std::runtime_error("wgmma: an operand off the swizzle's pattern");
   }
@@ -67,8 +68,8 @@ struct Matrix {
   }
 };
 
-// Operands: D, the descriptors of A and B, whether D is added to, the signs of A and B and, of 16 bits, whether they
-// lie along m and n.
+// Operands: D, the descriptors of A and B, whether D is added to, the signs of A and B and, for 16 bits, whether A
+// and B lie along m and n.
 template <uint32_t columns, char type>
 bool multiply_by_warpgroup(Machine& m, Thread& t, const Instruction& i) {
   const uint32_t first = t.index / kGroup * kGroup;
@@ -96,7 +97,7 @@ bool multiply_by_warpgroup(Machine& m, Thread& t, const Instruction& i) {
       }
     }
   };
-  // In order: later products add to the same D.
+  // The products run in order: later products add to the same D.
   Pending& products = block.products[first / kGroup];
   if (products.empty() && m.coin()) {
     run();
@@ -120,10 +121,10 @@ bool wait(Machine& m, Thread& t, const Instruction& i) {
   return true;
 }
 
-// mma.m16n8k16 and, of 4 bytes, m16n8k8. With lane = 4 g + l: register r of A is row g + 8 (r % 2), register r of B
-// column g, and both hold 4 bytes along k from 4 l + 16 (r / 2), of B 4 l + 16 r; register r of C and D is row
-// g + 8 (r / 2), column 2 l + r % 2. Sums are rounded toward zero, as tensor cores are said to, since narrow stacks
-// round them at every layer; wgmma's, which go through one epilogue, to nearest.
+// mma.m16n8k16 and, for 4 bytes, m16n8k8. With lane = 4 g + l: register r of A is row g + 8 (r % 2), register r of B
+// column g, and both hold 4 bytes along k from 4 l + 16 (r / 2), of B 4 l + 16 r; register r of C and D is row g + 8
+// (r / 2), column 2 l + r % 2. Sums are rounded toward zero, as tensor cores are said to do, since narrow stacks
+// round at every layer. wgmma's sums, which go through one epilogue, are rounded to nearest.
 template <char type>
 bool multiply_by_warp(Machine& m, Thread& t, const Instruction& i) {
   const uint32_t first = t.index - t.lane();

@@ -1,4 +1,4 @@
-// Boxes of a tensor between global and shared memory.
+// Copies boxes of a tensor between global and shared memory.
 #include "instructions.h"
 #include "tensor_map.h"
 
@@ -16,7 +16,8 @@ struct Box {
     const auto& coordinates = tensor.parts[1].parts;
     if (map.mark != TensorMap::kMark || coordinates.size() != map.rank) throw std::runtime_error("TMA: tensor map");
     for (size_t d = 0; d < coordinates.size(); ++d) at[d] = read<int32_t>(m, t, coordinates[d]);
-    // TMA asks for 128 bytes. The swizzle is of the address and repeats after this many, as the readers expect.
+    // TMA asks for an alignment of 128 bytes. The swizzle follows the address and repeats after this many bytes, as
+    // the readers expect.
     if (offset % (128u << map.swizzle_bits) != 0)
       throw std::runtime_error("TMA: shared memory at " + std::to_string(offset) + " does not suit the swizzle");
   }
@@ -28,7 +29,7 @@ struct Box {
   }
   uint32_t bytes() const { return elements() * map.element_bytes; }
 
-  // f(offset in shared memory, address), which is null beside the tensor.
+  // Calls f(offset in shared memory, address); the address is null beside the tensor.
   template <class F>
   void for_each_element(F f) const {
     uint32_t inside[5] = {};

@@ -46,7 +46,7 @@ bool elect(Machine& m, Thread& t, const Instruction& i) {
 }
 
 // ldmatrix and stmatrix: lanes 8 q to 8 q + 7 name the rows of matrix q, of which lane l has elements 2 (l % 4) and
-// the next of row l / 4 or, transposed, of that column.
+// the next one of row l / 4 or, transposed, of column l / 4.
 template <bool stores, bool transposed = false>
 bool matrices(Machine& m, Thread& t, const Instruction& i) {
   if (!m.gathered(t, first_of_warp(t), 32)) return false;
