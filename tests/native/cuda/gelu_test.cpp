@@ -47,7 +47,8 @@ void test_errors(double step, double tolerance) {
   for (const Largest& largest : {exact, exact_slope, tanh_form, tanh_slope}) CHECK(largest.error <= tolerance);
 }
 
-// Half a unit in the last place of a value stored with so many bits behind the leading one, denormals among them.
+// Half a unit in the last place of a value that is stored with `bits` bits behind the leading one. Denormals count
+// too.
 double half_unit(double value, int bits, int least_exponent) {
   const int exponent = value == 0 ? least_exponent : std::max(std::ilogb(value), least_exponent);
   return std::ldexp(1, exponent - bits - 1);

@@ -14,8 +14,8 @@ struct ColumnSumsArguments {
   int64_t row_stride = 0;
 };
 
-// Passes its input on. Each warp of a tile writes the sums over its rows to memory as a row, for the m-th tile of
-// rows row kWarps · m + warp. CUTLASS's own node, Sm90RowReduction, keeps the sums of a whole tile in registers,
+// Passes its input on. Each warp of a tile sums its rows and writes the sums to memory as one row: row kWarps · m +
+// warp for the m-th tile of rows. CUTLASS's own node, Sm90RowReduction, keeps the sums of a whole tile in registers,
 // which here are too many. This node keeps the sums of 32 columns, whose rows are visited one after the other.
 template <int kWarps>
 struct ColumnSums {

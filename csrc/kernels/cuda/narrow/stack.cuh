@@ -14,8 +14,8 @@ struct StackWarp {
   static constexpr int kForwardWarps = forward_shape(sizeof(T)).warps;
   static constexpr int kBackwardWarps = backward_shape(kWidth, sizeof(T)).warps;
   using Rows = S[kSlices];
-  // Without a branch between slices, one slice's activation overlaps with the next slice's product. Registers allow
-  // this only here.
+  // Without a branch between slices, one slice's activation overlaps with the next slice's product. Only these
+  // kernels have registers for the overlap.
   static constexpr bool kOverlaps = sizeof(T) == 2 && kWidth <= 64;
 
   const NarrowStack& p;

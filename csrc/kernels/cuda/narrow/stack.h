@@ -59,7 +59,7 @@ struct NarrowStack {
 };
 
 // The columns that the kernel for these sizes computes with, or 0 if there is none. A thread holds its part of three
-// blocks of a warp's rows, which for 128 columns of 4 bytes would not fit its registers.
+// matrices of a warp's rows (in backward h, dh and dz), which for 128 columns of 4 bytes would not fit its registers.
 inline int narrow_width(const StackProblem& p) {
   if (p.concat || p.count > kMaxStackLayers || p.dtype == DType::f64) return 0;
   int64_t widest = 1;
