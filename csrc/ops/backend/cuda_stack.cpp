@@ -31,7 +31,7 @@ cuda::NarrowStack narrow_stack(const StackProblem& p) {
   return s;
 }
 
-// One tensor for the rows × out_features of the layers for which `wanted` holds; `place` hears where each begins.
+// One tensor for the rows × out_features of every layer i with wanted(i). Calls place(i, address) for each.
 template <class Wanted, class Place>
 at::Tensor rows_of_layers(const StackProblem& p, Wanted wanted, Place place) {
   int64_t features = 0;
@@ -49,7 +49,8 @@ at::Tensor rows_of_layers(const StackProblem& p, Wanted wanted, Place place) {
 
 }  // namespace
 
-// Whether forward and backward agree must not follow from what a user may change in between.
+// Forward and backward both ask, and must get the same answer: backward reads what forward wrote in z's place. So
+// this reads nothing that a user can change between them.
 bool cuda_is_one_kernel(const StackProblem& p) {
   return p.rows > 0 && forced_path() != Path::library && cuda::narrow_width(p) > 0 &&
          cuda::current_gpu().capability >= 80;

@@ -1,4 +1,4 @@
-// What the operators need of a kind of device. The problems carry pointers into the memory of the current one.
+// The operators' needs of a kind of device. A problem's pointers lead into the memory of the current device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,24 +8,25 @@
 namespace fastlane {
 
 struct Backend {
-  // These run their problem and say by which path, or do nothing and return Path::library: then the library's product
-  // and the passes around it shall run. `dgrad` is asked where the library has the backward.
+  // These run their problem and return its path. Or they do nothing and return Path::library: then the caller runs
+  // the library's product and the passes around it. `dgrad` is called if layer_backward returned Path::library.
   Path (*gemm)(const GemmProblem&);
   Path (*layer_backward)(const LayerBackwardProblem&);
   Path (*dgrad)(const GemmProblem&);
-  // Whether `dgrad` would run it: to be asked before memory is allocated for a result.
+  // Whether `dgrad` would run the problem. A caller asks this before it allocates memory for a result.
   bool (*takes_dgrad)(const GemmProblem&);
-  // Where the library has any of an MLP's products it has all of them, layer by layer.
+  // If the library runs one of an MLP's products, it runs all of them, layer by layer.
   Path (*mlp_forward)(const MlpProblem&);
   Path (*mlp_backward)(const MlpBackwardProblem&);
-  // The passes around the library's products. The product may lie in z or out.
+  // The passes around the library's products. The product may lie in the memory of z or out.
   void (*epilogue)(const GemmProblem&, const ConstRowMajor& product);
   void (*preactivation_grad)(const PreActivationGradProblem&);
-  // A narrow stack as one kernel. Backward must find what forward found: decided by what no one changes in between.
+  // A narrow stack as one kernel. Forward and backward both ask `is_one_kernel` and must get the same answer: it may
+  // depend on nothing that can change between them.
   bool (*is_one_kernel)(const StackProblem&);
   void (*stack_forward)(const StackProblem&);
   void (*stack_backward)(const StackProblem&);
-  // `stats()` counts the library's product and the passes around it under this path.
+  // `stats()` counts a call of the library's product and the passes around it under this path.
   Path in_passes = Path::library;
 
   Path counted(Path path) const { return path == Path::library ? in_passes : path; }

@@ -1,4 +1,4 @@
-// One layer on 2-D tensors: what the operators are made of.
+// One layer on 2-D tensors: the parts of every operator.
 #pragma once
 
 #include <ATen/autocast_mode.h>
@@ -26,7 +26,7 @@ inline RowMajor mutable_row_major(const at::Tensor& t) { return {t.mutable_data_
 // The leading sizes of x, then `features`; contiguous.
 at::Tensor empty_output(const at::Tensor& x, int64_t features);
 
-// The gradient of a weight, in the weight's own layout, and the storage of it that a kernel writes by rows.
+// The gradient of a weight, in the weight's own layout. A kernel writes its rows to `storage`.
 struct WeightGradient {
   at::Tensor gradient, storage;
   bool transposed = false;
@@ -43,19 +43,19 @@ struct Operands {
 Operands flatten_operands(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                           const OptionalTensor& residual);
 
-// Expanded to (leading sizes of x..., out_features), then flattened, with unit column stride.
+// Expands to (leading sizes of x..., out_features), then flattens; the result has unit column stride.
 at::Tensor flatten_residual(const at::Tensor& residual, const at::Tensor& x, int64_t out_features);
 
 // x Wᵀ + b, (rows, out_features).
 at::Tensor computed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias);
 
-// An ATen call inside an operator is not the user's, to be cast or differentiated.
+// Autograd and autocast must not see the ATen calls inside an operator: they would differentiate and cast them.
 struct OwnCalls {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-// `activated` receives act(z) + residual: a whole tensor, or a slice of the concatenation's rows. Returns how.
+// Writes act(z) + residual to `activated`: a whole tensor, or a slice of the concatenation's rows. Returns the path.
 Path run_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated);
 
 // The operands and results of a backward as 2-D tensors; undefined where not needed.
@@ -67,17 +67,17 @@ struct BackwardTensors {
 
 Path run_backward(const BackwardTensors& t, Activation activation);
 
-// What the layer after it has to know of a network's layer, to form its dz = dh ⊙ act′(z) and db where it forms dh,
-// the gradient of its output.
+// A layer of a network, as the backward of the layer after it sees it. That backward forms dh, the gradient of this
+// layer's output, and may form this layer's dz = dh ⊙ act′(z) and db with it.
 struct NetworkLayer {
   Activation activation = Activation::none;
   at::Tensor z, db;  // db is undefined where not needed
-  bool needs_dh = false;  // beside dz, for its shortcut; otherwise dz lies in dh's memory
-  at::Tensor dz;  // defined once formed; db is written then
+  bool needs_dh = false;  // this layer's shortcut reads dh beside dz; otherwise dz may overwrite dh
+  at::Tensor dz;  // undefined until it is formed; db is written with it
 };
 
-// The backward of `layer`, of which `t` has the rest: from dz where that was formed, otherwise from dh. Where there
-// is a layer before it whose gradients are needed, t.dx is that one's dh, and its dz may be formed.
+// The backward of `layer`. It starts from layer.dz if layer.dz is defined, otherwise from dh; `t` holds the other
+// tensors. With `before`, the layer before it, t.dx is the dh of `before`, and before->dz may be formed.
 Path run_backward(BackwardTensors t, const NetworkLayer& layer, const at::Tensor& dh, NetworkLayer* before = nullptr);
 
 }  // namespace fastlane
