@@ -1,4 +1,5 @@
-// All differentiation policy: what is saved, which gradients are computed, and where the ATen composition takes over.
+// Differentiation of a layer as one node: the tensors that it saves, the gradients that it computes, and the calls
+// that the ATen composition takes over.
 #include <ATen/ops/matmul.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -19,14 +20,14 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Where the layer's addend comes from. `identity` (the residual is x itself) lets dgrad add dy in its epilogue.
+// The source of the layer's addend. With `identity` the residual is x itself, and dgrad adds dy in its epilogue.
 enum class Shortcut : int64_t { tensor_or_none, identity, concat };
 
 struct Gradients {
   Tensor x, weight, bias;
 };
 
-// The differentiable formula, for double backward. `grad_z` is what reaches z through its own use in a backward.
+// The differentiable formula, for double backward. `grad_z` is the gradient of the output z: a first backward used z.
 Gradients composed_backward(const Tensor& grad_activated, const Tensor& grad_z, const Tensor& grad_shortcut,
                             const Tensor& z, const Tensor& x, const Tensor& weight, Activation activation,
                             bool need_x, bool need_weight, bool need_bias) {
@@ -47,11 +48,11 @@ enum LayerRole : size_t { kX, kWeight, kBias, kResidual };
 
 class LinearGelu : public torch::autograd::Function<LinearGelu> {
  public:
-  // Compiled autograd may trace backward: all that it reads is in ctx.
+  // Compiled autograd may trace backward, which reads nothing but ctx.
   static constexpr bool is_traceable = true;
 
-  // z is an output of the node although nobody sees it: unpacked in a backward with create_graph it then carries
-  // its own history, and second derivatives need nothing more to be saved.
+  // z is an output of the node, although no caller sees it. So a backward with create_graph unpacks a z that carries
+  // its own history, and second derivatives need no other saved tensor.
   static variable_list forward(AutogradContext* ctx, at::TensorList tensors, int64_t roles, Activation activation,
                                Shortcut shortcut, bool recompute) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -202,7 +203,7 @@ Tensor linear_gelu_concat(const Tensor& x, const Tensor& weight, const OptionalT
 TORCH_LIBRARY_IMPL(fastlane, Autograd, m) {
   m.impl("linear_gelu_residual", linear_gelu_residual);
   m.impl("linear_gelu_concat", linear_gelu_concat);
-  // Called by users only by mistake: their backward then says that there is none.
+  // Users call these only by mistake. The backward of such a call raises an error.
   m.impl("linear_gelu_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("linear_gelu_backward", torch::autograd::autogradNotImplementedFallback());
 }

@@ -1,4 +1,4 @@
-// Differentiation of an MLP as one node: it saves x and z, and computes the hidden activations again in backward.
+// Differentiation of an MLP as one node. It saves x and z, and computes the hidden activations again in backward.
 #include <ATen/ops/matmul.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -31,7 +31,7 @@ struct Saved {
   static Saved of(const variable_list& list) { return {list[0], list[1], list[2], list[3], list[4]}; }
 };
 
-// The differentiable formula, for double backward. `grad_z` is what reaches z through its own use in a backward.
+// The differentiable formula, for double backward. `grad_z` is the gradient of the output z: a first backward used z.
 Gradients composed_backward(const Tensor& dy, const Tensor& grad_z, const Tensor& grad_shortcut, const Saved& saved,
                             Activation activation, const Needed& needed) {
   using differentiation::flatten_leading;
@@ -56,16 +56,16 @@ Gradients composed_backward(const Tensor& dy, const Tensor& grad_z, const Tensor
   return g;
 }
 
-// x and the parameters as in Needed.
+// x and the parameters have the order of Needed.
 enum MlpRole : size_t { kX, kFc1Weight, kFc1Bias, kFc2Weight, kFc2Bias, kResidual };
 
 class MlpResidual : public torch::autograd::Function<MlpResidual> {
  public:
-  // Compiled autograd may trace backward: all that it reads is in ctx.
+  // Compiled autograd may trace backward, which reads nothing but ctx.
   static constexpr bool is_traceable = true;
 
-  // z is an output of the node for the sake of second derivatives, as in autograd.cpp. Where the residual is x itself
-  // it is no argument: `adds_x`.
+  // z is an output of the node for the sake of second derivatives, as in autograd/layer.cpp. If the residual is x
+  // itself, `adds_x` is true and `tensors` has no residual.
   static variable_list forward(AutogradContext* ctx, at::TensorList tensors, int64_t roles, Activation activation,
                                bool adds_x, bool recompute) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;

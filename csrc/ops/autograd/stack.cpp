@@ -1,5 +1,5 @@
-// Differentiation of a whole stack as one node: it saves what its backward reads of x, the parameters and, where that
-// pays, one tensor with every layer's z.
+// Differentiation of a whole stack as one node. It saves the tensors among x and the parameters that its backward
+// reads and, if that pays, one tensor with every layer's z.
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/split_with_sizes.h>
 #include <ATen/ops/zeros.h>
@@ -42,7 +42,7 @@ OptionalTensors optional_list(const std::vector<Tensor>& tensors) {
   return list;
 }
 
-// x and the parameters that are there, with their positions (stack.h).
+// x and the parameters that are present, with their positions (ops/checks/stack.h).
 struct Present {
   std::vector<Tensor> tensors;
   std::vector<int64_t> positions;
@@ -59,7 +59,7 @@ struct Present {
       }
   }
 
-  // As edges of a node, by the order in which eager's layers would reach them.
+  // Orders the tensors as edges of the node: they get gradients in the order in which eager's layers reach them.
   void order_edges(int64_t layers) {
     c10::SmallVector<int64_t, 64> places(static_cast<size_t>(1 + 4 * layers), -1);
     c10::SmallVector<size_t, 32> as_in_eager;
@@ -76,7 +76,7 @@ struct Present {
         add(weight);
         if (adds_x && !x_first) add(0);
       };
-      // Eager's networks project after the layer itself, and so before it on the way back.
+      // Eager's networks project after the layer in forward, and so before it in backward.
       add_linear(kProjections, kProjectionBiases, /*last=*/false);
       add_linear(kWeights, kBiases, /*last=*/true);
     }
@@ -112,8 +112,8 @@ struct StackNode {
   std::vector<bool> needed;
 };
 
-// The differentiable formula, for double backward. `grad_z` is what reaches the zs through their own use in a
-// backward. The gradients have the tensors' positions.
+// The differentiable formula, for double backward. `grad_z` is the gradient of the output z: a first backward used z.
+// The gradients have the tensors' positions.
 variable_list composed_backward(const Tensor& dy, const Tensor& grad_z, const Tensor& x, const StackParameters& p,
                                 const Tensor& z, const StackNode& node) {
   using differentiation::flatten_leading;
@@ -177,10 +177,10 @@ variable_list composed_backward(const Tensor& dy, const Tensor& grad_z, const Te
 
 class ResidualStack : public torch::autograd::Function<ResidualStack> {
  public:
-  // Compiled autograd may trace backward: all that it reads is in ctx.
+  // Compiled autograd may trace backward, which reads nothing but ctx.
   static constexpr bool is_traceable = true;
 
-  // z is an output of the node for the sake of second derivatives, as in autograd.cpp.
+  // z is an output of the node for the sake of second derivatives, as in autograd/layer.cpp.
   static variable_list forward(AutogradContext* ctx, at::TensorList tensors, const std::vector<int64_t>& positions,
                                int64_t layers, StackShortcut shortcut, Activation activation, bool recompute) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -218,7 +218,7 @@ class ResidualStack : public torch::autograd::Function<ResidualStack> {
     ctx->saved_data["positions"] = positions;
     ctx->saved_data["column_major"] = column_major;
     ctx->saved_data["features"] = c10::SymIntArrayRef(features);
-    // Compiled autograd makes a graph for each of them, so they are kept only where nothing else tells them.
+    // Compiled autograd makes a graph for each value of sizes, so they are kept only if nothing else tells them.
     if (z.defined() && !reads.reads_x() && (x.dim() != 2 || c10::SymInt(z.sym_size(0)) == 0))
       ctx->saved_data["sizes"] = y.sym_sizes();
     ctx->saved_data["shortcut"] = static_cast<int64_t>(shortcut);
@@ -256,7 +256,7 @@ class ResidualStack : public torch::autograd::Function<ResidualStack> {
     });
     const bool with_history = at::GradMode::is_enabled() || grad_z.defined();
     if (!with_history && !batched) {
-      // Nothing to differentiate: the Autograd key would box every list.
+      // Backward is not differentiated here, and the Autograd key would box every list.
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       const std::vector<int64_t> column_major = data["column_major"].toIntVector();
       const variable_list gradients = call_residual_stack_backward(
@@ -280,7 +280,7 @@ class ResidualStack : public torch::autograd::Function<ResidualStack> {
  private:
   static constexpr size_t kOtherArguments = 5;
 
-  // A backward may get the zs' gradients alone. Then the output's sizes have to be found without its gradient.
+  // If backward gets the zs' gradients alone, dy is missing and cannot tell the output's sizes.
   template <class Data>
   static std::vector<c10::SymInt> output_sizes_of(Data& data, const Tensor& x, const Tensor& z,
                                                   const StackNode& node) {

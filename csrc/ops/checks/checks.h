@@ -1,5 +1,5 @@
-// Argument checks and their messages, once for every dispatch key. Sizes are symbolic so that the meta kernels
-// can ask the same questions while a graph is traced.
+// Argument checks and their messages, shared by all dispatch keys. Sizes are symbolic, so that the meta kernels can
+// make the same checks while a graph is traced.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -27,7 +27,7 @@ inline bool has_kernel_dtype(const at::Tensor& t) {
   return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
 }
 
-// A name is text, or whatever prints as a name.
+// `name` is text, or an object that prints as a name (StackItem).
 template <class Name>
 void check_dense(const char* op, const Name& name, const at::Tensor& t) {
   TORCH_CHECK(!t.is_quantized(), op, ": ", name, " is quantized, expected a floating-point tensor; convert it with ",
@@ -39,14 +39,14 @@ void check_dense(const char* op, const Name& name, const at::Tensor& t) {
               ", expected a dense tensor; convert it with ", name, ".to_dense()");
 }
 
-// Whether a tensor stands for another, as while something is traced, and has no memory of its own.
+// Whether the tensor only stands for another, as while a graph is traced, and has no memory of its own.
 inline bool is_stand_in(const at::Tensor& t) {
   constexpr c10::DispatchKeySet stand_ins({c10::DispatchKey::Python, c10::DispatchKey::Functionalize});
   return t.key_set().has_any(stand_ins);
 }
 
-// A storage may have been freed or cut, as sharding and offloading do, while the tensor keeps its sizes: a kernel
-// would read beyond it.
+// Sharding and offloading may free or cut a storage while the tensor keeps its sizes. A kernel would read beyond the
+// storage.
 template <class Name>
 void check_memory(const char* op, const Name& name, const at::Tensor& t) {
   if (t.is_meta() || !t.has_storage() || is_stand_in(t)) return;
@@ -68,7 +68,7 @@ void check_like(const char* op, const Name& name, const at::Tensor& t, const cha
   check_memory(op, name, t);
 }
 
-// A weight's gradient then lies the same way.
+// A column-major weight gets a column-major gradient.
 inline bool is_column_major(const at::Tensor& weight) {
   const auto strides = weight.sym_strides(), sizes = weight.sym_sizes();
   return strides[0] == 1 && strides[1] == sizes[0] && sizes[0] != 1 && sizes[1] != 1;
@@ -90,12 +90,13 @@ inline void check_input(const char* op, const at::Tensor& x) {
   check_memory(op, "x", x);
 }
 
-// What messages call the parameters of a linear layer.
+// The names of a linear layer's parameters in messages.
 struct LinearNames {
   const char *weight = "weight", *bias = "bias";
 };
 
-// The parameters of a layer with `in_features` inputs, which `source` has: x, or the weight of the layer before.
+// Checks the parameters of a layer with `in_features` inputs. `source` has that size: x, or the weight of the layer
+// before.
 inline void check_parameters(const char* op, const LinearNames& names, const at::Tensor& x, const at::Tensor& weight,
                              const OptionalTensor& bias, const c10::SymInt& in_features, const char* source_name,
                              const at::Tensor& source) {
@@ -138,7 +139,7 @@ inline void check_no_residual_with_concat(bool concat, const OptionalTensor& res
   TORCH_CHECK(!(concat && residual), "linear_gelu_forward: residual is given, expected none with concat=True");
 }
 
-// `t` is (leading sizes of `like`..., features).
+// Checks that `t` has the sizes (leading sizes of `like`..., features).
 inline void check_rows(const char* op, const char* name, const at::Tensor& t, const at::Tensor& like,
                        const c10::SymInt& features) {
   const auto expected = output_sizes(like, features);
@@ -149,7 +150,7 @@ inline void check_rows(const char* op, const char* name, const at::Tensor& t, co
                     c10::SymIntArrayRef(expected), "; pass what the forward was called with");
 }
 
-// Saved tensors may have passed through somebody's hooks, so a backward trusts them no more than a forward does.
+// Hooks on saved tensors may have replaced them, so backward checks them as forward does.
 inline void check_backward(const at::Tensor& grad, const OptionalTensor& z, const OptionalTensor& x,
                            const OptionalTensor& weight, const OptionalTensor& bias,
                            const OptionalTensor& grad_shortcut, Activation activation,

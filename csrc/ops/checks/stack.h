@@ -1,4 +1,4 @@
-// A stack of layers as its operators take it, with its checks. Sizes are symbolic, as in checks.h.
+// The arguments of a stack's operators, and their checks. Sizes are symbolic, as in checks.h.
 #pragma once
 
 #include <string>
@@ -19,14 +19,14 @@ inline StackShortcut parse_shortcut(std::string_view name) {
   TORCH_CHECK_VALUE(false, "shortcut: got '", name, "', expected 'identity', 'projection', 'concat' or 'none'");
 }
 
-// The parameters, one a layer in each list; undefined where a layer has none.
+// Each list has one entry for each layer; an entry is undefined if the layer has no such parameter.
 struct StackParameters {
   std::vector<at::Tensor> weights, biases, projections, projection_biases;
 
   size_t layers() const { return weights.size(); }
 };
 
-// x, or a tensor of a list.
+// The name of x, or of a tensor in a list.
 struct StackItem {
   const char* name;
   std::optional<size_t> layer;
@@ -36,7 +36,7 @@ struct StackItem {
   }
 };
 
-// An empty list stands for one without tensors.
+// An empty list means that no layer has such a tensor.
 inline std::vector<at::Tensor> stack_list(const char* name, const OptionalTensors& list, size_t layers) {
   const size_t count = list.size();
   TORCH_CHECK_VALUE(count == 0 || count == layers, name, ": got ", count, " entries, expected ", layers,
@@ -59,7 +59,7 @@ inline StackParameters stack_parameters(at::TensorList weights, const OptionalTe
           stack_list("projection_biases", projection_biases, weights.size())};
 }
 
-// A backward's parameters: tensors that it does not read may be absent.
+// A backward's parameters. Tensors that it does not read may be absent.
 inline StackParameters saved_stack_parameters(const OptionalTensors& weights, const OptionalTensors& biases,
                                               const OptionalTensors& projections,
                                               const OptionalTensors& projection_biases) {
@@ -88,7 +88,7 @@ inline void check_stack_bias(const StackItem& name, const at::Tensor& t, const a
                   features, ",), one element for each row of the weight");
 }
 
-// Whether layer i adds its input as it is.
+// Whether layer i adds its input without a projection.
 inline bool adds_input(const StackParameters& p, size_t i, StackShortcut shortcut) {
   if (shortcut != StackShortcut::identity && shortcut != StackShortcut::projection) return false;
   return !p.projections[i].defined() && p.weights[i].sym_size(0) == p.weights[i].sym_size(1);
@@ -125,8 +125,8 @@ inline c10::SymInt check_stack(const at::Tensor& x, const StackParameters& p, St
   return features;
 }
 
-// The stack as its layers, one after the other: `concat(h, weight, bias)`, or `layer(h, weight, bias, residual,
-// is_projection)`.
+// Runs the layers one after the other. For each it calls `concat(h, weight, bias)`, or `layer(h, weight, bias,
+// residual, is_projection)`.
 template <class Layer, class Concat>
 at::Tensor stack_by_layer(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut, Layer layer,
                           Concat concat) {
@@ -148,7 +148,7 @@ at::Tensor stack_by_layer(const at::Tensor& x, const StackParameters& p, StackSh
   return h;
 }
 
-// The elements of all zs, one layer after the other.
+// The number of elements of all zs.
 inline c10::SymInt stack_z_size(const at::Tensor& x, const StackParameters& p) {
   c10::SymInt rows = 1, features = 0;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) rows = rows * x.sym_size(i);
@@ -156,7 +156,7 @@ inline c10::SymInt stack_z_size(const at::Tensor& x, const StackParameters& p) {
   return rows * features;
 }
 
-// x and the parameters in one row: position 0 is x, then come the weights, biases, projections, projection biases.
+// Positions number x and the parameters: 0 is x, then come weights, biases, projections, projection biases.
 inline StackItem stack_item(int64_t position, size_t layers) {
   constexpr const char* lists[] = {"weights", "biases", "projections", "projection_biases"};
   if (position == 0) return {"x", std::nullopt};
@@ -164,14 +164,14 @@ inline StackItem stack_item(int64_t position, size_t layers) {
   return {lists[index / layers], index % layers};
 }
 
-// The sizes that a backward cannot ask of tensors which were not saved: x's features, then each layer's own.
+// x's features, then each layer's output features. Backward cannot ask tensors for them that were not saved.
 inline std::vector<c10::SymInt> stack_features(const at::Tensor& x, const StackParameters& p) {
   std::vector<c10::SymInt> features{x.sym_size(-1)};
   for (const at::Tensor& weight : p.weights) features.push_back(weight.sym_size(0));
   return features;
 }
 
-// The features that each layer reads, then those of the output.
+// The features of each layer's input, then the features of the output.
 inline std::vector<c10::SymInt> stack_inputs(c10::SymIntArrayRef features, StackShortcut shortcut) {
   std::vector<c10::SymInt> inputs(features.begin(), features.end());
   if (shortcut == StackShortcut::concat)
@@ -179,14 +179,14 @@ inline std::vector<c10::SymInt> stack_inputs(c10::SymIntArrayRef features, Stack
   return inputs;
 }
 
-// Positions as flags.
+// A flag for each position.
 inline std::vector<bool> stack_flags(at::IntArrayRef positions, size_t layers) {
   std::vector<bool> flags(1 + 4 * layers);
   for (const int64_t position : positions) flags[static_cast<size_t>(position)] = true;
   return flags;
 }
 
-// As they follow each other in the positions.
+// The lists of parameters, in the order of the positions.
 enum StackList : size_t { kWeights, kBiases, kProjections, kProjectionBiases };
 
 // A stack's backward forms and reads these, layer by layer. Parameters that it does not read may be absent.
@@ -195,7 +195,8 @@ struct StackReads {
   std::vector<StackLayerReads> reads;
   size_t first = 0;  // the layer at which the backward ends
 
-  // `projects`: the layers with a projection that is known; one whose gradient is needed is there too.
+  // `projects` flags the layers whose projection is given. A layer has one too if its projection's gradient is
+  // needed.
   StackReads(const std::vector<bool>& projects, c10::SymIntArrayRef features, StackShortcut shortcut,
              Activation activation, bool keeps_z, const std::vector<bool>& needed)
       : uses(projects.size()), reads(projects.size()) {
@@ -234,12 +235,12 @@ struct StackReads {
   }
 };
 
-// A narrow stack on CUDA keeps its layers' outputs in z's place and computes every z again
-// (kernels/cuda/narrow/stack.h).
+// A narrow stack on CUDA stores its layers' outputs in z's place. Backward computes every z again, so
+// it reads x and all parameters (kernels/cuda/narrow/stack.h).
 inline bool reads_everything_again(const at::Tensor& t) { return t.is_cuda(); }
 
-// Saved tensors may have passed through somebody's hooks, so a backward trusts them no more than a forward does.
-// Returns what it reads.
+// Hooks on saved tensors may have replaced them, so backward checks them as forward does. Returns the tensors that
+// backward reads.
 inline StackReads check_stack_backward(const at::Tensor& grad, const OptionalTensor& x, const StackParameters& p,
                                        const OptionalTensor& z, c10::SymIntArrayRef features, StackShortcut shortcut,
                                        Activation activation, at::IntArrayRef needed) {

@@ -42,8 +42,8 @@ Path run_dgrad(const GemmProblem& p, const BackwardTensors& t, const at::Tensor&
   return path;
 }
 
-// dx and, in dgrad's epilogue, dz and db of the layer before. The library, with nothing done, where no kernel has
-// that.
+// Forms dx and, in dgrad's epilogue, dz and db of the layer before. If no kernel can, it does nothing and returns
+// Path::library.
 Path run_fused_through(const GemmProblem& dgrad, const BackwardTensors& t, NetworkLayer& before) {
   const Backend& backend = backend_of(t.dx);
   void* const db = before.db.defined() ? before.db.mutable_data_ptr() : nullptr;
@@ -57,8 +57,8 @@ Path run_fused_through(const GemmProblem& dgrad, const BackwardTensors& t, Netwo
   return path;
 }
 
-// dx, and dz and db of the layer before: in dgrad's epilogue, or by a pass in place. Where dx stays needed, the layer
-// before makes that pass, when the memory of this one is free again.
+// Forms dx, and dz and db of the layer before: in dgrad's epilogue, or by a pass in place. If the layer before needs
+// dx as its dh, it makes the pass itself, when this layer's memory is free again.
 Path run_dgrad_through(const GemmProblem& dgrad, const BackwardTensors& t, const at::Tensor& dz,
                        NetworkLayer& before) {
   Path path = run_fused_through(dgrad, t, before);
@@ -74,7 +74,7 @@ Path run_dgrad_through(const GemmProblem& dgrad, const BackwardTensors& t, const
   return path;
 }
 
-// Product by product, around one elementwise pass.
+// One elementwise pass, then product by product.
 Path run_backward_in_parts(const LayerBackwardProblem& b, const BackwardTensors& t, NetworkLayer* before) {
   at::Tensor dz = forms_dz(b) ? at::empty({b.rows, b.out_features}, t.dy.options()) : t.dy;
   run_preactivation_grad(b, forms_dz(b) ? dz.mutable_data_ptr() : nullptr, backend_of(t.dy).preactivation_grad);
@@ -169,7 +169,7 @@ Path run_forward(const Operands& o, Activation activation, const at::Tensor& z, 
   {
     const OwnCalls own_calls;
     if (o.bias.defined()) {
-      // A 16-bit product is rounded when it is stored, so the bias comes before.
+      // A 16-bit product is rounded when it is stored, so the library has to add the bias before.
       at::addmm_out(product, o.bias, o.x, o.weight.t());
       p.bias = nullptr;
     } else {

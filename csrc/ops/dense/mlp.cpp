@@ -1,4 +1,4 @@
-// An MLP's operators: one problem where the backend has a kernel for it, otherwise layer by layer.
+// An MLP's operators. If the backend has a kernel for the whole MLP, it runs; otherwise the MLP runs layer by layer.
 #include "ops/checks/mlp.h"
 
 #include <ATen/core/Tensor.h>
@@ -21,7 +21,8 @@ ConstRowMajor rows_or_null(const at::Tensor& t) { return t.defined() ? row_major
 RowMajor mutable_rows_or_null(const at::Tensor& t) { return t.defined() ? mutable_row_major(t) : RowMajor{}; }
 ConstMatrix matrix_or_null(const at::Tensor& t) { return t.defined() ? matrix(t) : ConstMatrix{}; }
 
-// `fc2.x` is not set: the hidden activations, which only a backend without a kernel for the whole needs as a tensor.
+// The caller leaves `fc2.x` unset: only a backend without a kernel for the whole MLP needs the hidden activations as
+// a tensor.
 Path run_mlp(const Operands& fc1, Operands& fc2, Activation activation, const at::Tensor& z, const at::Tensor& y) {
   MlpProblem p;
   p.rows = fc1.shape.rows, p.in_features = fc1.shape.in_features, p.hidden = fc1.shape.out_features;
@@ -39,7 +40,7 @@ Path run_mlp(const Operands& fc1, Operands& fc2, Activation activation, const at
   return common.path();
 }
 
-// z is undefined unless asked for.
+// z is undefined unless `with_z`.
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor& fc1_weight,
                                            const OptionalTensor& fc1_bias, const at::Tensor& fc2_weight,
                                            const OptionalTensor& fc2_bias, const OptionalTensor& residual,
@@ -63,7 +64,7 @@ at::Tensor mlp_residual(const at::Tensor& x, const at::Tensor& fc1_weight, const
                         const at::Tensor& fc2_weight, const OptionalTensor& fc2_bias, const OptionalTensor& residual,
                         std::string_view activation_name, bool) {
   const Activation activation = parse_activation(activation_name);
-  // Inference tensors come here without passing the autograd key.
+  // Inference tensors skip the Autograd key, which asks this for all other tensors.
   if (const char* reason = policy::why_disabled()) {
     policy::leave_fused_path(reason);
     return composition::mlp_residual(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation);

@@ -1,4 +1,4 @@
-// A stack's operators: a narrow one is one kernel, a wide one goes layer by layer.
+// A stack's operators. A narrow stack is one kernel; a wide stack runs layer by layer.
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -16,8 +16,8 @@
 namespace fastlane {
 namespace {
 
-// The sizes of a stack, which decide how it runs. `rows` is a tensor with x's leading sizes, dtype and device,
-// `features` x's, then each layer's own.
+// The sizes of a stack decide how it runs. `rows` is a tensor with x's leading sizes, dtype and device. `features`
+// are x's features, then each layer's output features.
 struct StackSizes {
   std::vector<StackLayer> layers;
   StackProblem problem;
@@ -47,7 +47,7 @@ std::vector<int64_t> features_of(const at::Tensor& x, const StackParameters& p) 
   return features;
 }
 
-// A stack on 2-D tensors, and what keeps its operands alive. What a backward does not read may be absent.
+// A stack on 2-D tensors; it keeps its operands alive. Tensors that a backward does not read may be absent.
 struct Stack : StackSizes {
   StackParameters parameters;
   Activation activation;
@@ -82,14 +82,14 @@ struct Stack : StackSizes {
   bool concat() const { return problem.concat; }
   int64_t out_features() const { return layers.back().out_features + (concat() ? layers.back().in_features : 0); }
 
-  // z of layer i, within the tensor that holds all.
+  // z of layer i: a slice of `z`, which holds every layer's.
   at::Tensor z_of(const at::Tensor& z, size_t i) const {
     int64_t before = 0;
     for (size_t j = 0; j < i; ++j) before += layers[j].out_features;
     return z.narrow(0, rows * before, rows * layers[i].out_features).view({rows, layers[i].out_features});
   }
   void set_z(const at::Tensor& z) {
-    // A kept z without elements has no memory, but is there.
+    // A kept z without elements has no memory, but the kernels take a null pointer for an absent z.
     static char nothing = 0;
     char* data = static_cast<char*>(const_cast<void*>(z.const_data_ptr()));
     if (!data) data = &nothing;
@@ -100,7 +100,7 @@ struct Stack : StackSizes {
   }
 
  private:
-  // A projection of no features has no memory, but its bias counts.
+  // A projection without input features has no memory, but is not absent: its bias counts.
   static ConstMatrix present_matrix(const at::Tensor& t) {
     static constexpr char nothing = 0;
     ConstMatrix m = matrix(t);
@@ -131,13 +131,13 @@ at::Tensor projected(const Stack& s, size_t i, const at::Tensor& h, CommonPath& 
   return result;
 }
 
-// What layer i adds to its activation; undefined where nothing.
+// The shortcut that layer i adds to its activation; undefined if the layer adds none.
 at::Tensor shortcut_of(const Stack& s, size_t i, const at::Tensor& h, CommonPath& path) {
   if (s.parameters.projections[i].defined()) return projected(s, i, h, path);
   return s.layers[i].adds_input ? h : at::Tensor();
 }
 
-// y is 2-D; z holds every layer's, or is undefined.
+// y is 2-D. `z` holds every layer's z, or is undefined.
 Path run_forward_by_layer(const Stack& s, const at::Tensor& y, const at::Tensor& z) {
   CommonPath path;
   at::Tensor h = s.x;
@@ -188,7 +188,7 @@ at::Tensor residual_stack(const at::Tensor& x, at::TensorList weights, const Opt
   StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
   check_stack(x, p, shortcut);
   const c10::OptionalDeviceGuard guard(x.device());
-  // Inference tensors come here without passing the autograd key.
+  // Inference tensors skip the Autograd key, which asks this for all other tensors.
   if (const char* reason = policy::why_disabled()) {
     policy::leave_fused_path(reason);
     return composition::residual_stack(x, p, shortcut, activation);
@@ -216,7 +216,8 @@ std::tuple<at::Tensor, at::Tensor> residual_stack_forward(
 bool keeps_z(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut) {
   const c10::SymInt elements = stack_z_size(x, p);
   if (!x.device().is_cpu() || elements.is_symbolic()) return true;
-  // What glibc's malloc at most takes from memory it has, and not as fresh pages (its largest M_MMAP_THRESHOLD).
+  // Up to this size glibc's malloc may reuse memory that it has; a larger block is fresh pages (its largest
+  // M_MMAP_THRESHOLD).
   constexpr int64_t kReusedBytes = int64_t{32} << 20;
   if (elements.expect_int() * static_cast<int64_t>(x.element_size()) <= kReusedBytes) return true;
   return !StackSizes(x, features_of(x, p), shortcut).is_one_kernel();
@@ -240,8 +241,7 @@ void run_as_one(Stack& s, const at::Tensor& grad, const OptionalTensor& z, Stack
   s.backend.stack_backward(s.problem);
 }
 
-// The layers' inputs that the way back reads, from the zs. Those that were not kept are computed and written into
-// `z`.
+// Restores from the zs the layers' inputs that backward reads. Computes the zs that were not kept, into `z`.
 std::vector<at::Tensor> restored_inputs(const Stack& s, const StackReads& plan, const at::Tensor& z,
                                         CommonPath& path) {
   std::vector<at::Tensor> inputs(s.layers.size());
@@ -249,7 +249,7 @@ std::vector<at::Tensor> restored_inputs(const Stack& s, const StackReads& plan, 
   at::Tensor all;
   if (s.concat() && plan.reads_x()) {
     const OwnCalls own_calls;
-    // As wide as the output, so that the library's products meet the strides, and form the bits, of forward.
+    // As wide as the output: with forward's strides the library's products have forward's bits.
     all = at::empty({s.rows, s.out_features()}, s.options);
     all.narrow(1, 0, s.x.size(1)).copy_(s.x);
   }
@@ -313,7 +313,7 @@ Path run_backward_by_layer(const Stack& s, const StackReads& plan, at::Tensor gr
     t.x = inputs[i], t.weight = s.parameters.weights[i];
     t.dx = dx, t.dweight = g.weights[i].storage, t.dweight_transposed = g.weights[i].transposed;
     const at::Tensor dh = s.concat() ? grad.narrow(1, l.in_features, l.out_features) : grad;
-    // In a concatenation dx is not dh, but holds it.
+    // In a concatenation dx holds more than the dh of the layer before.
     const bool goes_on = i > plan.first && !s.concat();
     NetworkLayer before = i > plan.first ? network_layer(i - 1) : NetworkLayer{};
     path.add(run_backward(std::move(t), layer, dh, goes_on ? &before : nullptr));
