@@ -1,5 +1,5 @@
-// Under autocast the products run in the low precision; a shortcut of another dtype is joined afterwards in the
-// promoted dtype, as eager does, so that a float32 residual stream stays float32.
+// Under autocast the products run in the low precision. A shortcut of another dtype is joined afterwards in the
+// promoted dtype, as in eager, so a float32 residual stream stays float32.
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/cat.h>
@@ -56,8 +56,8 @@ at::Tensor mlp_residual(const at::Tensor& x, const at::Tensor& fc1_weight, const
   return residual && !same_dtype ? y + *residual : y;
 }
 
-// As eager's residual stream is wider than the products, the stack goes layer by layer, each with its own casts,
-// unless there is nothing wider than the low precision to keep.
+// Eager's residual stream has a wider dtype than the products. So the stack runs layer by layer, each layer with its
+// own casts, unless no value wider than the low precision has to be kept.
 template <c10::DeviceType device>
 at::Tensor residual_stack(const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases,
                           const OptionalTensors& projections, const OptionalTensors& projection_biases,

@@ -1,4 +1,4 @@
-// The same mathematics in ATen operators: what runs where a fused kernel may not, and what makes the backward
+// The same mathematics in ATen operators. They run if a fused kernel may not, and they make the backward
 // differentiable.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What the files of the Autograd key share: when a call leaves the fused path, and what is refused at once.
+// Functions that the files of the Autograd key share: reasons to leave the fused path, and early checks.
 #pragma once
 
 #include <ATen/ExpandUtils.h>
@@ -27,19 +27,19 @@ inline std::string_view name_of(Activation activation) {
 // Why a call may not reach the fused kernels, or null.
 inline const char* reason_to_compose(at::TensorList tensors) {
   if (const char* reason = policy::why_disabled()) return reason;
-  // What at::functorch::maybeCurrentDynamicLayer() tells; its header needs one that torch does not ship.
+  // As at::functorch::maybeCurrentDynamicLayer(), whose header includes one that torch does not ship.
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode))
     return "a torch.func transform is active";
   for (const at::Tensor& t : tensors) {
     if (!t.defined()) continue;
     if (t._fw_grad(/*level=*/0).defined()) return "forward-mode AD";
-    // It knows how to shard ATen's operators and refuses all others.
+    // DTensor shards ATen's operators and refuses all others.
     if (policy::is_dtensor(t)) return "a DTensor";
   }
   return nullptr;
 }
 
-// What the dispatcher would answer with a page of its own, below the Autograd key.
+// Without this check the dispatcher would answer with a page of text, below the Autograd key.
 inline void check_device(const char* op, const at::Tensor& x) {
   const auto device = x.device();
   TORCH_CHECK(device.is_cpu() || device.is_cuda() || device.is_meta(), op, ": x is on ", device,
@@ -52,17 +52,17 @@ inline void check_backend(const char* op,
   check_device(op, arguments.begin()->second);
 }
 
-// Differentiable, unlike layer_calls.h's.
+// These functions are differentiable, unlike those of dense/layer_calls.h.
 namespace differentiation {
 
-// Not at::flatten, for which torch's older vmap, behind is_grads_batched, has no rule.
+// at::flatten has no rule in torch's older vmap, which is_grads_batched uses.
 inline at::Tensor flatten_leading(const at::Tensor& t) {
   c10::SymInt rows = 1;
   for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.sym_size(i);
   return t.reshape_symint({rows, t.sym_size(-1)});
 }
 
-// torch cuts a sum to one element by threads, so that its bits depend on their number; sums to a row it does not.
+// torch cuts a sum to one element by threads, so its bits depend on their number. It does not cut a sum to a row.
 inline at::Tensor sum_to_one(const at::Tensor& t) {
   constexpr int64_t kRow = 4096;
   const at::Tensor row = flatten_leading(t).sum(0, /*keepdim=*/false, at::kDouble);
@@ -73,7 +73,7 @@ inline at::Tensor sum_to_one(const at::Tensor& t) {
 
 inline at::Tensor residual_grad(const at::Tensor& dy, c10::SymIntArrayRef sizes) {
   if (dy.sym_sizes() == sizes) return dy;
-  // Where columns share memory the order of torch's sum follows the threads, too.
+  // If columns share memory, the order of torch's sum depends on the threads too.
   const at::Tensor rows = dy.contiguous();
   const bool one_element = std::all_of(sizes.begin(), sizes.end(), [](const c10::SymInt& s) { return s == 1; });
   return one_element && rows.sym_numel() != 1 ? sum_to_one(rows).view_symint(sizes) : at::sum_to(rows, sizes);

@@ -1,5 +1,5 @@
-// Shapes, strides and dtypes without data: what fake tensors and torch.export run. In C++ so that they ask
-// checks.h and load without Python.
+// Shapes, strides and dtypes without data, for fake tensors and torch.export. They are C++ so that they share the
+// checks of ops/checks and load without Python.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 

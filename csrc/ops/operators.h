@@ -1,4 +1,4 @@
-// Typed handles to the operators of schema.cpp: a call goes through the dispatcher from the current key on.
+// Typed handles to the operators of schema.cpp. A call goes through the dispatcher and skips the excluded keys.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>

@@ -28,7 +28,7 @@ bool cpu_has(const char* capability) {
 }
 
 // One tdpbf16ps does 8192 multiply-adds (a tile of 16 × 16, 32 along k), one vdpbf16ps 32, and the library uses
-// tiles. That this outweighs another pass over the result from 128 products an element on is an estimate, not
+// tiles. From 128 products an element on, tiles should outweigh another pass over the result: an estimate, not
 // measured.
 bool library_has_tiles(const LayerShape& shape) {
   static const bool bf16 = cpu_has("amx_bf16"), f16 = cpu_has("amx_fp16");
@@ -36,8 +36,8 @@ bool library_has_tiles(const LayerShape& shape) {
          shape.out_features >= 128;
 }
 
-// A bf16 weight that no cache holds, used by more rows than inner products take, is a matter of fetching it, and
-// the library fetches better where it has vdpbf16ps; without, it was slower.
+// If no cache holds a bf16 weight and there are more rows than inner products take, the time goes into fetching the
+// weight. The library fetches better if it has vdpbf16ps; without, it was slower.
 // Measured on AMD Zen 5, eager's time / fused, forward: 128 × 4096² 0.76–0.92, 512 × 4096² 0.73–0.95, but
 // 2048 × 4096² 1.08. On Zen 4: 17 and 24 × 4096² 1.28–1.34, 32 × 4096² 0.98.
 bool streams_weight(const LayerShape& shape) {
@@ -46,7 +46,7 @@ bool streams_weight(const LayerShape& shape) {
          shape.in_features * shape.out_features * 2 >= (int64_t{32} << 20);
 }
 
-// One row's dW is an outer product and its dx reads W once: nothing that a tile could use twice. Measured at
+// One row's dW is an outer product, and its dx reads W once: a tile could use no value twice. Measured at
 // 1 × 1024², eager's time / fused and / library: fp32 0.76 and 1.28, fp64 0.82 and 1.02.
 bool is_outer_product(const LayerShape& shape) {
   return shape.rows == 1 && shape.in_features * shape.out_features >= 128 * 128;

@@ -1,4 +1,4 @@
-// Which path a call takes: one fused product, or the library's product and one fused pass over it, or torch's own
+// The path of a call: one fused product, or the library's product and one fused pass over it, or torch's own
 // operators alone.
 #pragma once
 
@@ -9,13 +9,13 @@
 
 namespace fastlane {
 
-// `hopper` is the fused product of a CUDA GPU of capability 9.0; `fused` are this library's own kernels; `torch` are
-// torch's operators, on a CPU without vector kernels of ours.
+// `fused`: this library's own kernels. `library`: the library's products and our passes. `hopper`: the fused product
+// of a CUDA GPU of capability 9.0. `torch`: torch's operators, on a CPU without vector kernels of ours.
 enum class Path : uint8_t { fused, library, hopper, torch };
 constexpr int kPaths = 4;
 constexpr const char* kPathNames[kPaths] = {"fused", "library", "hopper", "torch"};
 
-// The path of several products: the library's, if any of them is.
+// The path of several products: the library's, if any product took the library's.
 class CommonPath {
  public:
   void add(Path path) {
@@ -27,11 +27,11 @@ class CommonPath {
   std::optional<Path> path_;
 };
 
-// What FASTLANE_PATH says; read once. Throws c10::ValueError if that is neither fused nor library.
+// The path that FASTLANE_PATH names; read once. Throws c10::ValueError if its value is neither fused nor library.
 std::optional<Path> forced_path();
 
-// Whether CPU tensors take the path `torch`. Decided once. Throws c10::ValueError if FASTLANE_PATH asks for kernels
-// all the same.
+// Whether CPU tensors take the path `torch`. Decided once. Throws c10::ValueError if they do and FASTLANE_PATH asks
+// for kernels.
 bool torch_runs_on_cpu();
 
 Path cpu_forward_path(const LayerShape& shape);

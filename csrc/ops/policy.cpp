@@ -37,7 +37,7 @@ void add_to(Counts& calls, Path path) {
 
 const char* why_disabled() {
   static const bool by_variable = is_set("FASTLANE_DISABLE");
-  static const bool is_valid = (is_set("FASTLANE_STRICT"), true);  // a wrong value is told at the first call
+  static const bool is_valid = (is_set("FASTLANE_STRICT"), true);  // a wrong value raises at the first call
   static_cast<void>(is_valid);
   if (by_variable) return "FASTLANE_DISABLE is set";
   return disabled_blocks > 0 ? "fastlane_ext.disabled() is active" : nullptr;

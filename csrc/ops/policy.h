@@ -12,26 +12,26 @@
 
 namespace fastlane::policy {
 
-// Why every call of this thread runs the eager composition, or null: FASTLANE_DISABLE=1 or a Python block that says
-// so. The environment is read once, when it is first needed, as FASTLANE_PATH and FASTLANE_STRICT are.
+// The reason why every call of this thread runs the eager composition, or null: FASTLANE_DISABLE=1, or a Python block
+// of disabled(). FASTLANE_DISABLE, FASTLANE_PATH and FASTLANE_STRICT are read once, at the first use.
 const char* why_disabled();
-// Nests. Returns how many blocks are open in all threads: what is traced now may run in any of them.
+// Blocks nest. Returns how many are open in all threads: a graph traced now may run in any thread.
 int64_t disable(bool on);
 
-// Python's answer whether a tensor is a DTensor. It is asked about tensors with the Python key alone: no other call
-// shall wait for the interpreter.
+// `test` asks Python whether a tensor is a DTensor. It is called only for tensors with the Python key, so that no
+// other call waits for the interpreter.
 void set_dtensor_test(bool (*test)(const at::Tensor&));
 bool is_dtensor(const at::Tensor& t);
 
-// Whether torch's own operators, differentiated by torch, are the path of a call on this tensor.
+// Whether a call on this tensor runs torch's own operators, which torch differentiates.
 inline bool runs_torch(const at::Tensor& x) { return x.device().is_cpu() && torch_runs_on_cpu(); }
 
-// Whether calls of this thread are counted from now on; returns whether they were.
+// Sets whether calls of this thread are counted. Returns the setting before.
 bool count(bool on);
 void count_forward(Path path);
 void count_backward(Path path);
 
-// Tests switch on what FASTLANE_STRICT=1 does.
+// Has the effect of FASTLANE_STRICT=1, for tests.
 void set_strict(bool on);
 // Counts a call that leaves the fused path. Throws under FASTLANE_STRICT=1, naming the reason.
 void leave_fused_path(const std::string& reason);

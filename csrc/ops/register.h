@@ -1,4 +1,4 @@
-// The operators' kernels, the same functions for every device that has a backend.
+// Registers the operators' kernels. They are the same functions for every device that has a backend.
 #pragma once
 
 #include <torch/library.h>

@@ -1,7 +1,7 @@
 #include <torch/library.h>
 
-// Of the layer, the MLP and the stack the public operators come first. The _forward and _backward ones are what they
-// become once autograd has decided what to save: they appear in compiled graphs and have no derivative of their own.
+// For the layer, the MLP and the stack, the public operators come first. Autograd decides which tensors to save and
+// calls the _forward and _backward operators. These appear in compiled graphs and have no derivative of their own.
 TORCH_LIBRARY(fastlane, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
   m.def(
@@ -39,10 +39,10 @@ TORCH_LIBRARY(fastlane, m) {
       "Tensor?[] projection_biases, *, str shortcut='identity', str activation='gelu', "
       "bool recompute=False) -> Tensor",
       tags);
-  // z holds every layer's, one after the other; a backward without it computes it again. `needed` and `column_major`
-  // list positions (stack.h), and the result the gradients in `needed`. `features` are x's, then each layer's own,
-  // since a tensor that is not read may be absent. What z holds is between forward and backward of one device: a
-  // narrow stack on CUDA keeps its layers' outputs there (kernels/cuda/narrow/stack.h).
+  // z holds every layer's z, one after the other; a backward without z computes it again. `needed` and `column_major`
+  // list positions (ops/checks/stack.h), and the result lists the gradients of `needed`. `features` are x's, then
+  // each layer's output features, because a tensor that is not read may be absent. Only a device's own backward can
+  // read the z of its forward: a narrow stack on CUDA stores its layers' outputs in z (kernels/cuda/narrow/stack.h).
   m.def(
       "residual_stack_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor?[] projections, "
       "Tensor?[] projection_biases, *, str shortcut, str activation) -> (Tensor y, Tensor z)",

@@ -1,5 +1,5 @@
-// Calls on a CPU without vector kernels of ours: torch's own operators, differentiated by torch, after the checks
-// that every path makes.
+// Calls on a CPU without vector kernels of ours. After the checks of every path they run torch's own operators, and
+// torch differentiates them.
 #pragma once
 
 #include <ATen/ops/_unsafe_view.h>
@@ -10,19 +10,19 @@
 
 namespace fastlane::torch_path {
 
-// A tensor that only stands for another while a graph is traced is no call.
+// Does not count a stand-in: it means that a graph is traced, not that a call runs.
 inline void count(const at::Tensor& x) {
   if (!is_stand_in(x)) policy::count_forward(Path::torch);
 }
 
 inline at::Tensor flattened(const at::Tensor& x) { return x.dim() == 2 ? x : differentiation::flatten_leading(x); }
 
-// The leading sizes of x again; for autograd no view, so that a caller may add to it in place.
+// Restores x's leading sizes. For autograd the result is no view, so a caller may add to it in place.
 inline at::Tensor with_leading_sizes(const at::Tensor& rows, const at::Tensor& x) {
   return x.dim() == 2 ? rows : at::_unsafe_view_symint(rows, output_sizes(x, rows.sym_size(1)));
 }
 
-// `y` is memory that nobody else has seen. Adding in place saves as much again, but where a gradient is needed,
+// No other code has seen y's memory. Adding in place saves a tensor of y's size, but if a gradient is needed,
 // autograd takes 2 µs longer for it.
 inline at::Tensor plus(at::Tensor y, const OptionalTensor& residual) {
   constexpr int64_t kSmall = 16384;

@@ -1,4 +1,4 @@
-// Names for the types of operators' arguments.
+// Names for types of the operators' arguments and results.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -13,10 +13,10 @@ namespace fastlane {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using OptionalTensors = c10::List<OptionalTensor>;
-// dx, then the gradients of fc1's weight and bias and of fc2's.
+// The gradients of x, fc1's weight, fc1's bias, fc2's weight and fc2's bias.
 using MlpGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// An undefined tensor is an absent one.
+// Turns an undefined tensor into nullopt.
 inline OptionalTensor optional(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 }  // namespace fastlane

@@ -37,7 +37,7 @@ bool holds(PyObject* fact) {
 
 void set_absent(const py::object& value) {
   Py_XDECREF(absent);
-  absent = py::object(value).release().ptr();  // the interpreter may be gone before static objects are
+  absent = py::object(value).release().ptr();  // kept at exit: the interpreter may end before static objects do
 }
 
 bool hold(PyObject* facts) {

@@ -1,5 +1,5 @@
-// The Python module fastlane_ext._C: what was built, what runs, what was counted, and the short way to a network's
-// call. The operators are not here: they register themselves with torch's dispatcher when the library is loaded.
+// The Python module fastlane_ext._C: facts about the build and the CPU, counters, and calls without Python in
+// between. The operators are not here: they register themselves with torch's dispatcher when the library is loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -48,7 +48,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("leave_fused_path", &fastlane::policy::leave_fused_path);
   m.def("is_disabled", [] { return fastlane::policy::why_disabled() != nullptr; });
-  // An attribute, since torch.compile can look at one and recompile where it has changed.
+  // An attribute, because torch.compile can guard on an attribute and recompile when it changes.
   m.attr("any_disabled") = false;
   m.def("disable", [module = m.ptr()](bool on) {
     const bool any = fastlane::policy::disable(on) > 0;

@@ -23,7 +23,7 @@ bool read_plain_linear(PyObject* module, at::Tensor& weight, at::Tensor& bias) {
   return module && read_linear(plain_dict(module, Torch::get().linear), /*transposed=*/false, weight, bias);
 }
 
-// The activation's name; empty where it is none of ours.
+// The activation's name; empty if the module is none of our activations.
 std::string_view read_activation(PyObject* module) {
   if (plain_dict(module, Torch::get().identity)) return "none";
   PyObject* const approximate = Keys::get().approximate.in(plain_dict(module, Torch::get().gelu));
@@ -32,7 +32,7 @@ std::string_view read_activation(PyObject* module) {
   return PyUnicode_CompareWithASCIIString(approximate, "tanh") == 0 ? "gelu_tanh" : std::string_view();
 }
 
-// The children of a ModuleList, if it is one and they still go by 0, 1, 2 …
+// The children, if `list` is a ModuleList and their names still are 0, 1, 2 …
 std::optional<std::vector<PyObject*>> children(PyObject* list) {
   if (!list || reinterpret_cast<PyObject*>(Py_TYPE(list)) != Torch::get().module_list) return std::nullopt;
   PyObject* const modules = Keys::get().modules.in(dict_of(list));
@@ -47,7 +47,7 @@ std::optional<std::vector<PyObject*>> children(PyObject* list) {
   return result;
 }
 
-// What Python said of the eager classes that are known here.
+// An eager class, as Python described it.
 class EagerClass {
  public:
   void know(const py::tuple& facts, const py::type& kind, const py::tuple& names) {
@@ -55,7 +55,7 @@ class EagerClass {
     kind_ = py::object(kind).release().ptr();
     names_ = py::object(names).release().ptr();
   }
-  // Whether the module does what the eager class did when Python looked.
+  // Whether the module still does what the eager class did when Python described it.
   bool describes(PyObject* module) const {
     if (!facts_ || is_watched() || torch::jit::tracer::isTracing() || !hold(facts_)) return false;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names_); ++i) {
@@ -74,7 +74,7 @@ class EagerClass {
 EagerClass network_class, mlp_class;
 
 struct PlainNetwork {
-  std::string shortcut;  // the network's own may be assigned anew while other threads run
+  std::string shortcut;  // a copy: another thread may assign the network's own anew
   std::string_view activation;
   std::vector<at::Tensor> weights;
   OptionalTensors biases, projections, projection_biases;
@@ -98,7 +98,7 @@ struct PlainNetwork {
   bool read_projection(PyObject* projection) {
     at::Tensor weight, bias;
     if (projection != Py_None && !read_plain_linear(projection, weight, bias)) return false;
-    // Eager adds what broadcasts.
+    // Other sizes may broadcast, and eager would add them.
     const at::Tensor& layer = weights[projections.size()];
     if ((weight.defined() ? weight.sym_size(0) : layer.sym_size(1)) != layer.sym_size(0)) return false;
     projections.push_back(optional(weight));
@@ -163,7 +163,7 @@ py::object run_plain_residual_mlp(const py::handle& mlp, const py::handle& x) {
   if (activation.empty() || keys.fc1.in(dict) || keys.fc2.in(dict) ||
       !read_plain_linear(keys.fc1.in(modules), weight1, bias1) ||
       !read_plain_linear(keys.fc2.in(modules), weight2, bias2) || input.dim() == 0 ||
-      weight2.sym_size(0) != input.sym_size(-1))  // eager adds what broadcasts
+      weight2.sym_size(0) != input.sym_size(-1))  // other sizes may broadcast, and eager would add them
     return py::none();
   return without_interpreter([&] {
     return call_mlp_residual(input, weight1, optional(bias1), weight2, optional(bias2), input, activation,

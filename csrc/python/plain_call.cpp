@@ -17,13 +17,13 @@ using namespace python;
 
 bool is_strided(const at::Tensor& t) { return t.layout() == at::kStrided && !t.is_nested(); }
 
-// None reads as an undefined tensor.
+// Reads None as an undefined tensor.
 bool read_optional(const py::handle& object, at::Tensor& tensor) {
   return read_tensor(object.ptr(), tensor) && (!tensor.defined() || is_strided(tensor));
 }
 bool read_required(const py::handle& object, at::Tensor& tensor) { return read_strided_tensor(object.ptr(), tensor); }
 
-// Whether somebody wants to see every function that Python calls.
+// Whether a function mode or a trace has to see every function that Python calls.
 bool are_calls_watched() { return at::impl::torch_function_mode_enabled() || torch::jit::tracer::isTracing(); }
 
 bool hold_or_none(const py::handle& facts) {

@@ -1,4 +1,4 @@
-// Calls of the operators with plain tensors from Python. torch.ops takes 4 µs more, a third of a small layer's time.
+// Python's calls of the operators with plain tensors. torch.ops takes 4 µs more, a third of a small layer's time.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,13 +8,13 @@
 
 namespace fastlane {
 
-// An activation's name; empty where it is no string, or none of ours.
+// An activation's name; empty if `name` is no string, or none of our activations.
 std::string_view name_of_activation(PyObject* name);
 
-// A plain tensor or parameter of the strided layout. False for anything else, None among it.
+// Reads a plain tensor or parameter of the strided layout. False for any other object, and for None.
 bool read_strided_tensor(PyObject* object, at::Tensor& tensor);
 
-// The tensor that `call` returns, while other threads of Python may run.
+// The tensor that `call` returns. Other Python threads may run during the call.
 template <class Call>
 pybind11::object without_interpreter(const Call& call) {
   at::Tensor y;
@@ -25,9 +25,9 @@ pybind11::object without_interpreter(const Call& call) {
   return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(std::move(y)));
 }
 
-// linear_gelu_residual and mlp_residual. None where an argument is anything else than a plain tensor, where anything
-// watches Python calls, or where one of the facts, a tuple (facts.h) or None, no longer holds; with facts, also under
-// any mode.
+// linear_gelu_residual and mlp_residual. They return None if a tensor is no plain tensor, if another argument is not
+// of its usual type, or if anything watches Python calls. `facts` is a tuple (facts.h) or None; with a tuple,
+// run_plain_layer also returns None if a fact is no longer true or a dispatch mode is on.
 pybind11::object run_plain_layer(const pybind11::handle& facts, const pybind11::handle& x,
                                  const pybind11::handle& weight, const pybind11::handle& bias,
                                  const pybind11::handle& residual, const pybind11::handle& activation,

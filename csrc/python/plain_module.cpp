@@ -64,14 +64,14 @@ bool has_kernel_format(const at::Tensor& t) { return t.layout() == at::kStrided 
 bool read_linear(PyObject* dict, bool transposed, at::Tensor& weight, at::Tensor& bias) {
   const Keys& keys = Keys::get();
   PyObject* const parameters = keys.parameters.in(dict);
-  // A plain attribute goes before a parameter of its name.
+  // A plain attribute hides a parameter of the same name.
   if (keys.weight.in(dict) || keys.bias.in(dict)) return false;
-  // A dict of a derived class may return other values than it holds.
+  // A class derived from dict may return other values than it holds.
   if (!parameters || !PyDict_CheckExact(parameters)) return false;
   if (!read_tensor(keys.weight.in(parameters), weight) || !weight.defined() || !has_kernel_format(weight) ||
       weight.dim() != 2 || !read_tensor(keys.bias.in(parameters), bias))
     return false;
-  // F.linear would broadcast another bias.
+  // F.linear would broadcast a bias of another shape.
   return !bias.defined() ||
          (has_kernel_format(bias) && bias.dim() == 1 && bias.sym_size(0) == weight.sym_size(transposed ? 1 : 0));
 }

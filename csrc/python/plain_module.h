@@ -1,4 +1,4 @@
-// What modules are, read from their dicts: whether a child is just its class, and its parameters.
+// Reads modules from their dicts: whether a child adds nothing to its class, and its parameters.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,11 +8,11 @@ namespace fastlane::python {
 
 namespace py = pybind11;
 
-// Never freed: the interpreter may be gone before static objects are.
+// Never freed: the interpreter may end before static objects do.
 struct Torch {
   PyObject *module_list, *sequential, *linear, *gelu, *identity;  // classes of torch.nn
-  PyObject* device_context;  // the function mode of a default device
-  PyObject* module_globals;  // of torch.nn.modules.module, with hooks for all
+  PyObject* device_context;  // the function mode that sets a default device
+  PyObject* module_globals;  // of torch.nn.modules.module; they hold the hooks for all modules
 
   static const Torch& get() {
     static const Torch* const torch = [] {
@@ -56,7 +56,7 @@ struct Keys {
   Key modules{"_modules"}, parameters{"_parameters"}, buffers{"_buffers"}, layers{"layers"},
       projections{"projections"}, run_layer{"_run_layer"}, fc1{"fc1"}, fc2{"fc2"}, activation{"activation"};
   Key shortcut{"shortcut"}, training{"training"}, p{"p"}, weight{"weight"}, bias{"bias"}, approximate{"approximate"};
-  // nn.Module's call looks these names up on the instance first.
+  // nn.Module's call looks these names up on the instance before the class.
   Key shadows[3]{Key("forward"), Key("_call_impl"), Key("_slow_forward")}, compiled_call{"_compiled_call_impl"};
   Key hooks[4]{Key("_forward_hooks"), Key("_forward_pre_hooks"), Key("_backward_hooks"), Key("_backward_pre_hooks")};
   Key global_hooks[4]{Key("_global_forward_hooks"), Key("_global_forward_pre_hooks"), Key("_global_backward_hooks"),
@@ -68,30 +68,32 @@ struct Keys {
   }
 };
 
-// To be called while the module is imported: later an import could let go of the interpreter's lock amid a call.
+// Call this while the module is imported: a later import could release the interpreter's lock in the middle of a
+// call.
 inline void prepare() {
   Torch::get();
   Keys::get();
 }
 
-// The object's own dict, while the object lives; null where it has none.
+// The object's own dict, borrowed while the object lives; null if it has none.
 PyObject* dict_of(PyObject* object);
 
-// Whether a hook is registered for all modules, or a mode other than a default device may be on: Python says which.
+// Whether a hook is registered for all modules, or a mode other than a default device's may be on. Python finds out
+// which.
 bool is_watched();
 
 // The instance's dict if the module is exactly of this class and its dict adds nothing to a call: no hooks, no
-// forward of its own. Null otherwise. What the class does is a matter of facts (facts.h).
+// forward of its own. Null otherwise. Facts (facts.h) tell whether the class itself has changed.
 PyObject* plain_dict(PyObject* module, PyObject* kind);
 
-// A plain tensor or parameter; undefined for None. False for anything else.
+// Reads a plain tensor or parameter; undefined for None. False for any other object.
 bool read_tensor(PyObject* object, at::Tensor& tensor);
 
-// Of a linear layer's dict, its parameters, the weight as (in, out) if `transposed`. False if they are no plain
-// tensors that kernels take, of other shapes, or hidden by attributes.
+// Reads the parameters from a linear layer's dict; if `transposed`, the weight is stored (in, out). False if they are
+// no plain tensors that kernels take, have other shapes, or are hidden by attributes.
 bool read_linear(PyObject* dict, bool transposed, at::Tensor& weight, at::Tensor& bias);
 
-// Whether torch.distributed.tensor's class is the tensor's; that module is never imported for the question.
+// Whether `t` is a torch.distributed.tensor.DTensor. Never imports that module.
 bool is_dtensor(const at::Tensor& t);
 
 }  // namespace fastlane::python

@@ -13,7 +13,8 @@ using namespace python;
 enum class Role { linear, transposed_linear, activation, dropout };
 // The fields of fastlane_ext.fusion.plan.Child.
 enum ChildField : Py_ssize_t { kName, kRole, kKind, kState, kOfClass, kFields };
-// The fields of fastlane_ext.fusion.plan.Plan.checks, tuples all of them but for an order of None.
+// The fields of fastlane_ext.fusion.plan.Plan.checks. The order may be None; the class is a type, the rest are
+// tuples.
 enum CheckField : Py_ssize_t { kFacts, kClass, kLookups, kNames, kOrder, kConstants, kChildren, kCheckFields };
 
 // Borrowed; null where absent.
@@ -43,7 +44,7 @@ bool is_constant(PyObject* value) {
   return PyUnicode_CheckExact(value) || PyFloat_CheckExact(value) || PyLong_CheckExact(value) || PyBool_Check(value);
 }
 
-// fastlane_ext.fusion.activations.is_same;
+// As fastlane_ext.fusion.activations.is_same.
 bool is_same(PyObject* now, PyObject* value) {
   if (!now) return false;
   if (PyTuple_Check(value)) return is_same_partial(now, value);
@@ -107,7 +108,7 @@ bool are_children_unchanged(PyObject* children, PyObject* found) {
   return true;
 }
 
-// Whether a class finds all these names where `kind` does.
+// Whether the class `own` finds the same object as `kind` for each of the names.
 bool looks_up_as(PyTypeObject* own, PyObject* kind, PyObject* names) {
   if (reinterpret_cast<PyObject*>(own) == kind) return true;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i) {
@@ -141,7 +142,7 @@ bool is_as_planned(const py::handle& module, const py::handle& checks) {
   const Keys& keys = Keys::get();
   PyObject* const dict = dict_of(module.ptr());
   PyObject* const modules = keys.modules.in(dict);
-  // PyDict_Next, in has_order, knows no OrderedDict's order.
+  // has_order's PyDict_Next does not follow an OrderedDict's order.
   const bool is_plain_dict = modules && PyDict_CheckExact(modules);
   const auto check = [&](CheckField field) { return PyTuple_GET_ITEM(checks.ptr(), field); };
   PyObject* const order = check(kOrder);

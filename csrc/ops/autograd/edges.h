@@ -1,4 +1,4 @@
-// The order in which a node hands gradients on, which hooks on parameters and inputs see.
+// The order in which a node hands gradients on. Hooks on parameters and inputs see this order.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,10 +11,10 @@
 
 namespace fastlane {
 
-// torch's engine first runs the nodes that add to a leaf's .grad, in an order that its heap makes of the order of our
-// edges, and then the node that was made last. The tensors come in the order in which eager's nodes reach them. The
-// result lists their indices so that the heap gives the edges out in that order. The order is exact where no other
-// node is ready and each leaf comes once.
+// torch's engine first runs the nodes that add to a leaf's .grad, and then the node that was made last. Its heap
+// turns the order of our edges into the order of the leaves. The tensors come in the order in which eager's nodes
+// reach them. The result lists their indices so that the heap gives the edges out in eager's order. The order is
+// exact if no other node is ready and each leaf comes once.
 template <class TensorAt>
 c10::SmallVector<size_t, 32> edge_order(size_t count, const TensorAt& tensor_at) {
   c10::SmallVector<size_t, 32> order, others;
@@ -27,7 +27,7 @@ c10::SmallVector<size_t, 32> edge_order(size_t count, const TensorAt& tensor_at)
   }
   const size_t leaves = order.size();
   if (leaves > 2) {
-    using Entry = std::pair<bool, size_t>;  // whether it is a leaf's, and its place among the edges
+    using Entry = std::pair<bool, size_t>;  // whether the edge leads to a leaf, and its place among the edges
     const auto runs_later = [](const Entry& a, const Entry& b) { return a.first < b.first; };
     c10::SmallVector<Entry, 32> heap;  // as std::priority_queue keeps it
     for (size_t place = 0; place < leaves + inner; ++place) {
@@ -46,16 +46,16 @@ c10::SmallVector<size_t, 32> edge_order(size_t count, const TensorAt& tensor_at)
   return order;
 }
 
-// Eager's linear layer reaches its bias first. Only for a matrix is the product with x made after the transpose of
-// the weight, and so before it on the way back; without a bias it always is.
+// Eager's linear layer reaches its bias first. If x is a matrix or there is no bias, eager multiplies x after it
+// transposes the weight, and so backward reaches x before the weight. Otherwise backward reaches the weight first.
 inline bool reaches_x_before_weight(const at::Tensor& x, bool has_bias) { return x.dim() == 2 || !has_bias; }
 
-// The tensor arguments of a node that has few, each with its role, in the order of its edges.
+// The tensor arguments of a node with few arguments, each with its role, in the order of the node's edges.
 class Edges {
  public:
   static constexpr size_t kMaxRoles = 8;
 
-  // Undefined tensors are left out.
+  // Leaves out undefined tensors.
   explicit Edges(std::initializer_list<std::pair<size_t, const at::Tensor&>> as_in_eager) {
     c10::SmallVector<at::Tensor, kMaxRoles> present;
     std::array<size_t, kMaxRoles> present_roles{};

@@ -1,4 +1,4 @@
-// The CPU key: kernels of the chosen instruction set, on torch's thread pool.
+// The CPU key runs kernels of the chosen instruction set on torch's thread pool.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -14,7 +14,7 @@
 namespace fastlane {
 namespace {
 
-// torch's thread pool and this machine's caches, lent to a kernel.
+// Lends a kernel torch's thread pool, and tells it this machine's caches.
 Parallel torch_threads() {
   Parallel parallel;
   parallel.threads = at::get_num_threads();
@@ -34,7 +34,7 @@ Path gemm(const GemmProblem& p) {
 void epilogue(const GemmProblem& p, const ConstRowMajor& product) { kernels().epilogue(p, product, torch_threads()); }
 void preactivation_grad(const PreActivationGradProblem& p) { kernels().preactivation_grad(p, torch_threads()); }
 
-// Two products after the elementwise pass, with dz in kept work memory: the page faults of a fresh tensor would cost
+// The elementwise pass, then two products. dz lies in kept work memory: the page faults of a fresh tensor would cost
 // as much as the pass itself.
 void layer_backward_in_passes(const LayerBackwardProblem& b) {
   const Scratch memory(ScratchSlot::dz,
@@ -50,12 +50,12 @@ Path layer_backward(const LayerBackwardProblem& b) {
   return path;
 }
 
-// Where the library has the backward it has all of it.
+// If the library runs a layer's backward, it runs all of its products.
 Path dgrad(const GemmProblem&) { return Path::library; }
 bool takes_dgrad(const GemmProblem&) { return false; }
 
 // A block's hidden activations stay in the last-level cache, and in kept memory, from one product to the other. Each
-// block packs the weights anew, so it has rows enough to make that cheap. Cut evenly, no block is of few rows.
+// block packs the weights anew, and needs enough rows to make packing cheap. An even cut leaves no block of few rows.
 int64_t mlp_block_rows(const MlpProblem& p) {
   constexpr int64_t kMinRows = 512;
   const int64_t row_bytes = std::max<int64_t>(1, p.hidden * element_size(p.dtype));
@@ -88,7 +88,7 @@ Path mlp_backward(const MlpBackwardProblem& p) {
   }
   if (p.dfc2_weight.data) run_gemm(fc2_wgrad_gemm(p));
   if (!forms_dz(p)) return Path::fused;
-  // The kernel's epilogue has no variant without the sums, which cost next to nothing.
+  // The kernel's epilogue always writes the sums, which cost next to nothing. Without a dfc1_bias they go after dz.
   const int64_t bytes = p.hidden * element_size(p.dtype);
   const Scratch memory(ScratchSlot::dz, static_cast<size_t>((p.dfc1_bias ? p.rows : p.rows + 1) * bytes));
   void* const after_dz = memory.as<char>() + p.rows * bytes;

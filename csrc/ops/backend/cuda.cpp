@@ -1,5 +1,5 @@
-// The CUDA key: on the current stream, a Hopper kernel where there is one for the product, otherwise the library's
-// GEMM and one pass around it.
+// The CUDA key runs on the current stream. A product takes a Hopper kernel if one fits, otherwise the library's GEMM
+// and one pass around it.
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAStream.h>
@@ -14,7 +14,7 @@
 namespace fastlane {
 namespace {
 
-// fp32 operands are cut to 10 bits where torch may do so too.
+// A kernel may cut fp32 operands to TF32's 10 bits only where torch may too.
 bool may_be_tf32() {
   return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
          at::Float32Precision::TF32;
@@ -28,7 +28,7 @@ struct HopperChoice {
   int multiprocessors;
 };
 
-// None: the library's product.
+// nullopt means the library's product.
 std::optional<HopperChoice> hopper_choice(const GemmProblem& p) {
   const std::optional<Path> forced = forced_path();
   if (forced == Path::library || !cuda::has_hopper_kernels()) return std::nullopt;
@@ -63,7 +63,7 @@ Path forward(const GemmProblem& p) {
   return path;
 }
 
-// The products of a backward are separate kernels.
+// CUDA has no kernel for a whole backward or a whole MLP: its products are separate kernels.
 Path layer_backward(const LayerBackwardProblem&) { return Path::library; }
 Path mlp_forward(const MlpProblem&) { return Path::library; }
 Path mlp_backward(const MlpBackwardProblem&) { return Path::library; }

@@ -1,4 +1,4 @@
-// The CUDA key of a build without CUDA kernels: a CUDA tensor gets one sentence that says how to change that.
+// The CUDA key of a build without CUDA kernels. A CUDA tensor raises one sentence that says how to get the kernels.
 #include <torch/library.h>
 
 #include "ops/dense/backend.h"

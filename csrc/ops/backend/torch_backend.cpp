@@ -1,5 +1,5 @@
-// A CPU without vector kernels of ours: the library's products, and torch's own vectorised operators for the passes
-// around them.
+// The backend of a CPU without vector kernels of ours: the library's products, and torch's own vectorised operators
+// for the passes around them.
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -27,7 +27,7 @@ at::Tensor tensor(const void* data, at::IntArrayRef sizes, at::IntArrayRef strid
   return at::from_blob(const_cast<void*>(data), sizes, strides, at::TensorOptions(scalar_type(dtype)));
 }
 
-// oneDNN, which torch asks for GELU, refuses rows that share memory.
+// torch calls oneDNN for GELU, and oneDNN refuses rows that share memory.
 at::Tensor operand(const ConstRowMajor& m, int64_t rows, int64_t cols, DType dtype) {
   const at::Tensor t = tensor(m.data, {rows, cols}, {m.row_stride, 1}, dtype);
   return m.row_stride < cols ? t.contiguous() : t;
@@ -44,7 +44,7 @@ Path leave_mlp_backward(const MlpBackwardProblem&) { return Path::library; }
 bool is_never_one_kernel(const StackProblem&) { return false; }
 void no_stack_kernel(const StackProblem&) { TORCH_INTERNAL_ASSERT(false, "a stack goes layer by layer here"); }
 
-// run_forward leaves the bias to the product, and z is where that lies.
+// run_forward lets the product add the bias. If there is a z, the product lies in z.
 void epilogue(const GemmProblem& p, const ConstRowMajor& product) {
   TORCH_INTERNAL_ASSERT(!p.bias && (!p.z.data || p.z.data == product.data));
   const OwnCalls own_calls;

@@ -5,7 +5,7 @@
 
 namespace fastlane {
 
-// What a backward of these gradients of x, fc1's weight and bias, and fc2's has to know.
+// Whether a backward needs dz and z. `mask` flags the gradients: x, fc1's weight and bias, fc2's weight and bias.
 struct MlpNeeds {
   bool dz, z;
 
@@ -23,7 +23,7 @@ inline void check_mlp(const at::Tensor& x, const at::Tensor& fc1_weight, const O
   if (residual) check_residual(op, x, fc2_weight, *residual);
 }
 
-// Trusts saved tensors no more than check_backward does.
+// Checks saved tensors too, for the reason given at check_backward.
 inline void check_mlp_backward(const at::Tensor& grad, const OptionalTensor& z, const OptionalTensor& x,
                                const OptionalTensor& fc1_weight, const OptionalTensor& fc1_bias,
                                const OptionalTensor& fc2_weight, const OptionalTensor& grad_shortcut,
@@ -65,7 +65,7 @@ inline void check_mlp_backward(const at::Tensor& grad, const OptionalTensor& z, 
   if (grad_shortcut && mask[0]) check_rows_like_grad("grad_shortcut", *grad_shortcut, fc1_weight->sym_size(1));
 }
 
-// The hidden features, from whichever tensor of a backward has them.
+// The number of hidden features, from a tensor of the backward that is present.
 inline c10::SymInt hidden_features(const OptionalTensor& z, const OptionalTensor& fc1_weight,
                                    const OptionalTensor& fc2_weight) {
   return z ? z->sym_size(-1) : fc2_weight ? fc2_weight->sym_size(1) : fc1_weight->sym_size(0);

@@ -16,7 +16,7 @@ namespace {
 
 using OutputAndZ = std::tuple<at::Tensor, at::Tensor>;
 
-// z is undefined unless asked for.
+// z is undefined unless `with_z`.
 OutputAndZ forward_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& residual, Activation activation, bool with_z) {
   check_linear("linear_gelu_residual", x, weight, bias);
@@ -47,7 +47,7 @@ OutputAndZ forward_concat(const at::Tensor& x, const at::Tensor& weight, const O
   return {std::move(y), std::move(z)};
 }
 
-// Inference tensors come here without passing the autograd key, which asks for everything else.
+// Inference tensors skip the Autograd key, which asks this for all other tensors.
 bool composes_because_disabled() {
   const char* const reason = policy::why_disabled();
   if (reason) policy::leave_fused_path(reason);

@@ -10,14 +10,14 @@
 
 namespace fastlane {
 
-// The gradients that are needed, and where a kernel writes them. Lives no longer than what it was made of.
+// The gradients that are needed, and the memory that a kernel writes them to. Keeps references to its arguments.
 class StackGradients {
  public:
   at::Tensor x;  // 2-D
   std::vector<WeightGradient> weights, projections;
   std::vector<at::Tensor> biases, projection_biases;
 
-  // `column_major` lists the positions of parameters that lie so, and whose gradients shall.
+  // `column_major` lists the positions of column-major parameters; their gradients get the same layout.
   StackGradients(const at::Tensor& grad, const std::vector<StackLayer>& layers, int64_t rows, at::IntArrayRef needed,
                  at::IntArrayRef column_major)
       : weights(layers.size()),
@@ -38,8 +38,8 @@ class StackGradients {
 
   bool needs_x() const { return is_needed_[0]; }
 
-  // All but the biases'. To be called before a layer's backward: where layers run one after the other, those that
-  // have run have given back memory by then.
+  // Allocates a layer's gradients, except those of biases. Call it just before the layer's backward: if layers run
+  // one after the other, earlier ones have given back memory by then.
   void allocate(size_t layer) {
     if (layer == 0 && is_needed_[0]) {
       x_gradient_ = empty_output(grad_, layers_[0].in_features);

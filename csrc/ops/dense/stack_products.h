@@ -1,4 +1,4 @@
-// The products that a stack's backward forms, counted for fastlane_ext/_flops.py.
+// Counts the products of a stack's backward, for fastlane_ext/_flops.py.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace fastlane {
 
-// For each layer how many products of rows × in × out the backward of the gradients at the positions `needed` takes.
-// `projects` says which layers have a projection.
+// For each layer, the number of products of rows × in × out in a backward that forms the gradients at the positions
+// `needed`. `projects` flags the layers that have a projection.
 std::vector<int64_t> stack_backward_products(const std::vector<int64_t>& features, const std::vector<bool>& projects,
                                              const std::string& shortcut, const std::string& activation, bool keeps_z,
                                              const std::vector<int64_t>& needed);
