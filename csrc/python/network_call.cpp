@@ -55,7 +55,7 @@ class EagerClass {
     kind_ = py::object(kind).release().ptr();
     names_ = py::object(names).release().ptr();
   }
-  // Whether the module still does what the eager class did when Python described it.
+  // Whether the module still computes as the eager class did when Python described it.
   bool describes(PyObject* module) const {
     if (!facts_ || is_watched() || torch::jit::tracer::isTracing() || !hold(facts_)) return false;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names_); ++i) {

@@ -11,8 +11,8 @@ namespace fastlane {
 void know_networks(const pybind11::tuple& facts, const pybind11::type& kind, const pybind11::tuple& names);
 void know_mlps(const pybind11::tuple& facts, const pybind11::type& kind, const pybind11::tuple& names);
 
-// The output of a network of `fastlane_ext.networks`, as one call of residual_stack. None if a child is not what the
-// network was built with, or if anything watches Python calls: then Python has to decide.
+// The output of a network of `fastlane_ext.networks`, as one call of residual_stack. None if a child is not as the
+// network built it, or if anything watches Python calls: then Python has to decide.
 pybind11::object run_plain_network(const pybind11::handle& network, const pybind11::handle& x);
 
 // The output of a `fastlane_ext.ResidualMLP`, as one call of mlp_residual. None in the same cases.

@@ -49,8 +49,8 @@ at::Tensor rows_of_layers(const StackProblem& p, Wanted wanted, Place place) {
 
 }  // namespace
 
-// Forward and backward both ask, and must get the same answer: backward reads what forward wrote in z's place. So
-// this reads nothing that a user can change between them.
+// Forward and backward both ask this and must get the same answer, since forward decides the content of z's memory.
+// So the function reads nothing that a user can change between them.
 bool cuda_is_one_kernel(const StackProblem& p) {
   return p.rows > 0 && forced_path() != Path::library && cuda::narrow_width(p) > 0 &&
          cuda::current_gpu().capability >= 80;
