@@ -10,21 +10,37 @@
 
 namespace fastlane {
 
+template <class Result, class... Arguments>
+using Kernel = Result (*)(const Arguments&..., const Parallel&);
+
+// The kernels of a set, each with the type of its result and its arguments; the first is a problem with a dtype. The
+// table below, the ISA files' functions and the forwarding of avx512_bf16 follow from this list.
+//
+// `epilogue` is the epilogue of `gemm` alone, in one pass over a product, m × n, that is there already and may lie in
+// z or out. `layer_backward` and `mlp_backward` pass over the rows once, with dz in L2; they return false, and do
+// nothing, where the layer is too wide for that. The stacks' kernels take a block of rows through all layers while
+// the block lies in cache, for layers that narrow_stack.h calls narrow.
+#define FASTLANE_PRODUCTS(KERNEL)                    \
+  KERNEL(gemm, void, GemmProblem)                    \
+  KERNEL(layer_backward, bool, LayerBackwardProblem) \
+  KERNEL(mlp_backward, bool, MlpBackwardProblem)     \
+  KERNEL(stack_forward, void, StackProblem)          \
+  KERNEL(stack_backward, void, StackProblem)
+#define FASTLANE_PASSES(KERNEL)                      \
+  KERNEL(epilogue, void, GemmProblem, ConstRowMajor) \
+  KERNEL(preactivation_grad, void, PreActivationGradProblem)
+#define FASTLANE_KERNELS(KERNEL) FASTLANE_PRODUCTS(KERNEL) FASTLANE_PASSES(KERNEL)
+
 struct KernelTable {
   const char* isa;
-  void (*gemm)(const GemmProblem&, const Parallel&);
-  // The epilogue of `gemm` alone, in one pass over an m × n product that lies in memory, perhaps in z or out.
-  void (*epilogue)(const GemmProblem&, const ConstRowMajor& product, const Parallel&);
-  void (*preactivation_grad)(const PreActivationGradProblem&, const Parallel&);
-  // One pass over the rows, with dz in L2. Returns false, and does nothing, if the layer is too wide for this.
-  bool (*layer_backward)(const LayerBackwardProblem&, const Parallel&);
-  // The same for an MLP.
-  bool (*mlp_backward)(const MlpBackwardProblem&, const Parallel&);
-  // Both take a block of rows through all layers while the block lies in cache, for stacks that narrow_stack.h calls
-  // narrow.
-  void (*stack_forward)(const StackProblem&, const Parallel&);
-  void (*stack_backward)(const StackProblem&, const Parallel&);
+#define FASTLANE_MEMBER(name, ...) Kernel<__VA_ARGS__> name;
+  FASTLANE_KERNELS(FASTLANE_MEMBER)
+#undef FASTLANE_MEMBER
 };
+
+// A table of the functions that have the kernels' names where the macro stands.
+#define FASTLANE_ENTRY(name, ...) name,
+#define FASTLANE_KERNEL_TABLE(isa) {isa, FASTLANE_KERNELS(FASTLANE_ENTRY)}
 
 // Null where the set was not compiled for this architecture.
 const KernelTable* scalar_kernels();

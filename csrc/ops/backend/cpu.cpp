@@ -111,9 +111,19 @@ void stack_backward(const StackProblem& p) { kernels().stack_backward(p, torch_t
 }  // namespace
 
 const Backend& cpu_backend() {
-  static constexpr Backend backend{gemm,          layer_backward, dgrad,         takes_dgrad,
-                                   mlp_forward,   mlp_backward,   epilogue,      preactivation_grad,
-                                   is_one_kernel, stack_forward,  stack_backward};
+  static constexpr Backend backend{
+      .gemm = gemm,
+      .layer_backward = layer_backward,
+      .dgrad = dgrad,
+      .takes_dgrad = takes_dgrad,
+      .mlp_forward = mlp_forward,
+      .mlp_backward = mlp_backward,
+      .epilogue = epilogue,
+      .preactivation_grad = preactivation_grad,
+      .is_one_kernel = is_one_kernel,
+      .stack_forward = stack_forward,
+      .stack_backward = stack_backward,
+  };
   return backend;
 }
 

@@ -80,17 +80,19 @@ void preactivation_grad(const PreActivationGradProblem& p) {
 }  // namespace
 
 const Backend& cuda_backend() {
-  static constexpr Backend backend{forward,
-                                   layer_backward,
-                                   gemm,
-                                   takes_dgrad,
-                                   mlp_forward,
-                                   mlp_backward,
-                                   epilogue,
-                                   preactivation_grad,
-                                   cuda_is_one_kernel,
-                                   cuda_stack_forward,
-                                   cuda_stack_backward};
+  static constexpr Backend backend{
+      .gemm = forward,
+      .layer_backward = layer_backward,
+      .dgrad = gemm,
+      .takes_dgrad = takes_dgrad,
+      .mlp_forward = mlp_forward,
+      .mlp_backward = mlp_backward,
+      .epilogue = epilogue,
+      .preactivation_grad = preactivation_grad,
+      .is_one_kernel = cuda_is_one_kernel,
+      .stack_forward = cuda_stack_forward,
+      .stack_backward = cuda_stack_backward,
+  };
   return backend;
 }
 

@@ -85,9 +85,20 @@ void preactivation_grad(const PreActivationGradProblem& p) {
 }  // namespace
 
 const Backend& torch_backend() {
-  static constexpr Backend backend{leave_gemm,          leave_layer_backward, leave_gemm,      take_no_dgrad,
-                                   leave_mlp_forward,   leave_mlp_backward,   epilogue,        preactivation_grad,
-                                   is_never_one_kernel, no_stack_kernel,      no_stack_kernel, Path::torch};
+  static constexpr Backend backend{
+      .gemm = leave_gemm,
+      .layer_backward = leave_layer_backward,
+      .dgrad = leave_gemm,
+      .takes_dgrad = take_no_dgrad,
+      .mlp_forward = leave_mlp_forward,
+      .mlp_backward = leave_mlp_backward,
+      .epilogue = epilogue,
+      .preactivation_grad = preactivation_grad,
+      .is_one_kernel = is_never_one_kernel,
+      .stack_forward = no_stack_kernel,
+      .stack_backward = no_stack_kernel,
+      .in_passes = Path::torch,
+  };
   return backend;
 }
 

@@ -7,8 +7,7 @@
 namespace fastlane {
 
 const KernelTable* avx2_kernels() {
-  static constexpr KernelTable table{"avx2",         gemm,         epilogue,      preactivation_grad,
-                                     layer_backward, mlp_backward, stack_forward, stack_backward};
+  static constexpr KernelTable table = FASTLANE_KERNEL_TABLE("avx2");
   return &table;
 }
 

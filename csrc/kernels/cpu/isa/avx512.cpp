@@ -9,8 +9,7 @@
 namespace fastlane {
 
 const KernelTable* avx512_kernels() {
-  static constexpr KernelTable table{"avx512",       gemm,         epilogue,      preactivation_grad,
-                                     layer_backward, mlp_backward, stack_forward, stack_backward};
+  static constexpr KernelTable table = FASTLANE_KERNEL_TABLE("avx512");
   return &table;
 }
 

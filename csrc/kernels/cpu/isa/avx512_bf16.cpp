@@ -13,46 +13,24 @@
 FASTLANE_BEGIN_TARGET
 
 // Functions that multiply bf16 matrices are compiled here. All others call the AVX-512 set.
-void gemm(const GemmProblem& p, const Parallel& parallel) {
-  if (p.dtype != DType::bf16) return avx512_kernels()->gemm(p, parallel);
-  run_gemm<BFloat16>(p, parallel);
-}
-
-void epilogue(const GemmProblem& p, const ConstRowMajor& product, const Parallel& parallel) {
-  avx512_kernels()->epilogue(p, product, parallel);
-}
-
-void preactivation_grad(const PreActivationGradProblem& p, const Parallel& parallel) {
-  avx512_kernels()->preactivation_grad(p, parallel);
-}
-
-bool layer_backward(const LayerBackwardProblem& p, const Parallel& parallel) {
-  return p.dtype == DType::bf16 ? run_layer_backward<BFloat16>(p, parallel)
-                                : avx512_kernels()->layer_backward(p, parallel);
-}
-
-bool mlp_backward(const MlpBackwardProblem& p, const Parallel& parallel) {
-  return p.dtype == DType::bf16 ? run_mlp_backward<BFloat16>(p, parallel)
-                                : avx512_kernels()->mlp_backward(p, parallel);
-}
-
-void stack_forward(const StackProblem& p, const Parallel& parallel) {
-  if (p.dtype != DType::bf16) return avx512_kernels()->stack_forward(p, parallel);
-  run_stack_forward<BFloat16>(p, parallel);
-}
-
-void stack_backward(const StackProblem& p, const Parallel& parallel) {
-  if (p.dtype != DType::bf16) return avx512_kernels()->stack_backward(p, parallel);
-  run_stack_backward<BFloat16>(p, parallel);
-}
+#define FASTLANE_DEFINE_PRODUCT(name, ...)                                             \
+  constexpr Kernel<__VA_ARGS__> name = [](const auto& problem, const auto&... more) {  \
+    if (problem.dtype != DType::bf16) return avx512_kernels()->name(problem, more...); \
+    return run_##name<BFloat16>(problem, more...);                                     \
+  };
+#define FASTLANE_DEFINE_PASS(name, ...) \
+  constexpr Kernel<__VA_ARGS__> name = [](const auto&... arguments) { avx512_kernels()->name(arguments...); };
+FASTLANE_PRODUCTS(FASTLANE_DEFINE_PRODUCT)
+FASTLANE_PASSES(FASTLANE_DEFINE_PASS)
+#undef FASTLANE_DEFINE_PRODUCT
+#undef FASTLANE_DEFINE_PASS
 
 FASTLANE_END_TARGET
 
 namespace fastlane {
 
 const KernelTable* avx512_bf16_kernels() {
-  static constexpr KernelTable table{"avx512_bf16",  gemm,         epilogue,      preactivation_grad,
-                                     layer_backward, mlp_backward, stack_forward, stack_backward};
+  static constexpr KernelTable table = FASTLANE_KERNEL_TABLE("avx512_bf16");
   return &table;
 }
 

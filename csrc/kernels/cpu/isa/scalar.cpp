@@ -4,8 +4,7 @@
 namespace fastlane {
 
 const KernelTable* scalar_kernels() {
-  static constexpr KernelTable table{"scalar",       gemm,         epilogue,      preactivation_grad,
-                                     layer_backward, mlp_backward, stack_forward, stack_backward};
+  static constexpr KernelTable table = FASTLANE_KERNEL_TABLE("scalar");
   return &table;
 }
 
