@@ -314,8 +314,8 @@ REFUSED = {
     "weight of another dtype": lambda x, w, b: (x, w.double(), b),
     "bias of another dtype": lambda x, w, b: (x, w, b.double()),
 }
-# F.linear takes these. Of a weight without outputs' dimension y has no features that a shortcut could be added to; what
-# is added like a bias but is not one element a feature is a residual.
+# F.linear takes these. With a weight of one dimension y has no features that a shortcut could be added to. An addend
+# that is not one element for each feature is a residual.
 STRICTER = {
     "weight is 1-D": lambda x, w, b: (x, w[0], None),
     "bias has one element": lambda x, w, b: (x, w, b[:1]),
