@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import report
 
+from fastlane_ext._text import seconds
+
 START, END = "<!-- summary table start -->", "<!-- summary table end -->"
 RESULTS = Path(__file__).resolve().parent / "results"
 RIVALS = ("eager", "compile", "onednn")
@@ -57,7 +59,7 @@ def table() -> Iterator[str]:
         (found,) = (
             r for r in load(row.machine, row.suite)["rows"] if tuple(r[key] for key in Row._fields[2:]) == row[2:]
         )
-        fused = report._seconds(found["results"]["fused"]["median_s"])
+        fused = seconds(found["results"]["fused"]["median_s"])
         ratios = (report._ratio(found, name) for name in RIVALS)
         cells = (row.machine, f"{WHAT[row.suite]}{row.case}, {row.dtype}", row.mode, fused, *ratios)
         yield "| " + " | ".join(cells) + " |"
