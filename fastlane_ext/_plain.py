@@ -121,7 +121,7 @@ _NOT_TORCHS = next((f"{known.kind.__name__} {known.reason}" for known in KNOWN.v
 
 GELU = F.gelu
 """torch's own ``gelu``, if `known` has no reason against nn.GELU."""
-SUMS = tuple(of_class(Tensor, "__add__", "__radd__"))
+SUMS = tuple(fact for kind in PLAIN_TENSORS for fact in of_class(kind, "__add__", "__radd__"))
 FORMULA = (
     Fact(vars(F), "linear", F.linear),
     Fact(vars(F), "gelu", F.gelu),

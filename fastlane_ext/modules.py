@@ -77,6 +77,17 @@ def _why_reference_changed() -> str | None:
     return why_changed(_OF_REFERENCE)
 
 
+def _why_not_fc2(fc2: Any, hidden: Tensor, x: Tensor) -> str | None:
+    """None if ``x + fc2(hidden)`` may run fused, else why not. Before any are computed, x stands for them."""
+    reason = why_network_changed() or why_not_plain_linear(fc2) or why_odd_tensor(hidden, x)
+    # The stand-ins of torch.fx have no sizes.
+    if reason is not None or not (isinstance(x, Tensor) and isinstance(hidden, Tensor)):
+        return reason
+    # Eager would broadcast or promote.
+    is_like_x = hidden.dtype == x.dtype and (*hidden.shape[:-1], fc2.weight.shape[0]) == tuple(x.shape)
+    return None if is_like_x else "gives another shape or dtype than x has"
+
+
 class LinearGELUResidual(reference.LinearGELUResidual):
     __doc__ = reference.LinearGELUResidual.__doc__
 
@@ -103,18 +114,16 @@ class ResidualMLP(reference.ResidualMLP):
         if changed is not None or records_eager():
             return super().forward(x)
         fc1, fc2 = self.fc1, self.fc2
-        changed, odd = why_network_changed(), why_odd_tensor(x)
-        reason1, reason2 = (changed or why_not_plain_linear(linear) or odd for linear in (fc1, fc2))
-        if reason2 is None and fc2.weight.shape[0] != x.shape[-1]:
-            reason2 = "has another width than x"
-        if reason1 is None and reason2 is None:
+        reason = why_network_changed() or why_not_plain_linear(fc1) or why_odd_tensor(x)
+        if reason is None and _why_not_fc2(fc2, x, x) is None:
             return mlp_residual(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, x, activation=self.activation)
-        if reason1 is None:
+        if reason is None:
             hidden = linear_gelu_residual(x, fc1.weight, fc1.bias, activation=self.activation)
         else:
-            record_fallback(f"fc1 {reason1}")
+            record_fallback(f"fc1 {reason}")
             hidden = activate(fc1(x), self.activation)
-            reason2 = reason2 or why_odd_tensor(hidden)
+        # The call of fc1 may have changed fc2, or whatever fc2's call rests on.
+        reason2 = _why_not_fc2(fc2, hidden, x)
         if reason2 is None:
             return linear_gelu_residual(hidden, fc2.weight, fc2.bias, x, activation="none")
         record_fallback(f"fc2 {reason2}")
@@ -122,4 +131,6 @@ class ResidualMLP(reference.ResidualMLP):
 
 
 _OWN_NAMES = ("fc1", "fc2", "activation", "__getattr__", "__getattribute__")
-library.know_mlps((*NETWORK, *_OF_REFERENCE), reference.ResidualMLP, _OWN_NAMES)
+library.know_mlps(
+    (*NETWORK, *_OF_REFERENCE, *of_class(reference.ResidualMLP, *_OWN_NAMES)), reference.ResidualMLP, _OWN_NAMES
+)

@@ -140,9 +140,9 @@ class _FusedForward(reference.ResidualNetwork):
         return None if width == weight.shape[0] else "adds a shortcut of another width"
 
     def _forward_by_layer(self, x: Tensor) -> Tensor:
-        changed = why_network_changed()
         for index, layer in enumerate(self.layers):
-            plain = changed or _plain_layer(layer)
+            # The call of the layer before may have changed anything.
+            plain = why_network_changed() or _plain_layer(layer)
             if not isinstance(plain, str):
                 plain = why_odd_tensor(x) or self._why_other_shapes(index, plain[0]) or plain
             if isinstance(plain, str):
@@ -180,4 +180,5 @@ class DeepNeuralNet(_FusedForward, reference.DeepNeuralNet):
 
 
 _OWN_NAMES = ("layers", "projections", "shortcut", "_run_layer", "__getattr__", "__getattribute__")
-library.know_networks((*NETWORK, *_OF_REFERENCE), reference.ResidualNetwork, _OWN_NAMES)
+_FACTS = (*NETWORK, *_OF_REFERENCE, *of_class(reference.ResidualNetwork, *_OWN_NAMES))
+library.know_networks(_FACTS, reference.ResidualNetwork, _OWN_NAMES)

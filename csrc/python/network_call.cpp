@@ -3,6 +3,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -73,6 +74,24 @@ class EagerClass {
 
 EagerClass network_class, mlp_class;
 
+// The module's own children, if each of the names leads to one of them: an attribute, a parameter and a buffer of
+// that name go first. Null otherwise.
+PyObject* own_children(PyObject* dict, std::initializer_list<const Key*> names) {
+  const Keys& keys = Keys::get();
+  PyObject* const modules = keys.modules.in(dict);
+  // A dict of a derived class may return other values than it holds.
+  if (!modules || !PyDict_CheckExact(modules)) return nullptr;
+  for (const Key* name : names)
+    if (name->in(dict)) return nullptr;
+  for (const Key* others_key : {&keys.parameters, &keys.buffers}) {
+    PyObject* const others = others_key->in(dict);
+    if (!others || !PyDict_CheckExact(others)) return nullptr;
+    for (const Key* name : names)
+      if (name->in(others)) return nullptr;
+  }
+  return modules;
+}
+
 struct PlainNetwork {
   std::string shortcut;  // a copy: another thread may assign the network's own anew
   std::string_view activation;
@@ -110,19 +129,20 @@ struct PlainNetwork {
 bool read_network(PyObject* network, PlainNetwork& plain) {
   const Keys& keys = Keys::get();
   PyObject* const dict = dict_of(network);
-  PyObject *const modules = keys.modules.in(dict), *const shortcut = keys.shortcut.in(dict);
+  PyObject *const modules = own_children(dict, {&keys.layers, &keys.projections}), *const shortcut =
+                                                                                       keys.shortcut.in(dict);
   if (!shortcut || !PyUnicode_CheckExact(shortcut) || !PyUnicode_IS_ASCII(shortcut)) return false;
   plain.shortcut.assign(reinterpret_cast<const char*>(PyUnicode_1BYTE_DATA(shortcut)),
                         static_cast<size_t>(PyUnicode_GET_LENGTH(shortcut)));
   const auto layers = children(keys.layers.in(modules));
-  if (!layers || layers->empty() || keys.layers.in(dict) || keys.run_layer.in(dict)) return false;
+  if (!layers || layers->empty() || keys.run_layer.in(dict)) return false;
   plain.weights.reserve(layers->size());
   plain.biases.reserve(layers->size());
   for (PyObject* layer : *layers)
     if (!plain.read_layer(layer)) return false;
   if (plain.shortcut != "projection") return true;
   const auto projections = children(keys.projections.in(modules));
-  if (!projections || projections->size() != layers->size() || keys.projections.in(dict)) return false;
+  if (!projections || projections->size() != layers->size()) return false;
   for (PyObject* projection : *projections)
     if (!plain.read_projection(projection)) return false;
   return true;
@@ -158,10 +178,9 @@ py::object run_plain_residual_mlp(const py::handle& mlp, const py::handle& x) {
   at::Tensor input, weight1, bias1, weight2, bias2;
   if (!read_strided_tensor(x.ptr(), input) || !mlp_class.describes(mlp.ptr())) return py::none();
   PyObject* const dict = dict_of(mlp.ptr());
-  PyObject* const modules = keys.modules.in(dict);
+  PyObject* const modules = own_children(dict, {&keys.fc1, &keys.fc2});
   const std::string_view activation = name_of_activation(keys.activation.in(dict));
-  if (activation.empty() || keys.fc1.in(dict) || keys.fc2.in(dict) ||
-      !read_plain_linear(keys.fc1.in(modules), weight1, bias1) ||
+  if (activation.empty() || !modules || !read_plain_linear(keys.fc1.in(modules), weight1, bias1) ||
       !read_plain_linear(keys.fc2.in(modules), weight2, bias2) || input.dim() == 0 ||
       weight2.sym_size(0) != input.sym_size(-1))  // other sizes may broadcast, and eager would add them
     return py::none();
