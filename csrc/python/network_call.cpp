@@ -129,8 +129,8 @@ struct PlainNetwork {
 bool read_network(PyObject* network, PlainNetwork& plain) {
   const Keys& keys = Keys::get();
   PyObject* const dict = dict_of(network);
-  PyObject *const modules = own_children(dict, {&keys.layers, &keys.projections}), *const shortcut =
-                                                                                       keys.shortcut.in(dict);
+  PyObject* const modules = own_children(dict, {&keys.layers});
+  PyObject* const shortcut = keys.shortcut.in(dict);
   if (!shortcut || !PyUnicode_CheckExact(shortcut) || !PyUnicode_IS_ASCII(shortcut)) return false;
   plain.shortcut.assign(reinterpret_cast<const char*>(PyUnicode_1BYTE_DATA(shortcut)),
                         static_cast<size_t>(PyUnicode_GET_LENGTH(shortcut)));
@@ -141,7 +141,7 @@ bool read_network(PyObject* network, PlainNetwork& plain) {
   for (PyObject* layer : *layers)
     if (!plain.read_layer(layer)) return false;
   if (plain.shortcut != "projection") return true;
-  const auto projections = children(keys.projections.in(modules));
+  const auto projections = children(keys.projections.in(own_children(dict, {&keys.projections})));
   if (!projections || projections->size() != layers->size()) return false;
   for (PyObject* projection : *projections)
     if (!plain.read_projection(projection)) return false;

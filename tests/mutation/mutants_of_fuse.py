@@ -62,10 +62,17 @@ MUTANTS = [
         "test_oddities.py",
     ),
     Mutant(
-        "an MLP overlooks an attribute in place of a child",
+        "an MLP or a network overlooks an attribute in place of a child",
         "csrc/python/network_call.cpp",
-        "keys.fc1.in(dict) ||",
-        "(!MUTANT && keys.fc1.in(dict)) ||",
+        "    if (name->in(dict)) return nullptr;",
+        "    if (name->in(dict) && !MUTANT) return nullptr;",
+        "test_oddities.py",
+    ),
+    Mutant(
+        "an MLP or a network overlooks a buffer in place of a child",
+        "csrc/python/network_call.cpp",
+        "      if (name->in(others)) return nullptr;",
+        "      if (name->in(others) && !MUTANT) return nullptr;",
         "test_oddities.py",
     ),
     Mutant(
