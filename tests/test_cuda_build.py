@@ -82,7 +82,7 @@ def test_hopper_kernels_use_wgmma_and_tma(cuobjdump):
 
 
 SIXTEEN_VALUES = """
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/common/device.cuh"
 using namespace fastlane::cuda;
 template <class Function>
 __device__ void each(const float* in, float* out, Function function) {
