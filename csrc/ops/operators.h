@@ -13,7 +13,7 @@
 
 namespace fastlane {
 
-// What schema.cpp says, in C++. These functions are never defined; the handles take their types.
+// The signatures of schema.cpp in C++. These functions are never defined; the handles take their types.
 namespace signatures {
 
 at::Tensor linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,

@@ -1,4 +1,4 @@
-// What the caller lends a kernel: its thread pool, since kernels start no threads, and the cache sizes to block for.
+// The caller lends a kernel its thread pool, since kernels start no threads, and the cache sizes to block for.
 #pragma once
 
 #include <cstdint>

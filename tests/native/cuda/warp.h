@@ -1,4 +1,4 @@
-// What a warp does together, on the host. Its 32 threads meet, and each reads what the others have laid down.
+// Operations of a whole warp, on the host. The warp's 32 threads meet, and each reads what the others have laid down.
 #pragma once
 
 #include <cuda_bf16.h>

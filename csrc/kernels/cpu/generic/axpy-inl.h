@@ -78,7 +78,7 @@ class AxpyColumns {
     bool is_first;
     C* sums;
   };
-  // What a tile fetches of B for later tiles: `bytes` of each row, `offset` bytes from what the tile itself reads.
+  // A tile prefetches B for later tiles: `bytes` of each row, `offset` bytes from where the tile itself reads.
   struct Ahead {
     int64_t offset = 0, bytes = 0;
   };

@@ -1,4 +1,4 @@
-// What products with few rows share. They do not pack B, and fetching B from memory is their cost.
+// Shared parts of products with few rows. These products do not pack B, and fetching B from memory is their cost.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// What the choice of a path asks about a GPU.
+// Properties of a GPU that the choice of a path reads.
 #pragma once
 
 namespace fastlane::cuda {

@@ -1,4 +1,4 @@
-// What a warp does together on the GPU; tests/native/cuda/warp.h has the same for the host.
+// Operations of a whole warp on the GPU. tests/native/cuda/warp.h has the same operations for the host.
 #pragma once
 
 #include "kernels/cuda/common/device.cuh"
