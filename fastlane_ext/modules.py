@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import functional, reference
 from ._disabled import records_eager
-from ._facts import of_class, why_changed
+from ._facts import of_class, of_function, of_item, why_changed
 from ._load import library
 from ._plain import (
     FORMULA,
@@ -40,6 +40,34 @@ def run_linear(child: nn.Linear, name: str, x: Tensor) -> Tensor:
     return child(x)
 
 
+_ACTIVATE = (*(of_item(vars(reference), name) for name in ("activate", "F")), *of_function(activate))
+_FUNCTIONS = (
+    *(of_item(vars(reference), name) for name in ("linear_gelu_residual", "torch")),
+    *of_function(reference.linear_gelu_residual),
+    *of_function(reference.linear_gelu_concat),
+)
+_LAYER = (*FORMULA, *_ACTIVATE, *_FUNCTIONS)
+"""What the functions of `fastlane_ext.reference` that compute a layer rest on."""
+_OF_REFERENCE = (*of_class(reference.ResidualMLP, "forward"), *_ACTIVATE)
+"""The eager MLP that the fused one stands for."""
+_SHORTCUT = tuple(of_class(reference.LinearGELUResidual, "_shortcut"))
+
+
+@constant_while_traced
+def _why_reference_changed() -> str | None:
+    return why_changed(_OF_REFERENCE)
+
+
+@constant_while_traced
+def _why_layer_changed() -> str | None:
+    return why_changed((*_ACTIVATE, *_FUNCTIONS))
+
+
+@constant_while_traced
+def _why_shortcut_changed() -> str | None:
+    return why_changed(_SHORTCUT)
+
+
 def _checked(name: str) -> Any:
     """The fused function ``name``, or the eager one where a mode watches, torch's functions were replaced or a tensor
     is not a plain one.
@@ -47,7 +75,7 @@ def _checked(name: str) -> Any:
     fused, eager = getattr(functional, name), getattr(reference, name)
 
     def layer(*args: Any, **options: Any) -> Tensor:
-        reason = why_formula_changed() or why_odd_tensor(*args)
+        reason = why_formula_changed() or _why_layer_changed() or why_odd_tensor(*args)
         if reason is None:
             return fused(*args, **options)
         record_fallback(f"a layer {reason}")
@@ -62,19 +90,10 @@ _checked_residual = _checked("linear_gelu_residual")
 def _residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *, activation: str) -> Tensor:
     """``_checked_residual``; C++ makes the checks first, and runs the layer if it finds nothing special."""
     if not torch.compiler.is_compiling():
-        y = library.run_plain_layer(FORMULA, x, weight, bias, residual, activation, False)
+        y = library.run_plain_layer(_LAYER, x, weight, bias, residual, activation, False)
         if y is not None:
             return y
     return _checked_residual(x, weight, bias, residual, activation=activation)
-
-
-_OF_REFERENCE = tuple(of_class(reference.ResidualMLP, "forward"))
-"""The eager MLP that the fused one stands for."""
-
-
-@constant_while_traced
-def _why_reference_changed() -> str | None:
-    return why_changed(_OF_REFERENCE)
 
 
 def _why_not_fc2(fc2: Any, hidden: Tensor, x: Tensor) -> str | None:
@@ -95,7 +114,7 @@ class LinearGELUResidual(reference.LinearGELUResidual):
     _linear_gelu_concat = staticmethod(_checked("linear_gelu_concat"))
 
     def _shortcut(self, x: Tensor) -> Tensor | None:
-        if self.shortcut == "projection" and self.projection is not None:
+        if self.shortcut == "projection" and self.projection is not None and _why_shortcut_changed() is None:
             return run_linear(self.projection, "projection", x)
         return super()._shortcut(x)
 

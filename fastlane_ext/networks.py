@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import reference
 from ._disabled import records_eager
-from ._facts import of_class, why_changed
+from ._facts import of_class, of_item, why_changed
 from ._load import library
 from ._plain import (
     NETWORK,
@@ -31,7 +31,10 @@ from .modules import run_linear
 __all__ = ["DeepNeuralNet", "ExampleDeepNeuralNetwork", "ImprovedResidualNetwork", "ResidualNetwork"]
 
 _RUN_LAYER = reference.ResidualNetwork._run_layer
-_OF_REFERENCE = tuple(of_class(reference.ResidualNetwork, "forward", "_run_layer"))
+_OF_REFERENCE = (
+    *of_class(reference.ResidualNetwork, "forward", "_run_layer"),
+    of_item(vars(reference), "torch"),
+)
 """The eager network that the fused one stands for."""
 _GELU_NAMES = {"none": "gelu", "tanh": "gelu_tanh"}
 

@@ -326,6 +326,57 @@ def test_what_a_network_stands_for_is_another(where, monkeypatch):
     monkeypatch.undo()
 
 
+def doubled_activate(z, activation):
+    return 2 * z
+
+
+def doubled_residual(x, weight, bias=None, residual=None, *, activation="gelu", recompute=False):
+    return 2 * x
+
+
+def three(self, x):
+    return torch.full((self.out_features,), 3.0)
+
+
+DOUBLED = types.SimpleNamespace(
+    linear=F.linear, gelu=lambda z, approximate="none": 2 * F.gelu(z, approximate=approximate)
+)
+DOUBLED_TORCH = types.SimpleNamespace(cat=lambda tensors, dim: 2 * torch.cat(tensors, dim))
+REPLACED = {
+    "activate": lambda patch: patch.setattr(reference, "activate", doubled_activate),
+    "code of activate": lambda patch: patch.setattr(reference.activate, "__code__", doubled_activate.__code__),
+    "F": lambda patch: patch.setattr(reference, "F", DOUBLED),
+    "torch": lambda patch: patch.setattr(reference, "torch", DOUBLED_TORCH),
+    "linear_gelu_residual": lambda patch: patch.setattr(reference, "linear_gelu_residual", doubled_residual),
+    "code of linear_gelu_residual": lambda patch: patch.setattr(
+        reference.linear_gelu_residual, "__code__", doubled_residual.__code__
+    ),
+    "_shortcut": lambda patch: patch.setattr(reference.LinearGELUResidual, "_shortcut", three),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_the_eager_modules_call_is_another(name, monkeypatch):
+    modules = [
+        [kind.LinearGELUResidual(8, 8), kind.LinearGELUResidual(8, 16, shortcut="projection")]
+        + [kind.LinearGELUResidual(8, 8, shortcut="concat"), kind.ResidualMLP(8, 16)]
+        + [kind.ResidualNetwork([8, 8], shortcut="concat")]
+        for kind in (fl, reference)
+    ]
+    x = torch.randn(3, 8)
+    before = []
+    for fused, eager in zip(*modules, strict=True):
+        eager.load_state_dict(fused.state_dict())
+        before.append(eager(x))
+    with monkeypatch.context() as patch:
+        REPLACED[name](patch)
+        after = [eager(x) for eager in modules[1]]
+        for fused, expected in zip(modules[0], after, strict=True):
+            torch.testing.assert_close(fused(x), expected)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    fl.reset_stats()
+
+
 PATCHED_FIRST = """
 import json, torch, torch.nn.functional as F
 gelu = F.gelu

@@ -22,8 +22,7 @@ at::Tensor empty_weight(const c10::SymInt& out_features, const c10::SymInt& in_f
 at::Tensor linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                 const OptionalTensor& residual, std::string_view activation, bool) {
   parse_activation(activation);
-  check_linear("linear_gelu_residual", x, weight, bias);
-  if (residual) check_residual("linear_gelu_residual", x, weight, *residual);
+  check_layer(x, weight, bias, residual);
   return empty(output_sizes(x, weight.sym_size(0)), x);
 }
 

@@ -33,8 +33,7 @@ inline at::Tensor plus(at::Tensor y, const OptionalTensor& residual) {
 
 inline at::Tensor linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                        const OptionalTensor& residual, Activation activation) {
-  check_linear("linear_gelu_residual", x, weight, bias);
-  if (residual) check_residual("linear_gelu_residual", x, weight, *residual);
+  check_layer(x, weight, bias, residual);
   count(x);
   return plus(with_leading_sizes(composition::activated(flattened(x), weight, bias, activation), x), residual);
 }

@@ -3,7 +3,6 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
-#include <initializer_list>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -58,13 +57,8 @@ class EagerClass {
   }
   // Whether the module still computes as the eager class did when Python described it.
   bool describes(PyObject* module) const {
-    if (!facts_ || is_watched() || torch::jit::tracer::isTracing() || !hold(facts_)) return false;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names_); ++i) {
-      PyObject* const name = PyTuple_GET_ITEM(names_, i);
-      if (_PyType_Lookup(Py_TYPE(module), name) != _PyType_Lookup(reinterpret_cast<PyTypeObject*>(kind_), name))
-        return false;
-    }
-    return true;
+    return facts_ && !is_watched() && !torch::jit::tracer::isTracing() && hold(facts_) &&
+           looks_up_as(Py_TYPE(module), kind_, names_of(names_));
   }
 
  private:
@@ -74,22 +68,11 @@ class EagerClass {
 
 EagerClass network_class, mlp_class;
 
-// The module's own children, if each of the names leads to one of them: an attribute, a parameter and a buffer of
-// that name go first. Null otherwise.
-PyObject* own_children(PyObject* dict, std::initializer_list<const Key*> names) {
-  const Keys& keys = Keys::get();
-  PyObject* const modules = keys.modules.in(dict);
+// The module's own children, if each of the names leads to one of them. Null otherwise.
+PyObject* own_children(PyObject* dict, Names names) {
+  PyObject* const modules = Keys::get().modules.in(dict);
   // A dict of a derived class may return other values than it holds.
-  if (!modules || !PyDict_CheckExact(modules)) return nullptr;
-  for (const Key* name : names)
-    if (name->in(dict)) return nullptr;
-  for (const Key* others_key : {&keys.parameters, &keys.buffers}) {
-    PyObject* const others = others_key->in(dict);
-    if (!others || !PyDict_CheckExact(others)) return nullptr;
-    for (const Key* name : names)
-      if (name->in(others)) return nullptr;
-  }
-  return modules;
+  return modules && PyDict_CheckExact(modules) && goes_to_children(dict, names) ? modules : nullptr;
 }
 
 struct PlainNetwork {
@@ -129,7 +112,7 @@ struct PlainNetwork {
 bool read_network(PyObject* network, PlainNetwork& plain) {
   const Keys& keys = Keys::get();
   PyObject* const dict = dict_of(network);
-  PyObject* const modules = own_children(dict, {&keys.layers});
+  PyObject* const modules = own_children(dict, keys.layers.name());
   PyObject* const shortcut = keys.shortcut.in(dict);
   if (!shortcut || !PyUnicode_CheckExact(shortcut) || !PyUnicode_IS_ASCII(shortcut)) return false;
   plain.shortcut.assign(reinterpret_cast<const char*>(PyUnicode_1BYTE_DATA(shortcut)),
@@ -141,7 +124,7 @@ bool read_network(PyObject* network, PlainNetwork& plain) {
   for (PyObject* layer : *layers)
     if (!plain.read_layer(layer)) return false;
   if (plain.shortcut != "projection") return true;
-  const auto projections = children(keys.projections.in(own_children(dict, {&keys.projections})));
+  const auto projections = children(keys.projections.in(own_children(dict, keys.projections.name())));
   if (!projections || projections->size() != layers->size()) return false;
   for (PyObject* projection : *projections)
     if (!plain.read_projection(projection)) return false;
@@ -178,7 +161,7 @@ py::object run_plain_residual_mlp(const py::handle& mlp, const py::handle& x) {
   at::Tensor input, weight1, bias1, weight2, bias2;
   if (!read_strided_tensor(x.ptr(), input) || !mlp_class.describes(mlp.ptr())) return py::none();
   PyObject* const dict = dict_of(mlp.ptr());
-  PyObject* const modules = own_children(dict, {&keys.fc1, &keys.fc2});
+  PyObject* const modules = own_children(dict, {keys.fc1.name(), keys.fc2.name()});
   const std::string_view activation = name_of_activation(keys.activation.in(dict));
   if (activation.empty() || !modules || !read_plain_linear(keys.fc1.in(modules), weight1, bias1) ||
       !read_plain_linear(keys.fc2.in(modules), weight2, bias2) || input.dim() == 0 ||

@@ -39,6 +39,31 @@ PyObject* plain_dict(PyObject* module, PyObject* kind) {
   return compiled && compiled != Py_None ? nullptr : dict;
 }
 
+bool looks_up_as(PyTypeObject* own, PyObject* kind, Names names) {
+  if (reinterpret_cast<PyObject*>(own) == kind) return true;
+  for (PyObject* const name : names)
+    if (_PyType_Lookup(own, name) != _PyType_Lookup(reinterpret_cast<PyTypeObject*>(kind), name)) return false;
+  return true;
+}
+
+bool has_none_of(PyObject* dict, Names names) {
+  for (PyObject* const name : names)
+    if (item(dict, name)) return false;
+  return true;
+}
+
+bool goes_to_children(PyObject* dict, Names names) {
+  const Keys& keys = Keys::get();
+  if (!dict || !has_none_of(dict, names)) return false;
+  for (const Key* key : {&keys.parameters, &keys.buffers}) {
+    PyObject* const others = key->in(dict);
+    // Another class derived from dict may return other values than it holds.
+    if (!others || !(PyDict_CheckExact(others) || PyODict_CheckExact(others))) return false;
+    if (PyDict_Size(others) > 0 && !has_none_of(others, names)) return false;
+  }
+  return true;
+}
+
 bool read_tensor(PyObject* object, at::Tensor& tensor) {
   if (object == Py_None) return true;
   if (!object || !THPVariable_CheckExact(object)) return false;

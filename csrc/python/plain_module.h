@@ -2,11 +2,25 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 #include <pybind11/pybind11.h>
 
 namespace fastlane::python {
 
 namespace py = pybind11;
+
+// Interned strings, borrowed.
+using Names = c10::ArrayRef<PyObject*>;
+inline Names names_of(PyObject* tuple) {
+  return {PySequence_Fast_ITEMS(tuple), static_cast<size_t>(PyTuple_GET_SIZE(tuple))};
+}
+
+// A dict's item, borrowed; null where absent.
+inline PyObject* item(PyObject* dict, PyObject* name) {
+  PyObject* const value = PyDict_GetItemWithError(dict, name);
+  if (!value && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
 
 // Never freed: the interpreter may end before static objects do.
 struct Torch {
@@ -37,12 +51,8 @@ class Key {
   explicit Key(const char* name) : name_(PyUnicode_InternFromString(name)) {}
 
   // Borrowed; null where absent.
-  PyObject* in(PyObject* dict) const {
-    if (!dict || !PyDict_Check(dict)) return nullptr;
-    PyObject* const value = PyDict_GetItemWithError(dict, name_);
-    if (!value && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
+  PyObject* in(PyObject* dict) const { return dict && PyDict_Check(dict) ? item(dict, name_) : nullptr; }
+  PyObject* name() const { return name_; }
   bool is_empty_in(PyObject* dict) const {
     PyObject* const value = in(dict);
     return value && PyDict_Check(value) && PyDict_Size(value) == 0;
@@ -85,6 +95,15 @@ bool is_watched();
 // The instance's dict if the module is exactly of this class and its dict adds nothing to a call: no hooks, no
 // forward of its own. Null otherwise. Facts (facts.h) tell whether the class itself has changed.
 PyObject* plain_dict(PyObject* module, PyObject* kind);
+
+// Whether the class `own` finds the same object as `kind` for each of the names.
+bool looks_up_as(PyTypeObject* own, PyObject* kind, Names names);
+
+bool has_none_of(PyObject* dict, Names names);
+
+// Whether each of the names leads to a child in a module with this dict, if there is a child of that name: nn.Module
+// looks a name up in the dict, among parameters and among buffers first.
+bool goes_to_children(PyObject* dict, Names names);
 
 // Reads a plain tensor or parameter; undefined for None. False for any other object.
 bool read_tensor(PyObject* object, at::Tensor& tensor);

@@ -17,13 +17,6 @@ enum ChildField : Py_ssize_t { kName, kRole, kKind, kState, kOfClass, kFields };
 // tuples.
 enum CheckField : Py_ssize_t { kFacts, kClass, kLookups, kNames, kOrder, kConstants, kChildren, kCheckFields };
 
-// Borrowed; null where absent.
-PyObject* item(PyObject* dict, PyObject* name) {
-  PyObject* const value = PyDict_GetItemWithError(dict, name);
-  if (!value && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
 bool is_equal(PyObject* a, PyObject* b) {
   const int equal = PyObject_RichCompareBool(a, b, Py_EQ);
   if (equal < 0) throw py::error_already_set();
@@ -67,12 +60,6 @@ bool has_attributes(PyObject* dict, PyObject* pairs) {
   return true;
 }
 
-bool has_none_of(PyObject* dict, PyObject* names) {
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i)
-    if (item(dict, PyTuple_GET_ITEM(names, i))) return false;
-  return true;
-}
-
 bool is_child_unchanged(PyObject* child, PyObject* found) {
   PyObject* const dict = plain_dict(child, PyTuple_GET_ITEM(found, kKind));
   if (!dict) return false;
@@ -82,7 +69,7 @@ bool is_child_unchanged(PyObject* child, PyObject* found) {
     case Role::transposed_linear: return read_linear(dict, /*transposed=*/true, weight, bias);
     case Role::activation:
       return has_attributes(dict, PyTuple_GET_ITEM(found, kState)) &&
-             has_none_of(dict, PyTuple_GET_ITEM(found, kOfClass));
+             has_none_of(dict, names_of(PyTuple_GET_ITEM(found, kOfClass)));
     case Role::dropout: return !is_active(dict);
   }
   return false;
@@ -108,30 +95,9 @@ bool are_children_unchanged(PyObject* children, PyObject* found) {
   return true;
 }
 
-// Whether the class `own` finds the same object as `kind` for each of the names.
-bool looks_up_as(PyTypeObject* own, PyObject* kind, PyObject* names) {
-  if (reinterpret_cast<PyObject*>(own) == kind) return true;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i) {
-    PyObject* const name = PyTuple_GET_ITEM(names, i);
-    if (_PyType_Lookup(own, name) != _PyType_Lookup(reinterpret_cast<PyTypeObject*>(kind), name)) return false;
-  }
-  return true;
-}
-
-// nn.Module looks a name up among parameters and buffers before children.
-bool goes_to_children(PyObject* dict, PyObject* names) {
-  const Keys& keys = Keys::get();
-  for (const Key* key : {&keys.parameters, &keys.buffers}) {
-    PyObject* const others = key->in(dict);
-    if (!others || !PyDict_Check(others)) return false;
-    if (PyDict_Size(others) > 0 && !has_none_of(others, names)) return false;
-  }
-  return true;
-}
-
-bool has_all_of(PyObject* dict, PyObject* names) {
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i)
-    if (!item(dict, PyTuple_GET_ITEM(names, i))) return false;
+bool has_all_of(PyObject* dict, Names names) {
+  for (PyObject* const name : names)
+    if (!item(dict, name)) return false;
   return true;
 }
 
@@ -147,10 +113,10 @@ bool is_as_planned(const py::handle& module, const py::handle& checks) {
   const auto check = [&](CheckField field) { return PyTuple_GET_ITEM(checks.ptr(), field); };
   PyObject* const order = check(kOrder);
   if (!is_plain_dict && !(modules && PyODict_CheckExact(modules) && order == Py_None)) return false;
+  const Names names = names_of(check(kNames));
   return !policy::why_disabled() && !is_watched() && hold(check(kFacts)) &&
-         looks_up_as(Py_TYPE(module.ptr()), check(kClass), check(kLookups)) && has_order(modules, order) &&
-         has_none_of(dict, check(kNames)) && goes_to_children(dict, check(kNames)) &&
-         has_all_of(modules, check(kNames)) && has_attributes(dict, check(kConstants)) &&
+         looks_up_as(Py_TYPE(module.ptr()), check(kClass), names_of(check(kLookups))) && has_order(modules, order) &&
+         goes_to_children(dict, names) && has_all_of(modules, names) && has_attributes(dict, check(kConstants)) &&
          are_children_unchanged(modules, check(kChildren));
 }
 

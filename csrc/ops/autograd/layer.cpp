@@ -162,8 +162,7 @@ Tensor linear_gelu_residual(const Tensor& x, const Tensor& weight, const Optiona
   const Tensor no_tensor;
   const Tensor &b = bias ? *bias : no_tensor, &r = residual ? *residual : no_tensor;
   if (const char* reason = reason_to_compose({x, weight, b, r})) {
-    check_linear("linear_gelu_residual", x, weight, bias);
-    if (residual) check_residual("linear_gelu_residual", x, weight, *residual);
+    check_layer(x, weight, bias, residual);
     policy::leave_fused_path(reason);
     return composition::linear_gelu_residual(x, weight, bias, residual, activation);
   }

@@ -135,6 +135,13 @@ inline void check_residual(const char* op, const at::Tensor& x, const at::Tensor
               "; project or expand it first");
 }
 
+inline void check_layer(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& residual) {
+  constexpr char op[] = "linear_gelu_residual";
+  check_linear(op, x, weight, bias);
+  if (residual) check_residual(op, x, weight, *residual);
+}
+
 inline void check_no_residual_with_concat(bool concat, const OptionalTensor& residual) {
   TORCH_CHECK(!(concat && residual), "linear_gelu_forward: residual is given, expected none with concat=True");
 }

@@ -19,8 +19,7 @@ using OutputAndZ = std::tuple<at::Tensor, at::Tensor>;
 // z is undefined unless `with_z`.
 OutputAndZ forward_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                             const OptionalTensor& residual, Activation activation, bool with_z) {
-  check_linear("linear_gelu_residual", x, weight, bias);
-  if (residual) check_residual("linear_gelu_residual", x, weight, *residual);
+  check_layer(x, weight, bias, residual);
   const c10::OptionalDeviceGuard guard(x.device());
   at::Tensor y = empty_output(x, weight.size(0)), z = with_z ? empty_output(x, weight.size(0)) : at::Tensor();
   const Operands o = flatten_operands(x, weight, bias, residual);
