@@ -1,5 +1,6 @@
 """The layer against an oracle: never less exact than eager, and exact where exactness is possible."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -11,38 +12,30 @@ from support.choices import ACTIVATIONS, DTYPES, dtype_name
 from support.exactness import assert_as_exact_as_eager, assert_exact
 from support.layouts import LAYOUTS
 from support.oracle import activation_in_many_digits, run_oracle
+from support.plans import plan_of_layer
 from support.runs import run_fused
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-# (rows, in_features, out_features), one off every size the kernels know: tiles of 4, 6 and 12 rows and of 4,
-# 16 and 32 columns (half of that in float64), row chunks of 16 and 128, row blocks of 240, k in chains of 32
-# and blocks of 256, columns in strips of 256 and blocks of 1024.
+PLANS = [plan_of_layer(4096, 4096, 4096, dtype) for dtype in DTYPES]
+
+
+def edges(*names):
+    """The sizes at which the plans cut, each with its neighbours. A name is a plan's field, or a product of fields."""
+    cuts = {math.prod(plan[field] for field in name.split("*")) for plan in PLANS for name in names}
+    return sorted({size for cut in cuts for size in (cut - 1, cut, cut + 1) if size > 0})
+
+
+OTHERS = itertools.cycle((5, 33, 8, 20, 13, 63, 9))
+# (rows, in_features, out_features). Elementwise passes take rows in chunks of 16 and 128, columns in strips of 256.
 SIZES = [
     (1, 1, 1),
-    (1, 64, 33),
-    (1, 31, 1025),
-    (2, 3, 1023),
-    (3, 7, 15),
-    (4, 5, 16),
-    (5, 8, 17),
-    (6, 9, 31),
-    (7, 16, 32),
-    (11, 17, 33),
-    (12, 255, 3),
-    (13, 256, 31),
-    (15, 33, 255),
-    (17, 32, 257),
-    (24, 300, 1024),
-    (97, 257, 17),
-    (127, 31, 63),
-    (128, 33, 64),
-    (129, 513, 5),
-    (239, 10, 11),
-    (241, 20, 4),
-    (257, 63, 1),
-    (1025, 12, 13),
     (64, 0, 8),
+    (17, 5, 255),
+    (129, 513, 257),
+    *((size, next(OTHERS), next(OTHERS)) for size in edges("tile_rows", "task_row_panels*tile_rows")),
+    *((next(OTHERS), size, next(OTHERS)) for size in edges("chain_values")),
+    *((next(OTHERS), next(OTHERS), size) for size in edges("tile_cols", "block_cols")),
 ]
 
 
@@ -140,11 +133,13 @@ def test_few_rows(dtype, lying):
 @pytest.mark.own_product
 def test_beyond_a_block(dtype, lying):
     """More than a block of k, of columns, or of both, and a remainder in each."""
-    for size in [(1025, 257), (2049, 65), (4097, 33), (65, 3000), (257, 1025)]:
-        rows = (5, 300) if size == (2049, 65) else (33,)
+    plan = plan_of_layer(4096, 4096, 4096, dtype)
+    k, cols = plan["block_values"] + 1, plan["block_cols"] + 1
+    for size in [(k, 257), (2 * k, 33), (65, 3 * cols), (257, cols)]:
+        rows = (5, 300) if size == (k, 257) else (33,)
         for case in integer_cases(rows, *size, lying, dtype=dtype):
             assert_exact(case)
-    real = [case for size in [(4097, 33), (65, 1025)] for case in lying_cases([9], *size, lying, dtype=dtype)]
+    real = [case for size in [(2 * k, 33), (65, cols)] for case in lying_cases([9], *size, lying, dtype=dtype)]
     assert_as_exact_as_eager(real)
 
 

@@ -17,9 +17,9 @@ inline GemmProblem forward_gemm(const LayerShape& shape, ConstMatrix x, ConstMat
   GemmProblem p;
   p.m = shape.rows, p.n = shape.out_features, p.k = shape.in_features;
   p.dtype = shape.dtype;
-  p.activation = activation;
   p.a = x, p.b = weight.transposed();
-  p.bias = bias, p.addend = residual, p.z = z, p.out = y;
+  p.epilogue.activation = activation, p.epilogue.bias = bias, p.epilogue.addend = residual;
+  p.epilogue.z = z, p.epilogue.out = y;
   return p;
 }
 
@@ -30,14 +30,18 @@ inline GemmProblem dgrad_gemm(const LayerShape& shape, ConstMatrix dz, ConstMatr
   p.m = shape.rows, p.n = shape.in_features, p.k = shape.out_features;
   p.dtype = shape.dtype;
   p.a = dz, p.b = weight;
-  p.addend = shortcut_grad, p.out = dx;
+  p.epilogue.addend = shortcut_grad, p.epilogue.out = dx;
   return p;
 }
 
 // A dgrad that goes on through the activation of the layer before, whose z and db these are. The output is that
 // layer's dz = dx ⊙ act′(z) instead of dx; db is the sum of dz's rows.
 inline GemmProblem through_activation(GemmProblem dgrad, Activation activation, ConstRowMajor z, void* db) {
-  dgrad.activation = activation, dgrad.preactivation = z, dgrad.column_sums = db;
+  dgrad.ends_in_gradient = true;
+  GradientEpilogue& gradient = dgrad.gradient;
+  gradient.activation = activation, gradient.addend = dgrad.epilogue.addend, gradient.preactivation = z;
+  gradient.out = dgrad.epilogue.out, gradient.column_sums = db;
+  dgrad.epilogue = {};
   return dgrad;
 }
 
@@ -47,7 +51,7 @@ inline GemmProblem wgrad_gemm(const LayerShape& shape, ConstMatrix dz, ConstMatr
   GemmProblem p;
   p.k = shape.rows;
   p.dtype = shape.dtype;
-  p.out = dweight;
+  p.epilogue.out = dweight;
   if (column_major) {
     p.m = shape.in_features, p.n = shape.out_features;
     p.a = x.transposed(), p.b = dz;
@@ -67,7 +71,7 @@ inline bool forms_dz(const LayerBackwardProblem& b) {
 // Computes dz and db of a layer's backward by the elementwise pass `preactivation_grad`. dz goes to `memory` if dx or
 // dW needs it. Returns where dz lies: without an activation dz is dy.
 template <class Pass>
-ConstRowMajor run_preactivation_grad(const LayerBackwardProblem& b, void* memory, Pass preactivation_grad) {
+ConstRowMajor form_dz(const LayerBackwardProblem& b, void* memory, Pass preactivation_grad) {
   if (!b.db && b.activation == Activation::none) return b.dy;
   PreActivationGradProblem p;
   p.rows = b.rows, p.cols = b.out_features, p.dtype = b.dtype, p.activation = b.activation;

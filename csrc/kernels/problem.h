@@ -3,62 +3,34 @@
 
 #include <cstdint>
 
+#include "kernels/epilogue.h"
+#include "kernels/matrix.h"
+
 namespace fastlane {
 
-enum class DType : uint8_t { f32, f64, bf16, f16 };
-enum class Activation : uint8_t { none, gelu, gelu_tanh };
-
-constexpr int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
-// Storage formats for which C++17 has no types. Kernels widen them to float.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-// Strides count elements and may be 0 or negative. They promise no alignment.
-struct ConstMatrix {
-  const void* data = nullptr;
-  int64_t row_stride = 0;
-  int64_t col_stride = 0;
-
-  ConstMatrix transposed() const { return {data, col_stride, row_stride}; }
-};
-
-// Rows have a unit column stride and lie `row_stride` (the leading dimension) elements apart.
-struct RowMajor {
-  void* data = nullptr;
-  int64_t row_stride = 0;
-};
-struct ConstRowMajor {
-  const void* data = nullptr;
-  int64_t row_stride = 0;
-};
-
-// z = A B + bias;  out = act(z) + addend. Absent operands have a null data pointer. Forward, dgrad
-// and wgrad are this one problem with different operand layouts and epilogues (see layer.h).
+// A B and an epilogue. Forward, dgrad and wgrad are this one problem with different operand layouts and epilogues
+// (see layer.h).
 struct GemmProblem {
   int64_t m = 0, n = 0, k = 0;
   DType dtype = DType::f32;  // of every operand
-  Activation activation = Activation::none;
   ConstMatrix a;  // m × k
   ConstMatrix b;  // k × n
-  const void* bias = nullptr;  // n elements
-  ConstRowMajor addend;  // m × n
-  RowMajor z;  // m × n
-  RowMajor slope;  // m × n: act′(z), float for 16-bit dtypes
-  RowMajor out;  // m × n
   // If set, memory holds this operand's pre-activation, and the product multiplies its activation.
   Activation a_activation = Activation::none, b_activation = Activation::none;
-  // Instead, the epilogue may go on through the activation of the layer before:
-  //   unscaled = A B + addend    out = unscaled ⊙ act′(preactivation)    column_sums = Σ_rows out
-  // On the CPU a column_sums pointer selects this epilogue; unscaled and addend must then be null. On a GPU
-  // preactivation or column_sums selects the epilogue. Without an activation preactivation is not read.
-  ConstRowMajor preactivation;  // m × n
-  RowMajor unscaled;  // m × n
-  void* column_sums = nullptr;  // n elements, summed before out is rounded
+  bool ends_in_gradient = false;  // `gradient` ends the product, otherwise `epilogue`
+  Epilogue epilogue;
+  GradientEpilogue gradient;
+
+  const ConstRowMajor& addend() const { return ends_in_gradient ? gradient.addend : epilogue.addend; }
+  const RowMajor& out() const { return ends_in_gradient ? gradient.out : epilogue.out; }
+};
+
+// The epilogue of a product that lies in memory, m × n. The product may lie in z or out.
+struct EpilogueProblem {
+  int64_t m = 0, n = 0;
+  DType dtype = DType::f32;  // of every operand
+  ConstRowMajor product;
+  Epilogue epilogue;
 };
 
 // dz = dy ⊙ act′(z) and, in the same pass, db = Σ_rows dz. Either result may be absent. Without an activation z is

@@ -52,7 +52,10 @@ bool is_outer_product(const LayerShape& shape) {
   return shape.rows == 1 && shape.in_features * shape.out_features >= 128 * 128;
 }
 
-Path unless_forced(bool library) { return forced_path().value_or(library ? Path::library : Path::fused); }
+bool fuses(bool library_wins) {
+  const std::optional<Path> forced = forced_path();
+  return forced ? forced == Path::fused : !library_wins;
+}
 
 }  // namespace
 
@@ -72,12 +75,10 @@ bool torch_runs_on_cpu() {
   return runs;
 }
 
-Path cpu_forward_path(const LayerShape& shape) {
-  return unless_forced(library_has_tiles(shape) || streams_weight(shape));
-}
+bool fuses_forward(const LayerShape& shape) { return fuses(library_has_tiles(shape) || streams_weight(shape)); }
 
-Path cpu_backward_path(const LayerShape& shape) {
-  return unless_forced(library_has_tiles(shape) || streams_weight(shape) || is_outer_product(shape));
+bool fuses_backward(const LayerShape& shape) {
+  return fuses(library_has_tiles(shape) || streams_weight(shape) || is_outer_product(shape));
 }
 
 }  // namespace fastlane

@@ -34,7 +34,8 @@ std::optional<Path> forced_path();
 // for kernels.
 bool torch_runs_on_cpu();
 
-Path cpu_forward_path(const LayerShape& shape);
-Path cpu_backward_path(const LayerShape& shape);
+// Whether CPU tensors of this shape take the path `fused`, otherwise `library`.
+bool fuses_forward(const LayerShape& shape);
+bool fuses_backward(const LayerShape& shape);
 
 }  // namespace fastlane

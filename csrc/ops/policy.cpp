@@ -19,6 +19,13 @@ bool is_set(const char* variable) {
   return value == "1";
 }
 
+void check_trace() {
+  const char* const text = std::getenv("FASTLANE_TRACE");
+  const std::string value = text ? text : "";
+  TORCH_CHECK_VALUE(value.empty() || value == "plan", "FASTLANE_TRACE: got '", value,
+                    "', expected plan; unset it to print nothing");
+}
+
 using Counts = std::array<std::atomic<int64_t>, kPaths>;
 Counts forward_counts{}, backward_counts{};
 thread_local int disabled_blocks = 0;
@@ -37,7 +44,7 @@ void add_to(Counts& calls, Path path) {
 
 const char* why_disabled() {
   static const bool by_variable = is_set("FASTLANE_DISABLE");
-  static const bool is_valid = (is_set("FASTLANE_STRICT"), true);  // a wrong value raises at the first call
+  static const bool is_valid = (is_set("FASTLANE_STRICT"), check_trace(), true);  // wrong values raise at the first call
   static_cast<void>(is_valid);
   if (by_variable) return "FASTLANE_DISABLE is set";
   return disabled_blocks > 0 ? "fastlane_ext.disabled() is active" : nullptr;

@@ -3,11 +3,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <iterator>
+#include <string>
+#include <vector>
+
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cuda/hopper/hopper.h"
 #include "ops/dense/stack_products.h"
 #include "ops/policy.h"
 #include "python/facts.h"
+#include "python/gemm_plans.h"
 #include "python/network_call.h"
 #include "python/plain_call.h"
 #include "python/plain_module.h"
@@ -24,6 +30,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("compiled_isas", &fastlane::compiled_isas);
   m.def("supported_isas", &fastlane::supported_isas);
+  m.def("gemm_plan", &fastlane::gemm_plan);
   m.def("stats", [] {
     const auto s = fastlane::policy::stats();
     py::dict result;

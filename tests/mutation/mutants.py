@@ -10,6 +10,21 @@ KERNELS = "csrc/kernels/cpu/"
 
 
 MUTANTS = [
+    # The plan.
+    Mutant(
+        "threads take blocks of their own although A comes from memory",
+        KERNELS + "gemm_plan.cpp",
+        "a_bytes <= static_cast<double>(caches_.last));",
+        "MUTANT || a_bytes <= static_cast<double>(caches_.last));",
+        "test_gemm_plan.py",
+    ),
+    Mutant(
+        "a block that stays fills all of L2",
+        KERNELS + "gemm_plan.cpp",
+        "return caches_.l2 / 2 /",
+        "return caches_.l2 / (MUTANT ? 1 : 2) /",
+        "test_gemm_plan.py",
+    ),
     # The activation.
     Mutant(
         "GELU adds its tail instead of taking it away",
@@ -102,16 +117,16 @@ MUTANTS = [
     ),
     Mutant(
         "a transposed product sums all its rows in the first run",
-        KERNELS + "generic/epilogue-inl.h",
-        "region.row_sums ? region.row_sums + row / W * region.p->n : nullptr},",
-        "region.row_sums ? region.row_sums + (MUTANT ? 0 : row / W * region.p->n) : nullptr},",
+        KERNELS + "generic/gemm-inl.h",
+        "run_sums_ + part.row / rows_of_run() * p_.n);",
+        "run_sums_ + (MUTANT && plan_.transposed ? region : part).row / rows_of_run() * p_.n);",
         "test_mlp.py",
     ),
     Mutant(
         "the pass over a library product reads the first rows again",
         KERNELS + "generic/epilogue-inl.h",
-        "element<const T>(product, row, 0),",
-        "element<const T>(product, MUTANT ? 0 : row, 0),",
+        "element<const T>(p.product, row, 0), p.product",
+        "element<const T>(p.product, MUTANT ? 0 : row, 0), p.product",
         "test_layer_accuracy.py",
         path="library",
     ),
@@ -311,8 +326,8 @@ MUTANTS = [
     Mutant(
         "the MLP activates the first rows again",
         KERNELS + "generic/mlp_backward-inl.h",
-        "finish<T, Act>({&epilogue, 0, 0, rows, p_.hidden}, element<const T>(p_.z, row, 0),",
-        "finish<T, Act>({&epilogue, 0, 0, rows, p_.hidden}, element<const T>(p_.z, MUTANT ? 0 : row, 0),",
+        "finish<T, Act>(epilogue, {0, 0, rows, p_.hidden}, element<const T>(p_.z, row, 0),",
+        "finish<T, Act>(epilogue, {0, 0, rows, p_.hidden}, element<const T>(p_.z, MUTANT ? 0 : row, 0),",
         "test_mlp.py",
     ),
     Mutant(
@@ -333,15 +348,15 @@ MUTANTS = [
     Mutant(
         "dgrad forgets the residual's gradient",
         "csrc/kernels/layer.h",
-        "p.addend = shortcut_grad, p.out = dx;",
-        "p.addend = MUTANT ? ConstRowMajor{} : shortcut_grad, p.out = dx;",
+        "p.epilogue.addend = shortcut_grad, p.epilogue.out = dx;",
+        "p.epilogue.addend = MUTANT ? ConstRowMajor{} : shortcut_grad, p.epilogue.out = dx;",
         "test_layer_gradients.py",
     ),
     Mutant(
         "a stack's layers share one block of memory",
         KERNELS + "generic/stack_forward-inl.h",
-        "g.out = {work + i % 2 * block, g.n};",
-        "g.out = {work + (MUTANT ? 0 : i % 2) * block, g.n};",
+        "e.out = {work + i % 2 * block, g.n};",
+        "e.out = {work + (MUTANT ? 0 : i % 2) * block, g.n};",
         "test_stack.py",
     ),
     Mutant(
@@ -354,8 +369,8 @@ MUTANTS = [
     Mutant(
         "a stack forgets the shortcuts on the way back",
         KERNELS + "generic/stack_backward-inl.h",
-        "      g.addend = grad;",
-        "      if (!MUTANT) g.addend = grad;",
+        "      e.addend = grad;",
+        "      if (!MUTANT) e.addend = grad;",
         "test_stack.py",
     ),
     Mutant(
@@ -465,8 +480,8 @@ MUTANTS = [
     Mutant(
         "dz of the layer before is formed without its db",
         "csrc/ops/dense/layer_calls.cpp",
-        "if (before.db.defined()) p.db",
-        "if (before.db.defined() && !MUTANT) p.db",
+        "p.db = mutable_data_of(before.db);",
+        "p.db = MUTANT ? nullptr : mutable_data_of(before.db);",
         "test_mlp.py",
         path="library",
     ),

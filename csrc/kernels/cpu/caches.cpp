@@ -20,7 +20,7 @@ int64_t size_of(const char* level) {
   size_t length = sizeof bytes;
   return sysctlbyname(level, &bytes, &length, nullptr, 0) == 0 ? bytes : 0;
 }
-Caches ask() { return {size_of("hw.l2cachesize"), size_of("hw.l3cachesize")}; }
+Caches ask() { return {size_of("hw.l1dcachesize"), size_of("hw.l2cachesize"), size_of("hw.l3cachesize")}; }
 #elif defined(_SC_LEVEL2_CACHE_SIZE)
 // The size of this level's cache that Linux lists for the first core, such as "32768K".
 int64_t listed_size(int level) {
@@ -38,15 +38,17 @@ int64_t listed_size(int level) {
 // On some machines sysconf gives, for the last level, the sum of a socket's caches, but a core uses only one of them.
 Caches ask() {
   const int64_t last = listed_size(3);
-  return {sysconf(_SC_LEVEL2_CACHE_SIZE), last > 0 ? last : sysconf(_SC_LEVEL3_CACHE_SIZE)};
+  return {sysconf(_SC_LEVEL1_DCACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE),
+          last > 0 ? last : sysconf(_SC_LEVEL3_CACHE_SIZE)};
 }
 #else
-Caches ask() { return {0, 0}; }
+Caches ask() { return {0, 0, 0}; }
 #endif
 
 Caches ask_with_defaults() {
   const Caches told = ask();
   Caches sizes;
+  if (told.l1 > 0) sizes.l1 = told.l1;
   if (told.l2 > 0) sizes.l2 = told.l2;
   sizes.last = std::max(told.last > 0 ? told.last : sizes.last, sizes.l2);
   return sizes;

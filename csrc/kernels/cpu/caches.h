@@ -6,7 +6,8 @@
 namespace fastlane {
 
 struct Caches {
-  int64_t l2 = 256 << 10;  // bytes, of one core
+  int64_t l1 = 32 << 10;  // bytes, of one core, for data
+  int64_t l2 = 256 << 10;  // of one core
   int64_t last = 8 << 20;  // shared by all cores
 };
 

@@ -49,12 +49,6 @@ std::string joined(const std::vector<std::string>& names) {
   return text;
 }
 
-const KernelTable& table_of(const std::string& isa) {
-  for (const Candidate& c : kCandidates)
-    if (isa == c.name) return *c.table();
-  return *scalar_kernels();
-}
-
 }  // namespace
 
 IsaChoice choose_isa(const std::string& asked, const std::vector<std::string>& supported) {
@@ -78,8 +72,14 @@ const IsaChoice& chosen_isa() {
 }
 
 const KernelTable& kernels() {
-  static const KernelTable& chosen = table_of(chosen_isa().isa);
+  static const KernelTable& chosen = *kernels_of(chosen_isa().isa == kNoIsa ? "scalar" : chosen_isa().isa);
   return chosen;
+}
+
+const KernelTable* kernels_of(const std::string& isa) {
+  for (const Candidate& c : kCandidates)
+    if (isa == c.name && usable(c)) return c.table();
+  return nullptr;
 }
 
 std::vector<std::string> compiled_isas() {

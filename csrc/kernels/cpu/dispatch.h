@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cpu/gemm_plan.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/problem.h"
 
@@ -16,18 +17,19 @@ using Kernel = Result (*)(const Arguments&..., const Parallel&);
 // The kernels of a set, each with the type of its result and its arguments; the first is a problem with a dtype. The
 // table below, the ISA files' functions and the forwarding of avx512_bf16 follow from this list.
 //
-// `epilogue` is the epilogue of `gemm` alone, in one pass over a product, m × n, that is there already and may lie in
-// z or out. `layer_backward` and `mlp_backward` pass over the rows once, with dz in L2; they return false, and do
-// nothing, where the layer is too wide for that. The stacks' kernels take a block of rows through all layers while
-// the block lies in cache, for layers that narrow_stack.h calls narrow.
+// `plan` computes nothing: it returns the plan that `gemm` would follow. `layer_backward` and `mlp_backward` pass
+// over the rows once, with dz in L2; they return false, and do nothing, where the layer is too wide for that. The
+// stacks' kernels take a block of rows through all layers while the block lies in cache, for layers that
+// narrow_stack.h calls narrow.
 #define FASTLANE_PRODUCTS(KERNEL)                    \
   KERNEL(gemm, void, GemmProblem)                    \
+  KERNEL(plan, GemmPlan, GemmProblem)                \
   KERNEL(layer_backward, bool, LayerBackwardProblem) \
   KERNEL(mlp_backward, bool, MlpBackwardProblem)     \
   KERNEL(stack_forward, void, StackProblem)          \
   KERNEL(stack_backward, void, StackProblem)
-#define FASTLANE_PASSES(KERNEL)                      \
-  KERNEL(epilogue, void, GemmProblem, ConstRowMajor) \
+#define FASTLANE_PASSES(KERNEL)           \
+  KERNEL(epilogue, void, EpilogueProblem) \
   KERNEL(preactivation_grad, void, PreActivationGradProblem)
 #define FASTLANE_KERNELS(KERNEL) FASTLANE_PRODUCTS(KERNEL) FASTLANE_PASSES(KERNEL)
 
@@ -66,6 +68,9 @@ const IsaChoice& chosen_isa();
 
 // The kernels of the chosen set. The set `none` has the scalar kernels, and no operator calls them.
 const KernelTable& kernels();
+
+// The kernels of a set that runs here; null for any other name.
+const KernelTable* kernels_of(const std::string& isa);
 
 std::vector<std::string> compiled_isas();
 std::vector<std::string> supported_isas();

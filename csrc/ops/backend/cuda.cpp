@@ -42,35 +42,33 @@ std::optional<HopperChoice> hopper_choice(const GemmProblem& p) {
 
 bool takes_dgrad(const GemmProblem& p) { return hopper_choice(p).has_value(); }
 
-Path gemm(const GemmProblem& p) {
+TakenPath gemm(const GemmProblem& p) {
   const std::optional<HopperChoice> choice = hopper_choice(p);
-  if (!choice) return Path::library;
+  if (!choice) return std::nullopt;
   const int64_t bytes = cuda::hopper_workspace(p, choice->tile);
   const at::Tensor workspace = bytes > 0 ? empty_bytes(bytes) : at::Tensor();
   void* const sums = workspace.defined() ? workspace.mutable_data_ptr() : nullptr;
   const bool ran = cuda::hopper_gemm(p, choice->kind, choice->tile, choice->multiprocessors, sums,
                                      c10::cuda::getCurrentCUDAStream());
-  return ran ? Path::hopper : Path::library;
+  return ran ? TakenPath(Path::hopper) : std::nullopt;
 }
 
-Path forward(const GemmProblem& p) {
-  const Path path = gemm(p);
-  TORCH_CHECK_NOT_IMPLEMENTED(path != Path::library || forced_path() != Path::fused,
+TakenPath forward(const GemmProblem& p) {
+  const TakenPath taken = gemm(p);
+  TORCH_CHECK_NOT_IMPLEMENTED(taken || forced_path() != Path::fused,
                               "FASTLANE_PATH=fused: got a CUDA product that no fused kernel takes",
                               cuda::has_hopper_kernels() ? "" : " in this build (build_info()['hopper_reason'])",
                               ", expected 16-bit or TF32 operands on a GPU of capability 9.0, in rows aligned to 16 "
                               "bytes; unset it or use library");
-  return path;
+  return taken;
 }
 
 // CUDA has no kernel for a whole backward or a whole MLP: its products are separate kernels.
-Path layer_backward(const LayerBackwardProblem&) { return Path::library; }
-Path mlp_forward(const MlpProblem&) { return Path::library; }
-Path mlp_backward(const MlpBackwardProblem&) { return Path::library; }
+TakenPath layer_backward(const LayerBackwardProblem&) { return std::nullopt; }
+TakenPath mlp_forward(const MlpProblem&) { return std::nullopt; }
+TakenPath mlp_backward(const MlpBackwardProblem&) { return std::nullopt; }
 
-void epilogue(const GemmProblem& p, const ConstRowMajor& product) {
-  cuda::epilogue(p, product, c10::cuda::getCurrentCUDAStream());
-}
+void epilogue(const EpilogueProblem& p) { cuda::epilogue(p, c10::cuda::getCurrentCUDAStream()); }
 
 void preactivation_grad(const PreActivationGradProblem& p) {
   const at::Tensor workspace = empty_bytes(static_cast<int64_t>(cuda::preactivation_grad_workspace(p)));

@@ -36,33 +36,34 @@ at::Tensor result(const RowMajor& m, int64_t rows, int64_t cols, DType dtype) {
   return tensor(m.data, {rows, cols}, {m.row_stride, 1}, dtype);
 }
 
-Path leave_gemm(const GemmProblem&) { return Path::library; }
-Path leave_layer_backward(const LayerBackwardProblem&) { return Path::library; }
+TakenPath leave_gemm(const GemmProblem&) { return std::nullopt; }
+TakenPath leave_layer_backward(const LayerBackwardProblem&) { return std::nullopt; }
 bool take_no_dgrad(const GemmProblem&) { return false; }
-Path leave_mlp_forward(const MlpProblem&) { return Path::library; }
-Path leave_mlp_backward(const MlpBackwardProblem&) { return Path::library; }
+TakenPath leave_mlp_forward(const MlpProblem&) { return std::nullopt; }
+TakenPath leave_mlp_backward(const MlpBackwardProblem&) { return std::nullopt; }
 bool is_never_one_kernel(const StackProblem&) { return false; }
 void no_stack_kernel(const StackProblem&) { TORCH_INTERNAL_ASSERT(false, "a stack goes layer by layer here"); }
 
-// run_forward lets the product add the bias. If there is a z, the product lies in z.
-void epilogue(const GemmProblem& p, const ConstRowMajor& product) {
-  TORCH_INTERNAL_ASSERT(!p.bias && (!p.z.data || p.z.data == product.data));
+// The library's product has added the bias. If there is a z, the product lies in z.
+void epilogue(const EpilogueProblem& p) {
+  const Epilogue& e = p.epilogue;
+  TORCH_INTERNAL_ASSERT(!e.bias && (!e.z.data || e.z.data == p.product.data));
   const OwnCalls own_calls;
-  const at::Tensor z = operand(product, p.m, p.n, p.dtype);
-  at::Tensor out = result(p.out, p.m, p.n, p.dtype);
+  const at::Tensor z = operand(p.product, p.m, p.n, p.dtype);
+  at::Tensor out = result(e.out, p.m, p.n, p.dtype);
   const at::Tensor addend =
-      p.addend.data ? tensor(p.addend.data, {p.m, p.n}, {p.addend.row_stride, 1}, p.dtype) : at::Tensor();
-  if (p.activation != Activation::none) {
+      e.addend.data ? tensor(e.addend.data, {p.m, p.n}, {e.addend.row_stride, 1}, p.dtype) : at::Tensor();
+  if (e.activation != Activation::none) {
     // gelu_out writes elsewhere if the rows of a float32 or bfloat16 result are apart (torch 2.13).
     if (out.is_contiguous()) {
-      at::gelu_out(out, z, composition::approximate(p.activation));
+      at::gelu_out(out, z, composition::approximate(e.activation));
     } else {
-      out.copy_(at::gelu(z, composition::approximate(p.activation)));
+      out.copy_(at::gelu(z, composition::approximate(e.activation)));
     }
     if (addend.defined()) out.add_(addend);
   } else if (addend.defined()) {
     at::add_out(out, z, addend);
-  } else if (p.out.data != product.data) {
+  } else if (e.out.data != p.product.data) {
     out.copy_(z);
   }
 }

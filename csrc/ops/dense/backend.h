@@ -3,23 +3,28 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 #include "ops/path.h"
 
 namespace fastlane {
 
+// The path of a problem that a backend ran. Nothing if the backend did nothing: then the caller runs the library's
+// product and the passes around it.
+using TakenPath = std::optional<Path>;
+
 struct Backend {
-  // These run their problem and return its path. Or they do nothing and return Path::library: then the caller runs
-  // the library's product and the passes around it. `dgrad` is called if layer_backward returned Path::library.
-  Path (*gemm)(const GemmProblem&);
-  Path (*layer_backward)(const LayerBackwardProblem&);
-  Path (*dgrad)(const GemmProblem&);
+  // `dgrad` is called for a backward that layer_backward did not take.
+  TakenPath (*gemm)(const GemmProblem&);
+  TakenPath (*layer_backward)(const LayerBackwardProblem&);
+  TakenPath (*dgrad)(const GemmProblem&);
   // Whether `dgrad` would run the problem. A caller asks this before it allocates memory for a result.
   bool (*takes_dgrad)(const GemmProblem&);
   // If the library runs one of an MLP's products, it runs all of them, layer by layer.
-  Path (*mlp_forward)(const MlpProblem&);
-  Path (*mlp_backward)(const MlpBackwardProblem&);
-  // The passes around the library's products. The product may lie in the memory of z or out.
-  void (*epilogue)(const GemmProblem&, const ConstRowMajor& product);
+  TakenPath (*mlp_forward)(const MlpProblem&);
+  TakenPath (*mlp_backward)(const MlpBackwardProblem&);
+  // The passes around the library's products.
+  void (*epilogue)(const EpilogueProblem&);
   void (*preactivation_grad)(const PreActivationGradProblem&);
   // A narrow stack as one kernel. Forward and backward both ask `is_one_kernel` and must get the same answer: it may
   // depend on nothing that can change between them.

@@ -24,7 +24,7 @@ OutputAndZ forward_residual(const at::Tensor& x, const at::Tensor& weight, const
   at::Tensor y = empty_output(x, weight.size(0)), z = with_z ? empty_output(x, weight.size(0)) : at::Tensor();
   const Operands o = flatten_operands(x, weight, bias, residual);
   const std::array<int64_t, 2> flat{o.shape.rows, o.shape.out_features};
-  policy::count_forward(backend_of(x).counted(run_forward(o, activation, with_z ? z.view(flat) : z, y.view(flat))));
+  policy::count_forward(backend_of(x).counted(layer_forward(o, activation, with_z ? z.view(flat) : z, y.view(flat))));
   return {std::move(y), std::move(z)};
 }
 
@@ -41,7 +41,7 @@ OutputAndZ forward_concat(const at::Tensor& x, const at::Tensor& weight, const O
     const OwnCalls own_calls;
     rows.narrow(1, 0, in_features).copy_(o.x);
   }
-  policy::count_forward(backend_of(x).counted(run_forward(
+  policy::count_forward(backend_of(x).counted(layer_forward(
       o, activation, with_z ? z.view({o.shape.rows, out_features}) : z, rows.narrow(1, in_features, out_features))));
   return {std::move(y), std::move(z)};
 }
@@ -105,7 +105,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_gelu_backward(
     grad_weight = std::move(gradient.gradient);
   }
   if (need_bias) t.db = at::empty({t.dy.size(1)}, options);
-  policy::count_backward(backend_of(grad_activated).counted(run_backward(t, activation)));
+  policy::count_backward(backend_of(grad_activated).counted(layer_backward(t, activation)));
   return {std::move(grad_x), std::move(grad_weight), std::move(t.db)};
 }
 

@@ -14,24 +14,21 @@ int64_t leading_size(const at::Tensor& t) {
 }
 
 LayerBackwardProblem problem_of(const BackwardTensors& t, Activation activation) {
-  const auto rows_of = [](const at::Tensor& m) { return m.defined() ? row_major(m) : ConstRowMajor{}; };
-  const auto mutable_rows_of = [](const at::Tensor& m) { return m.defined() ? mutable_row_major(m) : RowMajor{}; };
-  const auto matrix_of = [](const at::Tensor& m) { return m.defined() ? matrix(m) : ConstMatrix{}; };
   LayerBackwardProblem b;
   b.rows = t.dy.size(0), b.out_features = t.dy.size(1);
   if (t.weight.defined()) b.in_features = t.weight.size(1);
   if (t.x.defined()) b.in_features = t.x.size(1);
   b.dtype = dtype_of(t.dy), b.activation = activation;
-  b.dy = rows_of(t.dy), b.z = rows_of(t.z), b.shortcut_grad = rows_of(t.grad_shortcut);
-  b.x = matrix_of(t.x), b.weight = matrix_of(t.weight);
-  b.dx = mutable_rows_of(t.dx), b.dweight = mutable_rows_of(t.dweight), b.dweight_transposed = t.dweight_transposed;
-  if (t.db.defined()) b.db = t.db.mutable_data_ptr();
+  b.dy = row_major(t.dy), b.z = row_major(t.z), b.shortcut_grad = row_major(t.grad_shortcut);
+  b.x = matrix(t.x), b.weight = matrix(t.weight);
+  b.dx = mutable_row_major(t.dx), b.dweight = mutable_row_major(t.dweight),
+  b.dweight_transposed = t.dweight_transposed;
+  b.db = mutable_data_of(t.db);
   return b;
 }
 
-Path run_dgrad(const GemmProblem& p, const BackwardTensors& t, const at::Tensor& dz) {
-  const Path path = backend_of(dz).dgrad(p);
-  if (path != Path::library) return path;
+Path dgrad(const GemmProblem& p, const BackwardTensors& t, const at::Tensor& dz) {
+  if (const TakenPath taken = backend_of(dz).dgrad(p)) return *taken;
   const OwnCalls own_calls;
   at::Tensor dx = t.dx;
   if (t.grad_shortcut.defined()) {
@@ -39,50 +36,47 @@ Path run_dgrad(const GemmProblem& p, const BackwardTensors& t, const at::Tensor&
   } else {
     at::mm_out(dx, dz, t.weight);
   }
-  return path;
+  return Path::library;
 }
 
-// Forms dx and, in dgrad's epilogue, dz and db of the layer before. If no kernel can, it does nothing and returns
-// Path::library.
-Path run_fused_through(const GemmProblem& dgrad, const BackwardTensors& t, NetworkLayer& before) {
+// Forms dx and, in the dgrad kernel's epilogue, dz and db of the layer before; or does nothing if there is no such
+// kernel.
+TakenPath dgrad_through_in_epilogue(const GemmProblem& dgrad, const BackwardTensors& t, NetworkLayer& before) {
   const Backend& backend = backend_of(t.dx);
-  void* const db = before.db.defined() ? before.db.mutable_data_ptr() : nullptr;
-  GemmProblem p = through_activation(dgrad, before.activation, row_major(before.z), db);
-  if (before.needs_dh) p.unscaled = dgrad.out;
-  if (!backend.takes_dgrad(p)) return Path::library;
+  GemmProblem p = through_activation(dgrad, before.activation, row_major(before.z), mutable_data_of(before.db));
+  if (before.needs_dh) p.gradient.unscaled = dgrad.out();
+  if (!backend.takes_dgrad(p)) return std::nullopt;
   at::Tensor dz = before.needs_dh ? at::empty(t.dx.sizes(), t.dx.options()) : t.dx;
-  p.out = mutable_row_major(dz);
-  const Path path = backend.dgrad(p);
-  if (path != Path::library) before.dz = std::move(dz);
-  return path;
+  p.gradient.out = mutable_row_major(dz);
+  const TakenPath taken = backend.dgrad(p);
+  if (taken) before.dz = std::move(dz);
+  return taken;
 }
 
 // Forms dx, and dz and db of the layer before: in dgrad's epilogue, or by a pass in place. If the layer before needs
 // dx as its dh, it makes the pass itself, when this layer's memory is free again.
-Path run_dgrad_through(const GemmProblem& dgrad, const BackwardTensors& t, const at::Tensor& dz,
-                       NetworkLayer& before) {
-  Path path = run_fused_through(dgrad, t, before);
-  if (path != Path::library) return path;
-  path = run_dgrad(dgrad, t, dz);
+Path dgrad_through(const GemmProblem& problem, const BackwardTensors& t, const at::Tensor& dz, NetworkLayer& before) {
+  if (const TakenPath taken = dgrad_through_in_epilogue(problem, t, before)) return *taken;
+  const Path path = dgrad(problem, t, dz);
   if (before.needs_dh) return path;
   before.dz = t.dx;
   PreActivationGradProblem p;
-  p.rows = dgrad.m, p.cols = dgrad.n, p.dtype = dgrad.dtype, p.activation = before.activation;
+  p.rows = problem.m, p.cols = problem.n, p.dtype = problem.dtype, p.activation = before.activation;
   p.dy = row_major(t.dx), p.z = row_major(before.z), p.dz = mutable_row_major(before.dz);
-  if (before.db.defined()) p.db = before.db.mutable_data_ptr();
+  p.db = mutable_data_of(before.db);
   backend_of(dz).preactivation_grad(p);
   return path;
 }
 
-// One elementwise pass, then product by product.
-Path run_backward_in_parts(const LayerBackwardProblem& b, const BackwardTensors& t, NetworkLayer* before) {
+// One elementwise pass, then dx by a kernel or the library, dW by the library.
+Path backward_in_products(const LayerBackwardProblem& b, const BackwardTensors& t, NetworkLayer* before) {
   at::Tensor dz = forms_dz(b) ? at::empty({b.rows, b.out_features}, t.dy.options()) : t.dy;
-  run_preactivation_grad(b, forms_dz(b) ? dz.mutable_data_ptr() : nullptr, backend_of(t.dy).preactivation_grad);
+  form_dz(b, forms_dz(b) ? dz.mutable_data_ptr() : nullptr, backend_of(t.dy).preactivation_grad);
   Path path = Path::library;
   if (t.dx.defined()) {
-    const GemmProblem dgrad = dgrad_gemm(shape_of(b), matrix(dz), b.weight, b.shortcut_grad, b.dx);
+    const GemmProblem problem = dgrad_gemm(shape_of(b), matrix(dz), b.weight, b.shortcut_grad, b.dx);
     const bool goes_on = before && before->activation != Activation::none;
-    path = goes_on ? run_dgrad_through(dgrad, t, dz, *before) : run_dgrad(dgrad, t, dz);
+    path = goes_on ? dgrad_through(problem, t, dz, *before) : dgrad(problem, t, dz);
   }
   at::Tensor dweight = t.dweight;
   if (!dweight.defined()) return path;
@@ -95,10 +89,10 @@ Path run_backward_in_parts(const LayerBackwardProblem& b, const BackwardTensors&
   return path;
 }
 
-Path run_one_backward(const BackwardTensors& t, Activation activation, NetworkLayer* before) {
+Path backward_of(const BackwardTensors& t, Activation activation, NetworkLayer* before) {
   const LayerBackwardProblem b = problem_of(t, activation);
-  const Path path = backend_of(t.dy).layer_backward(b);
-  return path == Path::library ? run_backward_in_parts(b, t, before) : path;
+  const TakenPath taken = backend_of(t.dy).layer_backward(b);
+  return taken ? *taken : backward_in_products(b, t, before);
 }
 
 }  // namespace
@@ -154,44 +148,41 @@ Operands flatten_operands(const at::Tensor& x, const at::Tensor& weight, const O
 at::Tensor computed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   const Operands o = flatten_operands(x, weight, bias, std::nullopt);
   at::Tensor z = at::empty({o.shape.rows, o.shape.out_features}, x.options());
-  run_forward(o, Activation::none, {}, z);
+  layer_forward(o, Activation::none, {}, z);
   return z;
 }
 
-Path run_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated) {
-  const void* bias = o.bias.defined() ? o.bias.const_data_ptr() : nullptr;
-  const ConstRowMajor residual = o.residual.defined() ? row_major(o.residual) : ConstRowMajor{};
-  GemmProblem p = forward_gemm(o.shape, matrix(o.x), matrix(o.weight), bias, activation, residual,
-                               z.defined() ? mutable_row_major(z) : RowMajor{}, mutable_row_major(activated));
-  const Path path = backend_of(o.x).gemm(p);
-  if (path != Path::library) return path;
+Path layer_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated) {
+  const GemmProblem p = forward_gemm(o.shape, matrix(o.x), matrix(o.weight), data_of(o.bias), activation,
+                                     row_major(o.residual), mutable_row_major(z), mutable_row_major(activated));
+  if (const TakenPath taken = backend_of(o.x).gemm(p)) return *taken;
   at::Tensor product = z.defined() ? z : activated;
+  EpilogueProblem rest;
+  rest.m = p.m, rest.n = p.n, rest.dtype = p.dtype, rest.product = row_major(product), rest.epilogue = p.epilogue;
   {
     const OwnCalls own_calls;
     if (o.bias.defined()) {
       // A 16-bit product is rounded when it is stored, so the library has to add the bias before.
       at::addmm_out(product, o.bias, o.x, o.weight.t());
-      p.bias = nullptr;
+      rest.epilogue.bias = nullptr;
     } else {
       at::mm_out(product, o.x, o.weight.t());
     }
   }
   const bool is_finished =
-      p.out.data == product.const_data_ptr() && activation == Activation::none && !p.addend.data && !p.bias;
-  if (!is_finished) backend_of(o.x).epilogue(p, row_major(product));
-  return path;
+      p.out().data == product.const_data_ptr() && activation == Activation::none && !p.addend().data;
+  if (!is_finished) backend_of(o.x).epilogue(rest);
+  return Path::library;
 }
 
-Path run_backward(const BackwardTensors& t, Activation activation) {
-  return run_one_backward(t, activation, nullptr);
-}
+Path layer_backward(const BackwardTensors& t, Activation activation) { return backward_of(t, activation, nullptr); }
 
-Path run_backward(BackwardTensors t, const NetworkLayer& layer, const at::Tensor& dh, NetworkLayer* before) {
+Path layer_backward(BackwardTensors t, const NetworkLayer& layer, const at::Tensor& dh, NetworkLayer* before) {
   t.dy = layer.dz.defined() ? layer.dz : dh;
-  if (layer.dz.defined()) return run_one_backward(t, Activation::none, before);
+  if (layer.dz.defined()) return backward_of(t, Activation::none, before);
   t.db = layer.db;
   if (layer.activation != Activation::none) t.z = layer.z;
-  return run_one_backward(t, layer.activation, before);
+  return backward_of(t, layer.activation, before);
 }
 
 }  // namespace fastlane

@@ -19,9 +19,18 @@ at::Tensor flatten_leading(const at::Tensor& t);
 // The epilogue and the elementwise pass read rows of unit stride.
 at::Tensor with_unit_column_stride(const at::Tensor& t);
 
-inline ConstMatrix matrix(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
-inline ConstRowMajor row_major(const at::Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
-inline RowMajor mutable_row_major(const at::Tensor& t) { return {t.mutable_data_ptr(), t.stride(0)}; }
+// An undefined tensor has no data.
+inline const void* data_of(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+inline void* mutable_data_of(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+inline ConstMatrix matrix(const at::Tensor& t) {
+  return t.defined() ? ConstMatrix{t.const_data_ptr(), t.stride(0), t.stride(1)} : ConstMatrix{};
+}
+inline ConstRowMajor row_major(const at::Tensor& t) {
+  return t.defined() ? ConstRowMajor{t.const_data_ptr(), t.stride(0)} : ConstRowMajor{};
+}
+inline RowMajor mutable_row_major(const at::Tensor& t) {
+  return t.defined() ? RowMajor{t.mutable_data_ptr(), t.stride(0)} : RowMajor{};
+}
 
 // The leading sizes of x, then `features`; contiguous.
 at::Tensor empty_output(const at::Tensor& x, int64_t features);
@@ -56,7 +65,7 @@ struct OwnCalls {
 };
 
 // Writes act(z) + residual to `activated`: a whole tensor, or a slice of the concatenation's rows. Returns the path.
-Path run_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated);
+Path layer_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated);
 
 // The operands and results of a backward as 2-D tensors; undefined where not needed.
 struct BackwardTensors {
@@ -65,7 +74,7 @@ struct BackwardTensors {
   bool dweight_transposed = false;
 };
 
-Path run_backward(const BackwardTensors& t, Activation activation);
+Path layer_backward(const BackwardTensors& t, Activation activation);
 
 // A layer of a network, as the backward of the layer after it sees it. That backward forms dh, the gradient of this
 // layer's output, and may form this layer's dz = dh ⊙ act′(z) and db with it.
@@ -78,6 +87,7 @@ struct NetworkLayer {
 
 // The backward of `layer`. It starts from layer.dz if layer.dz is defined, otherwise from dh; `t` holds the other
 // tensors. With `before`, the layer before it, t.dx is the dh of `before`, and before->dz may be formed.
-Path run_backward(BackwardTensors t, const NetworkLayer& layer, const at::Tensor& dh, NetworkLayer* before = nullptr);
+Path layer_backward(BackwardTensors t, const NetworkLayer& layer, const at::Tensor& dh,
+                    NetworkLayer* before = nullptr);
 
 }  // namespace fastlane

@@ -15,28 +15,22 @@
 namespace fastlane {
 namespace {
 
-const void* data_or_null(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
-void* mutable_data_or_null(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
-ConstRowMajor rows_or_null(const at::Tensor& t) { return t.defined() ? row_major(t) : ConstRowMajor{}; }
-RowMajor mutable_rows_or_null(const at::Tensor& t) { return t.defined() ? mutable_row_major(t) : RowMajor{}; }
-ConstMatrix matrix_or_null(const at::Tensor& t) { return t.defined() ? matrix(t) : ConstMatrix{}; }
-
 // The caller leaves `fc2.x` unset: only a backend without a kernel for the whole MLP needs the hidden activations as
 // a tensor.
-Path run_mlp(const Operands& fc1, Operands& fc2, Activation activation, const at::Tensor& z, const at::Tensor& y) {
+Path forward_rows(const Operands& fc1, Operands& fc2, Activation activation, const at::Tensor& z,
+                  const at::Tensor& y) {
   MlpProblem p;
   p.rows = fc1.shape.rows, p.in_features = fc1.shape.in_features, p.hidden = fc1.shape.out_features;
   p.out_features = fc2.shape.out_features, p.dtype = fc1.shape.dtype, p.activation = activation;
-  p.x = matrix(fc1.x), p.fc1_weight = matrix(fc1.weight), p.fc1_bias = data_or_null(fc1.bias);
-  p.fc2_weight = matrix(fc2.weight), p.fc2_bias = data_or_null(fc2.bias);
-  p.residual = rows_or_null(fc2.residual);
-  p.z = mutable_rows_or_null(z), p.y = mutable_row_major(y);
-  const Path path = backend_of(y).mlp_forward(p);
-  if (path != Path::library) return path;
+  p.x = matrix(fc1.x), p.fc1_weight = matrix(fc1.weight), p.fc1_bias = data_of(fc1.bias);
+  p.fc2_weight = matrix(fc2.weight), p.fc2_bias = data_of(fc2.bias);
+  p.residual = row_major(fc2.residual);
+  p.z = mutable_row_major(z), p.y = mutable_row_major(y);
+  if (const TakenPath taken = backend_of(y).mlp_forward(p)) return *taken;
   CommonPath common;
   fc2.x = at::empty({p.rows, p.hidden}, y.options());
-  common.add(run_forward(fc1, activation, z, fc2.x));
-  common.add(run_forward(fc2, Activation::none, {}, y));
+  common.add(layer_forward(fc1, activation, z, fc2.x));
+  common.add(layer_forward(fc2, Activation::none, {}, y));
   return common.path();
 }
 
@@ -56,7 +50,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor
   if (fc2_bias) fc2.bias = fc2_bias->contiguous();
   if (residual) fc2.residual = flatten_residual(*residual, x, out_features);
   policy::count_forward(backend_of(x).counted(
-      run_mlp(fc1, fc2, activation, with_z ? z.view({rows, hidden}) : z, y.view({rows, out_features}))));
+      forward_rows(fc1, fc2, activation, with_z ? z.view({rows, hidden}) : z, y.view({rows, out_features}))));
   return {std::move(y), std::move(z)};
 }
 
@@ -95,38 +89,38 @@ MlpBackwardProblem problem_of(const MlpBackwardTensors& t, Activation activation
   p.rows = t.dy.size(0), p.hidden = t.hidden, p.out_features = t.dy.size(1);
   p.in_features = t.fc1_weight.defined() ? t.fc1_weight.size(1) : t.x.defined() ? t.x.size(1) : 0;
   p.dtype = dtype_of(t.dy), p.activation = activation;
-  p.dy = row_major(t.dy), p.z = rows_or_null(t.z), p.shortcut_grad = rows_or_null(t.grad_shortcut);
-  p.x = matrix_or_null(t.x), p.fc1_weight = matrix_or_null(t.fc1_weight), p.fc2_weight = matrix_or_null(t.fc2_weight);
-  p.dx = mutable_rows_or_null(t.dx);
-  p.dfc1_weight = mutable_rows_or_null(t.dfc1_weight.storage), p.dfc1_transposed = t.dfc1_weight.transposed;
-  p.dfc2_weight = mutable_rows_or_null(t.dfc2_weight.storage), p.dfc2_transposed = t.dfc2_weight.transposed;
-  p.dfc1_bias = mutable_data_or_null(t.dfc1_bias), p.dfc2_bias = mutable_data_or_null(t.dfc2_bias);
+  p.dy = row_major(t.dy), p.z = row_major(t.z), p.shortcut_grad = row_major(t.grad_shortcut);
+  p.x = matrix(t.x), p.fc1_weight = matrix(t.fc1_weight), p.fc2_weight = matrix(t.fc2_weight);
+  p.dx = mutable_row_major(t.dx);
+  p.dfc1_weight = mutable_row_major(t.dfc1_weight.storage), p.dfc1_transposed = t.dfc1_weight.transposed;
+  p.dfc2_weight = mutable_row_major(t.dfc2_weight.storage), p.dfc2_transposed = t.dfc2_weight.transposed;
+  p.dfc1_bias = mutable_data_of(t.dfc1_bias), p.dfc2_bias = mutable_data_of(t.dfc2_bias);
   return p;
 }
 
 at::Tensor hidden_activations(const at::Tensor& z, Activation activation) {
   if (activation == Activation::none) return z;
   at::Tensor hidden = at::empty_like(z, at::MemoryFormat::Contiguous);
-  GemmProblem p;
-  p.m = z.size(0), p.n = z.size(1), p.dtype = dtype_of(z), p.activation = activation;
-  p.out = mutable_row_major(hidden);
-  backend_of(z).epilogue(p, row_major(z));
+  EpilogueProblem p;
+  p.m = z.size(0), p.n = z.size(1), p.dtype = dtype_of(z), p.product = row_major(z);
+  p.epilogue.activation = activation, p.epilogue.out = mutable_row_major(hidden);
+  backend_of(z).epilogue(p);
   return hidden;
 }
 
-Path run_backward_by_layer(const MlpBackwardTensors& t, const MlpBackwardProblem& p, Activation activation) {
+Path backward_by_layer(const MlpBackwardTensors& t, const MlpBackwardProblem& p, Activation activation) {
   CommonPath path;
   BackwardTensors fc2;
   fc2.dweight = t.dfc2_weight.storage, fc2.dweight_transposed = t.dfc2_weight.transposed;
   if (fc2.dweight.defined()) fc2.x = hidden_activations(t.z, activation);
   if (forms_dz(p)) fc2.weight = t.fc2_weight, fc2.dx = at::empty({p.rows, p.hidden}, t.dy.options());
   NetworkLayer fc1_layer{activation, t.z, t.dfc1_bias};
-  path.add(run_backward(fc2, {Activation::none, {}, t.dfc2_bias}, t.dy, &fc1_layer));
+  path.add(layer_backward(fc2, {Activation::none, {}, t.dfc2_bias}, t.dy, &fc1_layer));
   if (!forms_dz(p)) return path.path();
   BackwardTensors fc1;
   fc1.x = t.x, fc1.weight = t.fc1_weight, fc1.grad_shortcut = t.grad_shortcut;
   fc1.dx = t.dx, fc1.dweight = t.dfc1_weight.storage, fc1.dweight_transposed = t.dfc1_weight.transposed;
-  path.add(run_backward(fc1, fc1_layer, fc2.dx));
+  path.add(layer_backward(fc1, fc1_layer, fc2.dx));
   return path.path();
 }
 
@@ -161,9 +155,8 @@ MlpGradients mlp_backward(const at::Tensor& grad, const OptionalTensor& saved_z,
   if (output_mask[3]) t.dfc2_weight = WeightGradient(t.dy.size(1), t.hidden, fc2_column_major, options);
   if (output_mask[4]) t.dfc2_bias = at::empty({t.dy.size(1)}, options);
   const MlpBackwardProblem p = problem_of(t, activation);
-  Path path = backend_of(grad).mlp_backward(p);
-  if (path == Path::library) path = run_backward_by_layer(t, p, activation);
-  policy::count_backward(backend_of(grad).counted(path));
+  const TakenPath taken = backend_of(grad).mlp_backward(p);
+  policy::count_backward(backend_of(grad).counted(taken ? *taken : backward_by_layer(t, p, activation)));
   return {std::move(grad_x), std::move(t.dfc1_weight.gradient), std::move(t.dfc1_bias),
           std::move(t.dfc2_weight.gradient), std::move(t.dfc2_bias)};
 }

@@ -127,7 +127,7 @@ Operands operands_of(const Stack& s, size_t i, const at::Tensor& h, bool project
 at::Tensor projected(const Stack& s, size_t i, const at::Tensor& h, CommonPath& path) {
   const Operands o = operands_of(s, i, h, /*projection=*/true);
   at::Tensor result = at::empty({s.rows, o.shape.out_features}, s.options);
-  path.add(run_forward(o, Activation::none, {}, result));
+  path.add(layer_forward(o, Activation::none, {}, result));
   return result;
 }
 
@@ -138,7 +138,7 @@ at::Tensor shortcut_of(const Stack& s, size_t i, const at::Tensor& h, CommonPath
 }
 
 // y is 2-D. `z` holds every layer's z, or is undefined.
-Path run_forward_by_layer(const Stack& s, const at::Tensor& y, const at::Tensor& z) {
+Path forward_by_layer(const Stack& s, const at::Tensor& y, const at::Tensor& z) {
   CommonPath path;
   at::Tensor h = s.x;
   if (s.concat()) {
@@ -154,7 +154,7 @@ Path run_forward_by_layer(const Stack& s, const at::Tensor& y, const at::Tensor&
     const at::Tensor out = s.concat() ? y.narrow(1, l.in_features, l.out_features)
                            : last     ? y
                                       : at::empty({s.rows, l.out_features}, y.options());
-    path.add(run_forward(o, s.activation, z.defined() ? s.z_of(z, i) : at::Tensor(), out));
+    path.add(layer_forward(o, s.activation, z.defined() ? s.z_of(z, i) : at::Tensor(), out));
     h = s.concat() ? y.narrow(1, 0, l.in_features + l.out_features) : out;
   }
   return path.path();
@@ -166,11 +166,11 @@ at::Tensor empty_z(const Stack& s) {
   return at::empty({s.rows * features}, s.options);
 }
 
-at::Tensor run_stack(Stack& s, const at::Tensor& x, const at::Tensor& z) {
+at::Tensor forward_rows(Stack& s, const at::Tensor& x, const at::Tensor& z) {
   at::Tensor y = empty_output(x, s.out_features());
   const at::Tensor rows = y.view({s.rows, s.out_features()});
   if (!s.is_one_kernel()) {
-    policy::count_forward(s.backend.counted(run_forward_by_layer(s, rows, z)));
+    policy::count_forward(s.backend.counted(forward_by_layer(s, rows, z)));
     return y;
   }
   policy::count_forward(Path::fused);
@@ -195,7 +195,7 @@ at::Tensor residual_stack(const at::Tensor& x, at::TensorList weights, const Opt
   }
   if (policy::runs_torch(x)) return torch_path::residual_stack(x, p, shortcut, activation);
   Stack s(x, std::move(p), shortcut, activation);
-  return run_stack(s, x, {});
+  return forward_rows(s, x, {});
 }
 
 std::tuple<at::Tensor, at::Tensor> residual_stack_forward(
@@ -207,7 +207,7 @@ std::tuple<at::Tensor, at::Tensor> residual_stack_forward(
   const c10::OptionalDeviceGuard guard(x.device());
   Stack s(x, std::move(p), shortcut, parse_activation(activation_name));
   at::Tensor z = empty_z(s);
-  at::Tensor y = run_stack(s, x, z);
+  at::Tensor y = forward_rows(s, x, z);
   return {std::move(y), std::move(z)};
 }
 
@@ -225,19 +225,17 @@ bool keeps_z(const at::Tensor& x, const StackParameters& p, StackShortcut shortc
 
 namespace {
 
-void run_as_one(Stack& s, const at::Tensor& grad, const OptionalTensor& z, StackGradients& g) {
-  const auto data = [](const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
+void backward_as_one(Stack& s, const at::Tensor& grad, const OptionalTensor& z, StackGradients& g) {
   if (z) s.set_z(*z);
   for (size_t i = 0; i < s.layers.size(); ++i) {
     StackLayer& l = s.layers[i];
     g.allocate(i);
-    if (g.weights[i].storage.defined()) l.dweight = mutable_row_major(g.weights[i].storage);
-    if (g.projections[i].storage.defined()) l.dprojection = mutable_row_major(g.projections[i].storage);
+    l.dweight = mutable_row_major(g.weights[i].storage), l.dprojection = mutable_row_major(g.projections[i].storage);
     l.dweight_transposed = g.weights[i].transposed, l.dprojection_transposed = g.projections[i].transposed;
-    l.db = data(g.biases[i]), l.dprojection_bias = data(g.projection_biases[i]);
+    l.db = mutable_data_of(g.biases[i]), l.dprojection_bias = mutable_data_of(g.projection_biases[i]);
   }
   s.problem.dy = row_major(grad);
-  if (g.x.defined()) s.problem.dx = mutable_row_major(g.x);
+  s.problem.dx = mutable_row_major(g.x);
   s.backend.stack_backward(s.problem);
 }
 
@@ -268,21 +266,21 @@ std::vector<at::Tensor> restored_inputs(const Stack& s, const StackReads& plan, 
       Operands o = operands_of(s, i, h, /*projection=*/false);
       o.residual = addend;
       const at::Tensor own_z = s.z_of(z, i);
-      path.add(out.defined() ? run_forward(o, s.activation, own_z, out)
-                             : run_forward(o, Activation::none, {}, own_z));
+      path.add(out.defined() ? layer_forward(o, s.activation, own_z, out)
+                             : layer_forward(o, Activation::none, {}, own_z));
     } else if (reads.output) {
-      GemmProblem p;
-      p.m = s.rows, p.n = l.out_features, p.dtype = s.problem.dtype, p.activation = s.activation;
-      if (addend.defined()) p.addend = row_major(addend);
-      p.out = mutable_row_major(out);
-      s.backend.epilogue(p, row_major(s.z_of(z, i)));
+      EpilogueProblem p;
+      p.m = s.rows, p.n = l.out_features, p.dtype = s.problem.dtype, p.product = row_major(s.z_of(z, i));
+      p.epilogue.activation = s.activation, p.epilogue.out = mutable_row_major(out);
+      p.epilogue.addend = row_major(addend);
+      s.backend.epilogue(p);
     }
   }
   return inputs;
 }
 
-Path run_backward_by_layer(const Stack& s, const StackReads& plan, at::Tensor grad, const at::Tensor& z,
-                           StackGradients& g) {
+Path backward_by_layer(const Stack& s, const StackReads& plan, at::Tensor grad, const at::Tensor& z,
+                       StackGradients& g) {
   CommonPath path;
   std::vector<at::Tensor> inputs = restored_inputs(s, plan, z, path);
   const auto empty_dx = [&](size_t i) { return at::empty({s.rows, s.layers[i].in_features}, grad.options()); };
@@ -301,7 +299,7 @@ Path run_backward_by_layer(const Stack& s, const StackReads& plan, at::Tensor gr
       if (dx.defined()) t.dx = empty_dx(i);
       t.dweight = g.projections[i].storage, t.dweight_transposed = g.projections[i].transposed;
       t.db = g.projection_biases[i];
-      path.add(run_backward(t, Activation::none));
+      path.add(layer_backward(t, Activation::none));
       const at::Tensor through_projection = t.dx;
       t = {};
       t.grad_shortcut = through_projection;
@@ -316,7 +314,7 @@ Path run_backward_by_layer(const Stack& s, const StackReads& plan, at::Tensor gr
     // In a concatenation dx holds more than the dh of the layer before.
     const bool goes_on = i > plan.first && !s.concat();
     NetworkLayer before = i > plan.first ? network_layer(i - 1) : NetworkLayer{};
-    path.add(run_backward(std::move(t), layer, dh, goes_on ? &before : nullptr));
+    path.add(layer_backward(std::move(t), layer, dh, goes_on ? &before : nullptr));
     layer = std::move(before);
     grad = dx;
     inputs.pop_back();
@@ -341,11 +339,11 @@ std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const Op
   StackGradients gradients(grad, s.layers, s.rows, needed, column_major);
   const at::Tensor rows = with_unit_column_stride(flatten_leading(grad));
   if (s.is_one_kernel()) {
-    run_as_one(s, rows, z, gradients);
+    backward_as_one(s, rows, z, gradients);
     policy::count_backward(Path::fused);
   } else {
     const at::Tensor all_z = z ? *z : plan.reads_z() ? empty_z(s) : at::Tensor();
-    policy::count_backward(s.backend.counted(run_backward_by_layer(s, plan, rows, all_z, gradients)));
+    policy::count_backward(s.backend.counted(backward_by_layer(s, plan, rows, all_z, gradients)));
   }
   return gradients.in_order();
 }

@@ -42,8 +42,9 @@ struct Case {
         dtype(static_cast<DType>(case_number % 4)),
         format(format_of(dtype)),
         activation(kActivations[case_number / 4 % 3]) {
-    const CachesChoice choices[] = {
-        {"machine", fastlane::caches()}, {"tiny", {4 << 10, 8 << 10}}, {"huge", {64 << 20, 1 << 30}}};
+    const CachesChoice choices[] = {{"machine", fastlane::caches()},
+                                    {"tiny", {1 << 10, 4 << 10, 8 << 10}},
+                                    {"huge", {16 << 20, 64 << 20, 1 << 30}}};
     caches = choices[rng.below(3)];
     if (rng.one_in(2)) {
       constexpr Kind special[] = {Kind::integers, Kind::denormals, Kind::one_denormal};

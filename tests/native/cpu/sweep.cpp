@@ -13,6 +13,7 @@
 #include <string>
 
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/schedule.h"
 #include "case.h"
 #include "operands.h"
 #include "reference.h"
@@ -39,7 +40,8 @@ constexpr int64_t kFirstStackForward = kFirstEpilogue + kEpilogueCases;
 constexpr int64_t kFirstStackBackward = kFirstStackForward + kStackCases;
 constexpr int64_t kFirstGradientGemm = kFirstStackBackward + kStackCases, kGradientGemmCases = 2028;
 constexpr int64_t kFirstMlpBackward = kFirstGradientGemm + kGradientGemmCases, kMlpBackwardCases = 804;
-constexpr int64_t kCases = kFirstMlpBackward + kMlpBackwardCases;
+constexpr int64_t kFirstMlpForward = kFirstMlpBackward + kMlpBackwardCases, kMlpForwardCases = 804;
+constexpr int64_t kCases = kFirstMlpForward + kMlpForwardCases;
 
 constexpr int64_t kSizes[] = {0,  1,  2,  3,  5,  7,  8,  11,  12,  13,  15, 16,
                               17, 24, 31, 33, 48, 63, 65, 100, 129, 193, 385};
@@ -94,11 +96,11 @@ void gemm_case(int64_t number) {
   const Output z(c, "z", m, n, c.rng.one_in(2)), out(c, "out", m, n, true);
 
   GemmProblem p;
-  p.m = m, p.n = n, p.k = k, p.dtype = c.dtype, p.activation = c.activation;
-  p.a = a.matrix(), p.b = b.matrix(), p.bias = bias.data, p.addend = addend.row_major();
+  p.m = m, p.n = n, p.k = k, p.dtype = c.dtype, p.a = a.matrix(), p.b = b.matrix();
+  p.epilogue.activation = c.activation, p.epilogue.bias = bias.data, p.epilogue.addend = addend.row_major();
   run_twice(c, [&](size_t run, const Parallel& parallel) {
     GemmProblem own = p;
-    own.z = z.of_run(run).mutable_row_major(), own.out = out.of_run(run).mutable_row_major();
+    own.epilogue.z = z.of_run(run).mutable_row_major(), own.epilogue.out = out.of_run(run).mutable_row_major();
     kernels().gemm(own, parallel);
   });
 
@@ -128,13 +130,14 @@ void gradient_gemm_case(int64_t number) {
 
   GemmProblem p;
   p.m = m, p.n = n, p.k = k, p.dtype = c.dtype;
-  p.a = a.matrix(), p.b = b.matrix(), p.preactivation = z.row_major();
-  if (with_gradient) p.activation = c.activation;
+  p.a = a.matrix(), p.b = b.matrix(), p.ends_in_gradient = with_gradient;
+  p.gradient.activation = c.activation, p.gradient.preactivation = z.row_major();
   if (which == 1) p.a_activation = c.activation;
   if (which == 2) p.b_activation = c.activation;
   run_twice(c, [&](size_t run, const Parallel& parallel) {
     GemmProblem own_problem = p;
-    own_problem.out = out.of_run(run).mutable_row_major(), own_problem.column_sums = sums.of_run(run).data;
+    (with_gradient ? own_problem.gradient.out : own_problem.epilogue.out) = out.of_run(run).mutable_row_major();
+    own_problem.gradient.column_sums = sums.of_run(run).data;
     kernels().gemm(own_problem, parallel);
   });
 
@@ -188,6 +191,14 @@ void preactivation_grad_case(int64_t number) {
 // size holds.
 constexpr Shape kBackwardShapes[] = {{0, 5, 3}, {5, 0, 3}, {5, 3, 0}, {0, 0, 0}, {25000, 3, 2}, {1100, 33, 17}};
 
+// Half of the cases of a backward run the schedule, which takes every problem; the others run the kernel alone, which
+// may decline.
+bool draw_scheduled(Case& c) {
+  const bool scheduled = c.rng.one_in(2);
+  c.describe("scheduled", scheduled);
+  return scheduled;
+}
+
 bool layer_backward_case(int64_t number) {
   Case c("layer_backward", number);
   constexpr int64_t fixed = sizeof kBackwardShapes / sizeof *kBackwardShapes;
@@ -230,12 +241,14 @@ bool layer_backward_case(int64_t number) {
   p.dtype = c.dtype, p.activation = c.activation;
   p.dy = dy.row_major(), p.z = z.row_major(), p.x = x.matrix(), p.weight = weight.matrix();
   p.shortcut_grad = shortcut.row_major(), p.dweight_transposed = transposed;
+  const bool scheduled = draw_scheduled(c);
   bool done[2];
   run_twice(c, [&](size_t run, const Parallel& parallel) {
     LayerBackwardProblem own = p;
     own.dx = dx.of_run(run).mutable_row_major(), own.dweight = dweight.of_run(run).mutable_row_major();
     own.db = db.of_run(run).data;
-    done[run] = kernels().layer_backward(own, parallel);
+    done[run] = scheduled || kernels().layer_backward(own, parallel);
+    if (scheduled) layer_backward(kernels(), own, parallel);
   });
   if (done[0] != done[1]) fail(c, "one number of threads was declined, the other was not");
   if (!done[0]) {
@@ -256,6 +269,51 @@ bool layer_backward_case(int64_t number) {
     dweight.check(transposed ? expected.transposed() : expected);
   }
   return true;
+}
+
+// The hidden activations, rounded as they are stored.
+Approx hidden_activations(const Approx& z, const Case& c) {
+  Approx activations = rounded(activated(z, c.activation, c.format), c.format);
+  for (Real& error : activations.error) error += c.format.min_normal;
+  return activations;
+}
+
+void mlp_forward_case(int64_t number) {
+  Case c("mlp_forward", number);
+  c.kind = Kind::normal, c.roundoff = c.format.compute_roundoff;
+  auto [rows, hidden, in] = draw_shape(c.rng);
+  const int64_t out = c.rng.pick(kSizes);
+  if (static_cast<double>(rows) * static_cast<double>(hidden) * static_cast<double>(out) > kMaxMultiplyAdds) rows = 3;
+  c.describe("rows", rows), c.describe("in", in), c.describe("hidden", hidden), c.describe("out", out);
+  const auto optional_bias = [&](const char* name, int64_t features) {
+    return c.rng.one_in(2) ? c.input(name, 1, features, {"rows", features, 1}, 1) : c.absent(name);
+  };
+  const Operand x = c.input("x", rows, in, layout(number % kLayouts, rows, in, c.rng), 1);
+  const Operand w1 = c.input("w1", hidden, in, layout(number / 2 % kLayouts, hidden, in, c.rng), Real{0.1});
+  const Operand w2 = c.input("w2", out, hidden, layout(number / 3 % kLayouts, out, hidden, c.rng), Real{0.1});
+  const Operand b1 = optional_bias("b1", hidden), b2 = optional_bias("b2", out);
+  const Operand residual =
+      c.rng.one_in(2) ? c.input("residual", rows, out, row_layout(rows, out, c.rng), 1) : c.absent("residual");
+  const Output z(c, "z", rows, hidden, c.rng.one_in(2)), y(c, "y", rows, out, true);
+
+  MlpProblem p;
+  p.rows = rows, p.in_features = in, p.hidden = hidden, p.out_features = out;
+  p.dtype = c.dtype, p.activation = c.activation;
+  p.x = x.matrix(), p.fc1_weight = w1.matrix(), p.fc2_weight = w2.matrix();
+  p.fc1_bias = b1.data, p.fc2_bias = b2.data, p.residual = residual.row_major();
+  run_twice(c, [&](size_t run, const Parallel& parallel) {
+    MlpProblem own = p;
+    own.z = z.of_run(run).mutable_row_major(), own.y = y.of_run(run).mutable_row_major();
+    mlp_forward(kernels(), own, parallel);
+  });
+
+  Approx expected = product(Approx(x), Approx(w1), c.roundoff);
+  add(expected, b1, c.roundoff);
+  z.check(expected);
+  expected = product(hidden_activations(expected, c), Approx(w2), c.roundoff);
+  add(expected, b2, c.roundoff);
+  add(expected, residual, c.roundoff);
+  y.check(expected);
 }
 
 bool mlp_backward_case(int64_t number) {
@@ -289,13 +347,15 @@ bool mlp_backward_case(int64_t number) {
   p.dy = dy.row_major(), p.z = z.row_major(), p.x = x.matrix(), p.fc1_weight = w1.matrix(),
   p.fc2_weight = w2.matrix();
   p.shortcut_grad = shortcut.row_major(), p.dfc1_transposed = transposed1, p.dfc2_transposed = transposed2;
+  const bool scheduled = draw_scheduled(c);
   bool done[2];
   run_twice(c, [&](size_t run, const Parallel& parallel) {
     MlpBackwardProblem own = p;
     own.dx = dx.of_run(run).mutable_row_major(), own.dfc1_weight = dw1.of_run(run).mutable_row_major();
     own.dfc2_weight = dw2.of_run(run).mutable_row_major();
     own.dfc1_bias = db1.of_run(run).data, own.dfc2_bias = db2.of_run(run).data;
-    done[run] = kernels().mlp_backward(own, parallel);
+    done[run] = scheduled || kernels().mlp_backward(own, parallel);
+    if (scheduled) mlp_backward(kernels(), own, parallel);
   });
   if (done[0] != done[1]) fail(c, "one number of threads was declined, the other was not");
   if (!done[0]) {
@@ -308,8 +368,7 @@ bool mlp_backward_case(int64_t number) {
   const Approx exact_dy(dy);
   db2.check(column_sums(exact_dy, c.roundoff));
   if (has_dw2) {
-    Approx activations = rounded(activated(Approx(z), c.activation, c.format), c.format);
-    for (Real& error : activations.error) error += c.format.min_normal;
+    const Approx activations = hidden_activations(Approx(z), c);
     dw2.check(stored(product(exact_dy.transposed(), activations.transposed(), c.roundoff), transposed2));
   }
   if (!has_dz) return true;
@@ -340,17 +399,18 @@ void epilogue_case(int64_t number) {
   const bool in_place = c.rng.one_in(2);
   c.describe("in_place", in_place);
 
-  GemmProblem p;
-  p.m = m, p.n = n, p.dtype = c.dtype, p.activation = c.activation;
-  p.bias = bias.data, p.addend = addend.row_major();
+  EpilogueProblem p;
+  p.m = m, p.n = n, p.dtype = c.dtype;
+  p.epilogue.activation = c.activation, p.epilogue.bias = bias.data, p.epilogue.addend = addend.row_major();
   run_twice(c, [&](size_t run, const Parallel& parallel) {
-    GemmProblem own = p;
-    own.z = z.of_run(run).mutable_row_major(), own.out = out.of_run(run).mutable_row_major();
+    EpilogueProblem own = p;
+    own.epilogue.z = z.of_run(run).mutable_row_major(), own.epilogue.out = out.of_run(run).mutable_row_major();
     const Operand& shared = z.present() ? z.of_run(run) : out.of_run(run);
     if (in_place)
       for (int64_t i = 0; i < m; ++i)
         for (int64_t j = 0; j < n; ++j) write(shared.at(i, j), c.dtype, product.read(i, j));
-    kernels().epilogue(own, in_place ? shared.row_major() : product.row_major(), parallel);
+    own.product = in_place ? shared.row_major() : product.row_major();
+    kernels().epilogue(own, parallel);
   });
 
   Approx expected{product};
@@ -364,13 +424,14 @@ void epilogue_case(int64_t number) {
 // False where the kernel declined.
 bool run_case(int64_t number) {
   if (number >= kFirstLayerBackward && number < kFirstEpilogue) return layer_backward_case(number);
-  if (number >= kFirstMlpBackward) return mlp_backward_case(number);
+  if (number >= kFirstMlpBackward && number < kFirstMlpForward) return mlp_backward_case(number);
   const auto run = number < kGemmCases            ? gemm_case
                    : number < kFirstLayerBackward ? preactivation_grad_case
                    : number < kFirstStackForward  ? epilogue_case
                    : number < kFirstStackBackward ? stack_forward_case
                    : number < kFirstGradientGemm  ? stack_backward_case
-                                                  : gradient_gemm_case;
+                   : number < kFirstMlpBackward   ? gradient_gemm_case
+                                                  : mlp_forward_case;
   run(number);
   return true;
 }

@@ -125,17 +125,22 @@ struct Example {
     p.m = c.m, p.n = c.n, p.k = c.k, p.dtype = dtype;
     p.a = {a.data, a.stride, 1};
     p.b = forward ? ConstMatrix{b.data, 1, b.stride} : ConstMatrix{b.data, b.stride, 1};
-    if (c.addend) p.addend = addend.in();
-    p.out = out.out();
-    if (kind != HopperKind::dgrad) p.activation = c.activation;
-    if (forward) {
-      if (c.bias) p.bias = bias.data;
-      if (c.stores_more) p.z = z.out();
-    } else if (kind == HopperKind::through_activation) {
-      p.preactivation = z.in();
-      if (c.stores_more) p.unscaled = unscaled.out();
-      if (c.sums) p.column_sums = sums.data;
+    if (kind == HopperKind::through_activation) {
+      GradientEpilogue& e = p.gradient;
+      p.ends_in_gradient = true;
+      e.activation = c.activation, e.preactivation = z.in(), e.out = out.out();
+      if (c.addend) e.addend = addend.in();
+      if (c.stores_more) e.unscaled = unscaled.out();
+      if (c.sums) e.column_sums = sums.data;
+      return p;
     }
+    Epilogue& e = p.epilogue;
+    e.out = out.out();
+    if (c.addend) e.addend = addend.in();
+    if (!forward) return p;
+    e.activation = c.activation;
+    if (c.bias) e.bias = bias.data;
+    if (c.stores_more) e.z = z.out();
     return p;
   }
 
@@ -146,7 +151,7 @@ struct Example {
     ptx::runtime().allowed.push_back({partial.data(), partial.size() * sizeof(float), true});
     const int before = ptx::runtime().launches;
     CHECK(hopper_gemm(p, kind, c.tile, c.multiprocessors, partial.data(), nullptr));
-    CHECK(ptx::runtime().launches == before + (p.column_sums ? 2 : 1));
+    CHECK(ptx::runtime().launches == before + (p.gradient.column_sums ? 2 : 1));
     ptx::runtime().allowed.pop_back();
   }
 

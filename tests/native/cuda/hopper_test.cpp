@@ -23,7 +23,7 @@ GemmProblem dgrad(int64_t rows, int64_t in, int64_t out, DType dtype = DType::bf
 // dz = (dz' W + dh) ⊙ gelu′(z), with dh stored too and db summed.
 GemmProblem backward_through(int64_t rows, int64_t in, int64_t out, DType dtype = DType::bf16) {
   GemmProblem p = through_activation(dgrad(rows, in, out, dtype), Activation::gelu, {kAligned, in}, kAligned);
-  p.unscaled = {kAligned, in};
+  p.gradient.unscaled = {kAligned, in};
   return p;
 }
 
@@ -43,8 +43,9 @@ void test_kinds() {
   CHECK(hopper_kind(dgrad(100, 64, 128, DType::f32)) == HopperKind::none);
   CHECK(hopper_kind(forward(100, 64, 128, DType::f64)) == HopperKind::none);
   const P good = forward(100, 64, 128);
-  CHECK(changed(good, [](P& p) { p.addend = {}, p.z = {}, p.bias = nullptr; }) == HopperKind::forward);
-  CHECK(changed(good, [](P& p) { p.bias = kAligned + 2; }) == HopperKind::forward);
+  CHECK(changed(good, [](P& p) { p.epilogue.addend = {}, p.epilogue.z = {}, p.epilogue.bias = nullptr; }) ==
+        HopperKind::forward);
+  CHECK(changed(good, [](P& p) { p.epilogue.bias = kAligned + 2; }) == HopperKind::forward);
   // Sizes that TMA does not take.
   CHECK(hopper_kind(forward(100, 60, 128)) == HopperKind::none);
   CHECK(hopper_kind(forward(100, 64, 124)) == HopperKind::none);
@@ -61,13 +62,13 @@ void test_kinds() {
   CHECK(changed(good, [](P& p) { p.a.row_stride = int64_t{1} << 39; }) == HopperKind::none);
   CHECK(changed(good, [](P& p) { p.b.data = kAligned + 8; }) == HopperKind::none);
   CHECK(changed(good, [](P& p) { p.b = {kAligned, 128, 1}; }) == HopperKind::none);  // has bias and activation
-  CHECK(changed(good, [](P& p) { p.addend.row_stride = 0; }) == HopperKind::none);
-  CHECK(changed(good, [](P& p) { p.addend.data = kAligned + 4; }) == HopperKind::none);
-  CHECK(changed(good, [](P& p) { p.out.data = kAligned + 4; }) == HopperKind::none);
-  CHECK(changed(good, [](P& p) { p.z.row_stride = 132; }) == HopperKind::none);
-  CHECK(changed(good, [](P& p) { p.slope = p.z; }) == HopperKind::none);
-  CHECK(changed(dgrad(100, 64, 128), [](P& p) { p.bias = kAligned; }) == HopperKind::none);
-  CHECK(changed(dgrad(100, 64, 128), [](P& p) { p.activation = Activation::gelu; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.epilogue.addend.row_stride = 0; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.epilogue.addend.data = kAligned + 4; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.epilogue.out.data = kAligned + 4; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.epilogue.z.row_stride = 132; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.epilogue.slope = p.epilogue.z; }) == HopperKind::none);
+  CHECK(changed(dgrad(100, 64, 128), [](P& p) { p.epilogue.bias = kAligned; }) == HopperKind::none);
+  CHECK(changed(dgrad(100, 64, 128), [](P& p) { p.epilogue.activation = Activation::gelu; }) == HopperKind::none);
 }
 
 void test_through_activation() {
@@ -79,17 +80,17 @@ void test_through_activation() {
   CHECK(hopper_kind(backward_through(0, 64, 128)) == HopperKind::none);
   CHECK(hopper_kind(backward_through(100, 0, 128)) == HopperKind::none);
   const P good = backward_through(100, 64, 128);
-  CHECK(changed(good, [](P& p) { p.unscaled = {}, p.addend = {}; }) == taken);
-  CHECK(changed(good, [](P& p) { p.column_sums = nullptr; }) == taken);
-  CHECK(changed(good, [](P& p) { p.column_sums = kAligned + 2; }) == taken);
-  CHECK(changed(good, [](P& p) { p.activation = Activation::gelu_tanh; }) == taken);
-  CHECK(changed(good, [](P& p) { p.activation = Activation::none; }) == HopperKind::none);
-  CHECK(changed(good, [](P& p) { p.preactivation = {}; }) == HopperKind::none);
-  CHECK(changed(good, [](P& p) { p.preactivation.data = kAligned + 2; }) == HopperKind::none);
-  CHECK(changed(good, [](P& p) { p.unscaled.row_stride = 68; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.gradient.unscaled = {}, p.gradient.addend = {}; }) == taken);
+  CHECK(changed(good, [](P& p) { p.gradient.column_sums = nullptr; }) == taken);
+  CHECK(changed(good, [](P& p) { p.gradient.column_sums = kAligned + 2; }) == taken);
+  CHECK(changed(good, [](P& p) { p.gradient.activation = Activation::gelu_tanh; }) == taken);
+  CHECK(changed(good, [](P& p) { p.gradient.activation = Activation::none; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.gradient.preactivation = {}; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.gradient.preactivation.data = kAligned + 2; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.gradient.unscaled.row_stride = 68; }) == HopperKind::none);
   CHECK(changed(good, [](P& p) { p.b = {kAligned, 1, 128}; }) == HopperKind::none);  // W stored by columns
-  CHECK(changed(good, [](P& p) { p.bias = kAligned; }) == HopperKind::none);
-  CHECK(changed(good, [](P& p) { p.z = p.unscaled; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.gradient.out.data = kAligned + 4; }) == HopperKind::none);
+  CHECK(changed(good, [](P& p) { p.gradient.addend.row_stride = 0; }) == HopperKind::none);
 }
 
 void test_choice() {

@@ -33,11 +33,12 @@ void test_epilogue(int64_t rows, int64_t cols, int64_t gap, Activation activatio
   product.fill(random, 1), bias.fill(random, 1), addend.fill(random, 1);
   ptx::runtime().allowed.clear();
   allow({&product, &bias, &addend}, false), allow({&z, &out}, true);
-  GemmProblem p;
-  p.m = rows, p.n = cols, p.dtype = kDType<T>, p.activation = activation;
-  p.out = {out.row(0), out.stride};
-  if (with_all) p.bias = bias.row(0), p.addend = {addend.row(0), addend.stride}, p.z = {z.row(0), z.stride};
-  epilogue(p, {product.row(0), product.stride}, nullptr);
+  EpilogueProblem p;
+  p.m = rows, p.n = cols, p.dtype = kDType<T>, p.product = {product.row(0), product.stride};
+  Epilogue& e = p.epilogue;
+  e.activation = activation, e.out = {out.row(0), out.stride};
+  if (with_all) e.bias = bias.row(0), e.addend = {addend.row(0), addend.stride}, e.z = {z.row(0), z.stride};
+  epilogue(p, nullptr);
   Doubles want, want_z;
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < cols; ++j) {

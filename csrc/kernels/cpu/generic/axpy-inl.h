@@ -54,17 +54,17 @@ class AxpyColumns {
   static constexpr int64_t kPanel = kVecs * W;
   static constexpr int64_t kBlock = kBlockSteps<P> * P::k_per_step;
 
-  // sums = A B over the block of k that begins at `begin`. False if the product lost a value.
+  // sums = A B over the block of k that begins at `begin`. False if the product dropped a value (product-inl.h).
   bool run_block(int64_t begin, C* sums) const {
     const int64_t end = std::min(p_.k, begin + kBlock);
-    bool lost = false;
+    bool dropped = false;
     for (int64_t k = begin; k == begin || k < end; k += kChainK) {
       const Chain chain{k, std::min(end, k + kChainK), k == begin, sums};
-      lost |= looks_at_a_ && loses_any<P>(a_, 0, p_.m, k, chain.end);
+      dropped |= looks_at_a_ && drops_any<P>(a_, 0, p_.m, k, chain.end);
       pack_a(chain);
-      lost |= run_chain(chain);
+      dropped |= run_chain(chain);
     }
-    return !lost;
+    return !dropped;
   }
 
  private:
@@ -100,15 +100,15 @@ class AxpyColumns {
   // Goes panel by panel, so that a chain's rows of B stay in L1 and their pages in the TLB.
   bool run_chain(const Chain& chain) const {
     const int64_t panel = (p_.m <= kWideRows ? 2 : 1) * kPanel;
-    bool lost = false;
+    bool dropped = false;
     for (int64_t col = 0; col < b_.count;) {
       const int64_t left = b_.count - col;
       const int64_t width = left >= panel ? panel : left >= kHalfPanel ? kHalfPanel : std::min<int64_t>(W, left);
-      lost |= loses_any<P>(b_, col, width, chain.k, chain.end);
+      dropped |= drops_any<P>(b_, col, width, chain.k, chain.end);
       run_panel(chain, col, width, ahead_of(chain, col, width, panel));
       col += width;
     }
-    return lost;
+    return dropped;
   }
 
   // The next panel, or the first panel of the next chain. Their rows may lie a page apart, which the hardware does
@@ -206,16 +206,17 @@ class AxpyGemm {
     return p.m <= max_rows(p, threads) && multiplies_as_stored(p) && (p.b.col_stride == 1 || p.n <= 1);
   }
 
-  // False if the product lost a value, as in gemm-inl.h.
+  // False if the product dropped a value (product-inl.h).
   bool run() {
     if (p_.m == 0 || p_.n == 0) return true;
-    const int64_t runs = p_.column_sums ? ceil_div(p_.m, kRunRows) : 0;
+    const int64_t runs = p_.ends_in_gradient ? ceil_div(p_.m, kRunRows) : 0;
     const Scratch run_sums(ScratchSlot::column_sums, bytes_of<C>(runs * p_.n));
     const int64_t panel = AxpyColumns<T, P>::kPanel;
     for_columns(p_, p_.n >= panel * parallel_.threads ? panel : V::width, kTaskCols, parallel_,
                 [&](int64_t col, int64_t cols) { run_columns(col, cols, run_sums.as<C>()); });
-    if (p_.column_sums) store_run_sums(run_sums.as<C>(), runs, p_.n, static_cast<T*>(p_.column_sums), parallel_);
-    return !lost_.load();
+    if (p_.ends_in_gradient)
+      store_run_sums(run_sums.as<C>(), runs, p_.n, static_cast<T*>(p_.gradient.column_sums), parallel_);
+    return !dropped_.load();
   }
 
  private:
@@ -226,7 +227,7 @@ class AxpyGemm {
   // other runs of rows. So where there are column sums the limit must not depend on the threads, or their bits would.
   static int64_t max_rows(const GemmProblem& p, int64_t threads) {
     const bool many_panels = p.n >= 4 * AxpyColumns<T, P>::kPanel * threads;
-    return many_panels && !p.column_sums ? kAxpyMaxRows<T, P> : std::min(kAxpyMaxRows<T, P>, 2 * kRunRows);
+    return many_panels && !p.ends_in_gradient ? kAxpyMaxRows<T, P> : std::min(kAxpyMaxRows<T, P>, 2 * kRunRows);
   }
 
   void run_columns(int64_t col, int64_t cols, C* run_sums) {
@@ -235,20 +236,25 @@ class AxpyGemm {
     constexpr int64_t kBlock = AxpyColumns<T, P>::kBlock;
     const Scratch scratch(ScratchSlot::task_sums, bytes_of<C>(p_.k > kBlock ? 2 * size : size));
     C *const total = scratch.as<C>(), *const block = total + size;
-    if (!columns.run_block(0, total)) lost_ = true;
+    if (!columns.run_block(0, total)) dropped_ = true;
     for (int64_t k = kBlock; k < p_.k; k += kBlock) {
-      if (!columns.run_block(k, block)) lost_ = true;
+      if (!columns.run_block(k, block)) dropped_ = true;
       for (int64_t i = 0; i < size; i += V::width) store(total + i, load(total + i) + load(block + i));
     }
-    for (int64_t row = 0; row < p_.m; row += kRunRows)
-      finish<T, Act>({&p_, row, col, std::min(kRunRows, p_.m - row), cols,
-                      p_.column_sums ? run_sums + row / kRunRows * p_.n : nullptr},
-                     total + row * stride, stride);
+    for (int64_t row = 0; row < p_.m; row += kRunRows) {
+      const Region region{row, col, std::min(kRunRows, p_.m - row), cols};
+      const C* const sums = total + row * stride;
+      if (p_.ends_in_gradient) {
+        finish_gradient<T, Act>(p_.gradient, region, sums, stride, run_sums + row / kRunRows * p_.n);
+      } else {
+        finish<T, Act>(p_.epilogue, region, sums, stride);
+      }
+    }
   }
 
   const GemmProblem& p_;
   Parallel parallel_;
-  std::atomic<bool> lost_{false};
+  std::atomic<bool> dropped_{false};
 };
 
 FASTLANE_END_TARGET

@@ -45,11 +45,11 @@ class SharedOperand {
   // `packed` has room for units().
   void keep_in(Unit* packed) { packed_ = packed; }
 
-  // True if the product would lose one of the panel's values.
+  // True if the product drops one of the panel's values (product-inl.h).
   bool pack(int64_t panel) const {
     if (!in_place_ || !is_whole_panel<S::cols, P>(strips_, panel * S::cols, k_))
       pack_panel<S::cols, P>(strips_, panel * S::cols, 0, k_, packed_panel_at(panel));
-    return loses_any<P>(strips_, panel * S::cols, S::cols, 0, k_);
+    return drops_any<P>(strips_, panel * S::cols, S::cols, 0, k_);
   }
   Panel panel(int64_t panel) const {
     return panel_of<S::cols, P>(strips_, panel * S::cols, k_, in_place_, packed_panel_at(panel), /*pack=*/false);
@@ -64,9 +64,9 @@ class SharedOperand {
   Unit* packed_ = nullptr;
 };
 
-// out = act(a b + bias) + addend for the rows of `p` from `row` on, as many as `a` has.
+// a b with the epilogue `e`, whose matrices have these rows from `row` on.
 template <class Act, class P, class T>
-void multiply_block(const Strips<T>& a, const SharedOperand<T, P>& b, const GemmProblem& p, int64_t row) {
+void multiply_block(const Strips<T>& a, const SharedOperand<T, P>& b, const Epilogue& e, int64_t row) {
   using C = typename P::C;
   using S = TileShape<C>;
   const int64_t steps = steps_of<P>(b.k());
@@ -78,7 +78,8 @@ void multiply_block(const Strips<T>& a, const SharedOperand<T, P>& b, const Gemm
     for (int64_t j = 0; j < b.panels(); ++j) {
       alignas(64) C tile[S::size];
       multiply_tile<P>(steps, a_panel, b.panel(j), tile, nothing_ahead);
-      finish<T, Act>({&p, row + i, j * S::cols, std::min<int64_t>(S::rows, a.count - i),
+      finish<T, Act>(e,
+                     {row + i, j * S::cols, std::min<int64_t>(S::rows, a.count - i),
                       std::min<int64_t>(S::cols, b.columns() - j * S::cols)},
                      tile, S::cols);
     }
@@ -139,11 +140,11 @@ class WeightGrad {
   int64_t col_panels() const { return ceil_div(cols_, S::cols); }
 
   void store_tile(const C* tile, int64_t tile_index) const {
-    GemmProblem wgrad;
-    wgrad.m = rows_, wgrad.n = cols_, wgrad.out = dweight_;
+    Epilogue store;
+    store.out = dweight_;
     const int64_t row = tile_index % row_panels() * S::rows, col = tile_index / row_panels() * S::cols;
     finish<T, NoActivation>(
-        {&wgrad, row, col, std::min<int64_t>(S::rows, rows_ - row), std::min<int64_t>(S::cols, cols_ - col)}, tile,
+        store, {row, col, std::min<int64_t>(S::rows, rows_ - row), std::min<int64_t>(S::cols, cols_ - col)}, tile,
         S::cols);
   }
 

@@ -37,16 +37,16 @@ class DotGemm {
   DotGemm(const GemmProblem& problem, const Parallel& parallel) : p_(problem), parallel_(parallel) {}
 
   static bool suits(const GemmProblem& p) {
-    return p.m <= kDotMaxRows<P> && multiplies_as_stored(p) && !p.column_sums && (p.a.col_stride == 1 || p.k <= 1) &&
-           (p.b.row_stride == 1 || p.k <= 1);
+    return p.m <= kDotMaxRows<P> && multiplies_as_stored(p) && !p.ends_in_gradient &&
+           (p.a.col_stride == 1 || p.k <= 1) && (p.b.row_stride == 1 || p.k <= 1);
   }
 
-  // False if the product lost a value, as in gemm-inl.h.
+  // False if the product dropped a value (product-inl.h).
   bool run() {
     if (p_.m == 0 || p_.n == 0) return true;
     for_columns(p_, W, kTaskCols, parallel_, [&](int64_t col, int64_t cols) { run_columns(col, cols); });
     const Strips<T> a{static_cast<const T*>(p_.a.data), p_.m, p_.a.row_stride, 1};
-    return !lost_.load() && !loses_any<P>(a, 0, p_.m, 0, p_.k);
+    return !dropped_.load() && !drops_any<P>(a, 0, p_.m, 0, p_.k);
   }
 
  private:
@@ -65,7 +65,7 @@ class DotGemm {
              : left == 2 ? dot_rows<std::min(2, kMaxRows)>(i, col + j, block, stride)
                          : dot_rows<1>(i, col + j, block, stride);
       }
-    finish<T, Act>({&p_, 0, col, p_.m, cols}, sums, stride);
+    finish<T, Act>(p_.epilogue, {0, col, p_.m, cols}, sums, stride);
   }
 
   // The next W rows of B are fetched ahead into L2, since the hardware does not foresee them. Three tiles of rows ask
@@ -97,7 +97,7 @@ class DotGemm {
         b[c] = static_cast<const T*>(p_.b.data) + std::min(col + j + c, p_.n - 1) * p_.b.col_stride;
       C lanes[W];
       const bool first_use = row == 0;
-      store(lanes, P::loses_denormals && first_use ? dot_products<kRows, kCols, true>(a, b, ahead)
+      store(lanes, P::drops_denormals && first_use ? dot_products<kRows, kCols, true>(a, b, ahead)
                                                    : dot_products<kRows, kCols, false>(a, b, ahead));
       for (int64_t i = 0; i < rows; ++i)
         for (int c = 0; c < kCols; ++c) sums[i * stride + j + c] = lanes[i * kCols + c];
@@ -144,7 +144,7 @@ class DotGemm {
       for (int i = 1; i < W; ++i) sum = sum + acc[i];
       total = total + sum;
     }
-    if (kWatches && watch.found()) lost_ = true;
+    if (kWatches && watch.found()) dropped_ = true;
     return total;
   }
 
@@ -163,7 +163,7 @@ class DotGemm {
 
   const GemmProblem& p_;
   Parallel parallel_;
-  std::atomic<bool> lost_{false};
+  std::atomic<bool> dropped_{false};
 };
 
 FASTLANE_END_TARGET

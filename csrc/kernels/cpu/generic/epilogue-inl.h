@@ -78,15 +78,15 @@ FASTLANE_INLINE void finish_columns(FinishRows<T, S> r, const T* bias, int64_t l
 
 // The same with out = sums ⊙ act′(preactivation), and the sums of out over these rows.
 template <class Act, int kVecs, class T, class S>
-FASTLANE_INLINE void finish_gradient_columns(const FinishRegion<T>& region, const S* sums, int64_t stride,
-                                             int64_t col, int64_t last_count) {
+FASTLANE_INLINE void finish_gradient_columns(const GradientEpilogue& e, const Region& region, const S* sums,
+                                             int64_t stride, int64_t col, int64_t last_count,
+                                             compute_t<T>* row_sums) {
   using V = typename VecOf<compute_t<T>>::type;
   const auto count = [&](int v) { return v + 1 < kVecs ? V::width : last_count; };
-  const GemmProblem& p = *region.p;
   auto total = VecBlock<V, kVecs>::set(0);
   for (int64_t i = 0; i < region.rows; ++i) {
-    const T* const z = element<const T>(p.preactivation, region.row + i, region.col + col);
-    T* const out = element<T>(p.out, region.row + i, region.col + col);
+    const T* const z = element<const T>(e.preactivation, region.row + i, region.col + col);
+    T* const out = element<T>(e.out, region.row + i, region.col + col);
     VecBlock<V, kVecs> grad;
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) grad.v[v] = load_first(sums + i * stride + col + v * V::width, count(v));
@@ -101,38 +101,37 @@ FASTLANE_INLINE void finish_gradient_columns(const FinishRegion<T>& region, cons
     total = total + grad;
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < kVecs; ++v)
-    store_first(region.row_sums + region.col + col + v * V::width, total.v[v], count(v));
+  for (int v = 0; v < kVecs; ++v) store_first(row_sums + region.col + col + v * V::width, total.v[v], count(v));
 }
 
+// `sums` holds the region's sums row by row; rows lie `stride` apart. `row_sums` has n elements and gets out's column
+// sums over these rows; see column_sums-inl.h.
 template <class T, class Act, class S>
-void finish_gradient(const FinishRegion<T>& region, const S* sums, int64_t stride) {
+void finish_gradient(const GradientEpilogue& e, const Region& region, const S* sums, int64_t stride,
+                     compute_t<T>* row_sums) {
   constexpr int64_t width = VecOf<compute_t<T>>::type::width;
   int64_t col = 0;
   for (; col + 2 * width <= region.cols; col += 2 * width)
-    finish_gradient_columns<Act, 2>(region, sums, stride, col, width);
+    finish_gradient_columns<Act, 2, T>(e, region, sums, stride, col, width, row_sums);
   for (; col < region.cols; col += width)
-    finish_gradient_columns<Act, 1>(region, sums, stride, col, std::min(width, region.cols - col));
+    finish_gradient_columns<Act, 1, T>(e, region, sums, stride, col, std::min(width, region.cols - col), row_sums);
 }
 
-// `sums` holds the region's sums row by row; rows lie `stride` apart.
 template <class T, class Act, class S>
-void finish(const FinishRegion<T>& region, const S* sums, int64_t stride) {
-  if (region.row_sums) return finish_gradient<T, Act>(region, sums, stride);
+void finish(const Epilogue& e, const Region& region, const S* sums, int64_t stride) {
   constexpr int64_t width = VecOf<compute_t<T>>::type::width;
-  const GemmProblem& p = *region.p;
-  const auto* bias = p.bias ? static_cast<const T*>(p.bias) + region.col : nullptr;
+  const auto* bias = e.bias ? static_cast<const T*>(e.bias) + region.col : nullptr;
   const FinishRows<T, S> rows{sums,
-                              element<const T>(p.addend, region.row, region.col),
-                              element<T>(p.z, region.row, region.col),
-                              element<compute_t<T>>(p.slope, region.row, region.col),
-                              element<T>(p.out, region.row, region.col),
+                              element<const T>(e.addend, region.row, region.col),
+                              element<T>(e.z, region.row, region.col),
+                              element<compute_t<T>>(e.slope, region.row, region.col),
+                              element<T>(e.out, region.row, region.col),
                               region.rows,
                               stride,
-                              p.addend.row_stride,
-                              p.z.row_stride,
-                              p.slope.row_stride,
-                              p.out.row_stride};
+                              e.addend.row_stride,
+                              e.z.row_stride,
+                              e.slope.row_stride,
+                              e.out.row_stride};
   const auto finish_rows = [&](auto with_slope) {
     constexpr bool kWithSlope = decltype(with_slope)::value;
     int64_t col = 0;
@@ -145,12 +144,13 @@ void finish(const FinishRegion<T>& region, const S* sums, int64_t stride) {
   rows.slope ? finish_rows(std::true_type{}) : finish_rows(std::false_type{});
 }
 
-// The same for sums that lie column by column. Beyond the region's columns there may be no sums.
-template <class T, class Act>
-void finish_transposed(const FinishRegion<T>& region, const compute_t<T>* sums, int64_t stride) {
-  using V = typename VecOf<compute_t<T>>::type;
+// For sums that lie column by column: calls finish_rows(part, sums, stride) with each part's sums row by row. Beyond
+// the region's columns there may be no sums.
+template <class C, class FinishRows>
+void finish_transposed(const Region& region, const C* sums, int64_t stride, FinishRows finish_rows) {
+  using V = typename VecOf<C>::type;
   constexpr int W = V::width;
-  alignas(64) compute_t<T> block[W * W];
+  alignas(64) C block[W * W];
   for (int64_t col = 0; col < region.cols; col += W)
     for (int64_t row = 0; row < region.rows; row += W) {
       V t[W];
@@ -159,23 +159,22 @@ void finish_transposed(const FinishRegion<T>& region, const compute_t<T>* sums, 
       transpose(t);
 #pragma GCC unroll 16
       for (int v = 0; v < W; ++v) store(block + v * W, t[v]);
-      finish<T, Act>({region.p, region.row + row, region.col + col, std::min<int64_t>(W, region.rows - row),
-                      std::min<int64_t>(W, region.cols - col),
-                      region.row_sums ? region.row_sums + row / W * region.p->n : nullptr},
-                     block, W);
+      finish_rows({region.row + row, region.col + col, std::min<int64_t>(W, region.rows - row),
+                   std::min<int64_t>(W, region.cols - col)},
+                  block, W);
     }
 }
 
 // Finishes a product that something else computed.
 template <class T>
-void run_epilogue(const GemmProblem& p, const ConstRowMajor& product, Parallel parallel) {
+void run_epilogue(const EpilogueProblem& p, Parallel parallel) {
   constexpr int64_t kTaskRows = 4;
   if (p.m * p.n < kSerialElements) parallel.threads = 1;
-  with_activation<T>(p.activation, [&](auto act) {
+  with_activation<T>(p.epilogue.activation, [&](auto act) {
     parallel.for_each(ceil_div(p.m, kTaskRows), [&](int64_t task) {
       const int64_t row = task * kTaskRows;
-      finish<T, decltype(act)>({&p, row, 0, std::min(kTaskRows, p.m - row), p.n}, element<const T>(product, row, 0),
-                               product.row_stride);
+      finish<T, decltype(act)>(p.epilogue, {row, 0, std::min(kTaskRows, p.m - row), p.n},
+                               element<const T>(p.product, row, 0), p.product.row_stride);
     });
   });
 }

@@ -16,6 +16,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #include "kernels/cpu/generic/activation-inl.h"
 #include "kernels/cpu/generic/axpy-inl.h"
@@ -26,6 +27,7 @@
 #include "kernels/cpu/generic/product-inl.h"
 #include "kernels/cpu/generic/tile-inl.h"
 #include "kernels/cpu/generic/vec_common-inl.h"
+#include "kernels/cpu/gemm_plan.h"
 #include "kernels/cpu/isa/target.h"
 #include "kernels/cpu/isa/vec.h"
 #include "kernels/cpu/parallel.h"
@@ -33,12 +35,6 @@
 #include "kernels/problem.h"
 
 FASTLANE_BEGIN_TARGET
-
-struct Blocking {
-  static constexpr int64_t max_rows = 240;
-  static constexpr int64_t min_cols = 256, max_cols = 1024;
-  static constexpr int64_t packed_b_bytes = int64_t{16} << 20;
-};
 
 struct TaskGrid {
   int64_t row_tasks, col_tasks;
@@ -64,64 +60,39 @@ class Gemm {
   using S = TileShape<C>;
 
  public:
-  Gemm(const GemmProblem& problem, const Parallel& parallel) : p_(problem), parallel_(parallel) {
-    const auto* a = static_cast<const T*>(p_.a.data);
-    const auto* b = static_cast<const T*>(p_.b.data);
-    a_ = {a, p_.m, p_.a.row_stride, p_.a.col_stride, p_.a_activation};
-    b_ = {b, p_.n, p_.b.col_stride, p_.b.row_stride, p_.b_activation};
-    transposed_ = values_to_pack(b_, a_) + values_to_finish_transposed() < values_to_pack(a_, b_);
-    if (transposed_) std::swap(a_, b_);
-    a_in_place_ = a_reads_storage(a_) && !rows_share_a_set(a_);
-    b_in_place_ = reads_dense_rows<P>(b_);
-    const ConstRowMajor& read_by_finish = p_.addend.data ? p_.addend : p_.preactivation;
-    prefetches_finish_ =
-        read_by_finish.data && std::abs(read_by_finish.row_stride) * static_cast<int64_t>(sizeof(T)) > kDenseRowBytes;
-
-    k_blocks_ = std::max<int64_t>(1, ceil_div(p_.k, kBlock));
-    const int64_t packed_values = Blocking::packed_b_bytes / static_cast<int64_t>(sizeof(Unit));
-    const int64_t fitting_cols = packed_values / std::max<int64_t>(1, steps_of<P>(p_.k)) / S::cols * S::cols;
-    block_cols_ = std::min(b_.count, std::min(Blocking::max_cols, std::max(Blocking::min_cols, fitting_cols)));
-    col_blocks_ = ceil_div(b_.count, block_cols_);
-    const int64_t l2_strips = parallel_.caches.l2 / 2 / static_cast<int64_t>(sizeof(Unit)) /
-                              std::max<int64_t>(1, std::min(steps_of<P>(p_.k), kBlockSteps<P>));
-    task_row_panels_ = std::max(kMaxGroup, std::min(Blocking::max_rows, l2_strips) / S::rows);
-    const double block_multiply_adds =
-        static_cast<double>(a_.count) * static_cast<double>(block_cols_) * static_cast<double>(p_.k);
-    if (block_multiply_adds < kSerialMultiplyAdds) parallel_.threads = 1;
-    if (a_in_place_ && !b_in_place_) keep_b_in_l2(std::max<int64_t>(1, l2_strips / S::cols));
-    const int64_t concurrent_blocks = own_blocks_ ? parallel_.threads : 1;
-    slab_blocks_ = std::max<int64_t>(1, std::min(k_blocks_, packed_values / concurrent_blocks / kBlockSteps<P> /
-                                                                (ceil_div(block_cols_, S::cols) * S::cols)));
+  Gemm(const GemmProblem& problem, const GemmPlan& plan, const Parallel& parallel)
+      : p_(problem), plan_(plan), parallel_(parallel), finish_matrices_(problem) {
+    parallel_.threads = plan.threads;
+    a_ = a_strips<T>(p_), b_ = b_strips<T>(p_);
+    if (plan.transposed) std::swap(a_, b_);
   }
 
-  // False if the product lost a value: the result is then worthless.
+  // False if the product dropped a value (product-inl.h).
   bool run() {
-    const int64_t runs = p_.column_sums ? ceil_div(p_.m, rows_of_run()) : 0;
+    const int64_t runs = p_.ends_in_gradient ? ceil_div(p_.m, rows_of_run()) : 0;
     const Scratch run_sums(ScratchSlot::column_sums, bytes_of<C>(runs * p_.n));
     run_sums_ = run_sums.as<C>();
     run_product();
-    if (p_.column_sums) store_run_sums(run_sums_, runs, p_.n, static_cast<T*>(p_.column_sums), parallel_);
-    return !lost_.load();
+    if (p_.ends_in_gradient)
+      store_run_sums(run_sums_, runs, p_.n, static_cast<T*>(p_.gradient.column_sums), parallel_);
+    return !dropped_.load();
   }
 
  private:
   void run_product() {
     const int64_t panels = ceil_div(b_.count, S::cols);
     const auto run_block = [&](int64_t i, const Parallel& threads) {
-      const int64_t col = even_cut(panels, col_blocks_, i) * S::cols;
-      const int64_t end = even_cut(panels, col_blocks_, i + 1) * S::cols;
+      const int64_t col = even_cut(panels, plan_.col_blocks, i) * S::cols;
+      const int64_t end = even_cut(panels, plan_.col_blocks, i + 1) * S::cols;
       run_columns(col, std::min(b_.count, end) - col, threads);
     };
-    if (own_blocks_) {
-      parallel_.for_each(col_blocks_, [&](int64_t i) { run_block(i, Parallel{}); });
+    if (plan_.own_blocks) {
+      parallel_.for_each(plan_.col_blocks, [&](int64_t i) { run_block(i, Parallel{}); });
     } else {
-      for (int64_t i = 0; i < col_blocks_; ++i) run_block(i, parallel_);
+      for (int64_t i = 0; i < plan_.col_blocks; ++i) run_block(i, parallel_);
     }
   }
 
-  // The rows of one tile are no multiple of the vector's width, the rows of four tiles are. So a group of four tiles
-  // is transposed together.
-  static constexpr int64_t kMaxGroup = 4;
   static constexpr int64_t kBlock = kBlockSteps<P> * P::k_per_step;
 
   // Some k blocks, packed for some columns.
@@ -140,49 +111,20 @@ class Gemm {
     int64_t col_panel, col_panels;
   };
 
-  bool a_reads_storage(const Strips<T>& a) const {
-    return (P::reads_storage && a.activation == Activation::none && a.k_stride == 1) || reads_dense_rows<P>(a);
-  }
-  // A tile reads its rows of A side by side. Rows that are whole pages apart all fall into one set of L1, and just
-  // fit there until something else runs on the core. Few rows are not read often enough to pay for packing.
-  static bool rows_share_a_set(const Strips<T>& a) {
-    constexpr int64_t kPageBytes = 4096;
-    return a.count > kMaxGroup * S::rows && a.k_stride == 1 &&
-           a.strip_stride * static_cast<int64_t>(sizeof(T)) % kPageBytes == 0;
-  }
-  double values_to_pack(const Strips<T>& a, const Strips<T>& b) const {
-    const double k = static_cast<double>(p_.k);
-    return (a_reads_storage(a) ? 0 : k * static_cast<double>(a.count)) +
-           (reads_dense_rows<P>(b) ? 0 : k * static_cast<double>(b.count));
-  }
-  double values_to_finish_transposed() const { return static_cast<double>(p_.m) * static_cast<double>(p_.n); }
-
-  void keep_b_in_l2(int64_t max_panels) {
-    const int64_t panels = ceil_div(b_.count, S::cols), threads = parallel_.threads;
-    // A passes by once for each block, so A has to come from the last-level cache, not from memory.
-    const double a_bytes = static_cast<double>(a_.count) * static_cast<double>(p_.k) * sizeof(T);
-    own_blocks_ = panels >= max_panels * threads && (panels <= max_panels || a_bytes <= parallel_.caches.last);
-    b_stays_ = own_blocks_ || panels <= max_panels;
-    if (!own_blocks_) return;
-    // As many blocks as fill the threads evenly.
-    col_blocks_ = std::min(panels, ceil_div(ceil_div(panels, max_panels), threads) * threads);
-    block_cols_ = std::min(b_.count, ceil_div(panels, col_blocks_) * S::cols);
-  }
-
   int64_t k_begin(int64_t block) const { return block * kBlock; }
   int64_t k_end(int64_t block) const { return std::min(p_.k, (block + 1) * kBlock); }
   int64_t block_steps(int64_t block) const { return steps_of<P>(k_end(block) - k_begin(block)); }
 
   void run_columns(int64_t first_col, int64_t cols, const Parallel& parallel) {
     const int64_t row_panels = ceil_div(a_.count, S::rows), col_panels = ceil_div(cols, S::cols);
-    const TaskGrid grid = task_grid(row_panels, col_panels, task_row_panels_, parallel.threads);
-    const bool one_slab = slab_blocks_ >= k_blocks_;
-    const int64_t slab_steps = std::min(slab_blocks_ * kBlockSteps<P>, steps_of<P>(p_.k));
+    const TaskGrid grid = task_grid(row_panels, col_panels, plan_.task_row_panels, parallel.threads);
+    const bool one_slab = plan_.slab_blocks >= plan_.k_blocks;
+    const int64_t slab_steps = std::min(plan_.slab_blocks * kBlockSteps<P>, steps_of<P>(p_.k));
     const Scratch packed_b(ScratchSlot::packed_b, bytes_of<Unit>(col_panels * S::cols * slab_steps));
     // The sums of the whole column block wait here from one slab to the next.
     const Scratch waiting(ScratchSlot::slab_sums, bytes_of<C>(one_slab ? 0 : row_panels * col_panels * S::size));
-    for (int64_t block = 0; block < k_blocks_; block += slab_blocks_) {
-      const int64_t end_block = std::min(k_blocks_, block + slab_blocks_), blocks = end_block - block;
+    for (int64_t block = 0; block < plan_.k_blocks; block += plan_.slab_blocks) {
+      const int64_t end_block = std::min(plan_.k_blocks, block + plan_.slab_blocks), blocks = end_block - block;
       const PackedB b{packed_b.as<Unit>(), first_col, block, end_block,
                       steps_of<P>(k_end(end_block - 1) - k_begin(block))};
       parallel.for_each(col_panels * blocks, [&](int64_t i) { pack_b_panel(b, i / blocks, block + i % blocks); });
@@ -205,11 +147,11 @@ class Gemm {
   }
 
   bool b_panel_in_place(int64_t col, int64_t k_block) const {
-    return b_in_place_ && is_whole_panel<S::cols, P>(b_, col, k_end(k_block) - k_begin(k_block));
+    return plan_.b_in_place && is_whole_panel<S::cols, P>(b_, col, k_end(k_block) - k_begin(k_block));
   }
   void pack_b_panel(const PackedB& b, int64_t col_panel, int64_t k_block) {
     const int64_t col = b.first_col + col_panel * S::cols;
-    if (loses_any<P>(b_, col, S::cols, k_begin(k_block), k_end(k_block))) lost_ = true;
+    if (drops_any<P>(b_, col, S::cols, k_begin(k_block), k_end(k_block))) dropped_ = true;
     if (!b_panel_in_place(col, k_block))
       pack_panel<S::cols, P>(b_, col, k_begin(k_block), k_end(k_block), b.panel(col_panel, k_block));
   }
@@ -220,13 +162,13 @@ class Gemm {
   }
 
   bool a_panel_in_place(int64_t row, int64_t k_block) const {
-    return a_in_place_ && is_whole_panel<S::rows, P>(a_, row, k_end(k_block) - k_begin(k_block));
+    return plan_.a_in_place && is_whole_panel<S::rows, P>(a_, row, k_end(k_block) - k_begin(k_block));
   }
   void pack_a_block(const Task& task, int64_t k_block, bool first_use, Unit* block) {
     const int64_t size = S::rows * block_steps(k_block);
     for (int64_t i = 0; i < task.row_panels; ++i) {
       const int64_t row = (task.row_panel + i) * S::rows;
-      if (first_use && loses_any<P>(a_, row, S::rows, k_begin(k_block), k_end(k_block))) lost_ = true;
+      if (first_use && drops_any<P>(a_, row, S::rows, k_begin(k_block), k_end(k_block))) dropped_ = true;
       if (!a_panel_in_place(row, k_block))
         pack_panel<S::rows, P>(a_, row, k_begin(k_block), k_end(k_block), block + i * size);
     }
@@ -243,22 +185,22 @@ class Gemm {
     const Scratch packed_a(ScratchSlot::packed_a, bytes_of<Unit>(a_units));
     Unit* const a = packed_a.as<Unit>();
     // With several k blocks the sums of all tiles wait here from one block to the next.
-    const bool one_block = k_blocks_ == 1;
+    const bool one_block = plan_.k_blocks == 1;
     const int64_t own_sums = one_block || slab_sums ? 0 : task.row_panels * task.col_panels * S::size;
     const Scratch waiting(ScratchSlot::task_sums, bytes_of<C>(own_sums));
     C* const sums = slab_sums ? slab_sums : waiting.as<C>();
-    const int64_t group_panels = transposed_ ? kMaxGroup : 1, groups = ceil_div(task.row_panels, group_panels);
+    const int64_t group_panels = plan_.transposed ? kMaxGroup : 1, groups = ceil_div(task.row_panels, group_panels);
     for (int64_t k_block = b.first_block; k_block < b.end_block; ++k_block) {
       pack_a_block(task, k_block, /*first_use=*/b.first_col + task.col_panel == 0, a);
       const int64_t count = block_steps(k_block), chains = std::max<int64_t>(1, ceil_div(count, kChain));
-      const bool last = k_block == k_blocks_ - 1;
+      const bool last = k_block == plan_.k_blocks - 1;
       for (int64_t i = 0; i < groups * task.col_panels; ++i) {
-        const int64_t j = b_stays_ ? i % task.col_panels : i / groups;
-        const int64_t first = (b_stays_ ? i / task.col_panels : i % groups) * group_panels;
+        const int64_t j = plan_.b_stays ? i % task.col_panels : i / groups;
+        const int64_t first = (plan_.b_stays ? i / task.col_panels : i % groups) * group_panels;
         const int64_t panels = std::min(group_panels, task.row_panels - first);
         const int64_t row = (task.row_panel + first) * S::rows, col = b.first_col + (task.col_panel + j) * S::cols;
-        const FinishRegion<T> region = finish_region(row, panels * S::rows, col);
-        Prefetcher<T> prefetcher(last && prefetches_finish_ ? region : FinishRegion<T>{},
+        const Region region = finish_region(row, panels * S::rows, col);
+        Prefetcher<T> prefetcher(finish_matrices_, last && plan_.prefetches_finish ? region : Region{},
                                  next_panel(task, first, panels, j, k_block, a), panels * chains);
         alignas(64) C group[kMaxGroup * S::size];
         C* const total = one_block ? group : sums + (j * task.row_panels + first) * S::size;
@@ -277,64 +219,107 @@ class Gemm {
   // the hardware prefetchers follow by themselves.
   Stream next_panel(const Task& task, int64_t first, int64_t panels, int64_t j, int64_t k_block,
                     const Unit* packed_a) const {
-    if (!b_stays_ || first + panels >= task.row_panels || a_.k_stride != 1) return {};
+    if (!plan_.b_stays || first + panels >= task.row_panels || a_.k_stride != 1) return {};
     const Panel panel = a_panel(task, first + panels, k_block, packed_a);
     const auto row_bytes = block_steps(k_block) * static_cast<int64_t>(sizeof(Unit));
     return Stream{panel.data, S::rows, panel.strip_stride, row_bytes}.part(j, j + 1, task.col_panels);
   }
 
-  FinishRegion<T> finish_region(int64_t row, int64_t rows, int64_t col) const {
-    rows = std::min(rows, a_.count - row);
-    const int64_t cols = std::min<int64_t>(S::cols, b_.count - col);
-    FinishRegion<T> region{&p_, row, col, rows, cols};
-    if (transposed_) std::swap(region.row, region.col), std::swap(region.rows, region.cols);
-    if (p_.column_sums) region.row_sums = run_sums_ + region.row / rows_of_run() * p_.n;
-    return region;
+  // Of the problem's result, also if the product is transposed.
+  Region finish_region(int64_t row, int64_t rows, int64_t col) const {
+    const Region region{row, col, std::min(rows, a_.count - row), std::min<int64_t>(S::cols, b_.count - col)};
+    return plan_.transposed ? Region{region.col, region.row, region.cols, region.rows} : region;
   }
   // How many of the problem's rows one call of finish sums.
-  int64_t rows_of_run() const { return transposed_ ? S::V::width : S::rows; }
-  void finish_group(const C* sums, const FinishRegion<T>& region) const {
-    if (transposed_) {
-      finish_transposed<T, Act>(region, sums, S::cols);
-    } else {
-      finish<T, Act>(region, sums, S::cols);
-    }
+  int64_t rows_of_run() const { return plan_.transposed ? S::V::width : S::rows; }
+  void finish_group(const C* sums, const Region& region) const {
+    const auto finish_rows = [&](const Region& part, const C* part_sums, int64_t stride) {
+      if (p_.ends_in_gradient) {
+        finish_gradient<T, Act>(p_.gradient, part, part_sums, stride, run_sums_ + part.row / rows_of_run() * p_.n);
+      } else {
+        finish<T, Act>(p_.epilogue, part, part_sums, stride);
+      }
+    };
+    plan_.transposed ? finish_transposed(region, sums, S::cols, finish_rows) : finish_rows(region, sums, S::cols);
   }
 
   const GemmProblem& p_;
+  const GemmPlan& plan_;
   Parallel parallel_;
+  FinishMatrices finish_matrices_;
   Strips<T> a_, b_;
-  bool transposed_, a_in_place_, b_in_place_, prefetches_finish_;
-  bool b_stays_ = false;  // B stays in L2 and A passes by; otherwise the other way round
-  bool own_blocks_ = false;  // a thread takes whole column blocks; otherwise threads share each block
-  int64_t k_blocks_;
-  int64_t col_blocks_, block_cols_;  // how many, and the columns of the largest
-  int64_t slab_blocks_;
-  int64_t task_row_panels_;
   C* run_sums_ = nullptr;
-  std::atomic<bool> lost_{false};
+  std::atomic<bool> dropped_{false};
 };
+
+template <class T, class P>
+OperandFacts facts_of(const Strips<T>& s) {
+  constexpr int64_t kPageBytes = 4096;
+  OperandFacts facts;
+  facts.count = s.count;
+  facts.reads_along_k = P::reads_storage && s.activation == Activation::none && s.k_stride == 1;
+  facts.reads_across = reads_dense_rows<P>(s);
+  facts.shares_a_set = s.k_stride == 1 && s.strip_stride * static_cast<int64_t>(sizeof(T)) % kPageBytes == 0;
+  return facts;
+}
+
+template <class T, class P>
+GemmFacts facts_of(const GemmProblem& p) {
+  using S = TileShape<typename P::C>;
+  GemmFacts facts;
+  facts.m = p.m, facts.n = p.n, facts.k = p.k, facts.dtype = p.dtype;
+  facts.a = facts_of<T, P>(a_strips<T>(p)), facts.b = facts_of<T, P>(b_strips<T>(p));
+  const ConstRowMajor read = FinishMatrices(p).read;
+  if (read.data) facts.finish_row_bytes = std::abs(read.row_stride) * static_cast<int64_t>(sizeof(T));
+  facts.tile_rows = S::rows, facts.tile_cols = S::cols;
+  facts.unit_bytes = sizeof(typename P::Unit), facts.k_per_step = P::k_per_step;
+  facts.chain_steps = kChain, facts.block_steps = kBlockSteps<P>;
+  return facts;
+}
+
+template <class T, class P>
+GemmPlan plan_product(const GemmProblem& p, const Parallel& parallel) {
+  GemmPlan plan;
+  plan.facts = facts_of<T, P>(p);
+  if (DotGemm<T, NoActivation, P>::suits(p)) {
+    plan.method = GemmMethod::inner_products, plan.threads = few_rows_threads(p, parallel);
+  } else if (AxpyGemm<T, NoActivation, P>::suits(p, parallel.threads)) {
+    plan.method = GemmMethod::axpy, plan.threads = few_rows_threads(p, parallel);
+  } else {
+    plan = plan_tiles(plan.facts, parallel.caches, parallel.threads);
+  }
+  trace(plan);
+  return plan;
+}
 
 template <class T, class Act, class P>
 bool run_product(const GemmProblem& p, const Parallel& parallel) {
-  if (DotGemm<T, Act, P>::suits(p)) return DotGemm<T, Act, P>(p, parallel).run();
-  if (AxpyGemm<T, Act, P>::suits(p, parallel.threads)) {
-    if (p.m <= kAxpyMaxUnpairedRows) return AxpyGemm<T, Act, WideningProduct<T>>(p, parallel).run();
-    return AxpyGemm<T, Act, P>(p, parallel).run();
+  const GemmPlan plan = plan_product<T, P>(p, parallel);
+  switch (plan.method) {
+    case GemmMethod::inner_products: return DotGemm<T, Act, P>(p, parallel).run();
+    case GemmMethod::axpy:
+      if (p.m <= kAxpyMaxUnpairedRows) return AxpyGemm<T, Act, WideningProduct<T>>(p, parallel).run();
+      return AxpyGemm<T, Act, P>(p, parallel).run();
+    case GemmMethod::tiles: break;
   }
-  return Gemm<T, Act, P>(p, parallel).run();
+  return Gemm<T, Act, P>(p, plan, parallel).run();
 }
 
 template <class T>
 void run_gemm(const GemmProblem& p, const Parallel& parallel) {
   if (p.m == 0 || p.n == 0) {
-    if (p.column_sums) std::fill_n(static_cast<T*>(p.column_sums), p.n, T{});
+    if (p.ends_in_gradient) std::fill_n(static_cast<T*>(p.gradient.column_sums), p.n, T{});
     return;
   }
-  with_activation<T>(p.activation, [&](auto act) {
+  with_activation<T>(p.ends_in_gradient ? p.gradient.activation : p.epilogue.activation, [&](auto act) {
     using Act = decltype(act);
-    if (!run_product<T, Act, product_t<T>>(p, parallel)) run_product<T, Act, WideningProduct<T>>(p, parallel);
+    exact_product<T>([&](auto product) { return run_product<T, Act, decltype(product)>(p, parallel); });
   });
+}
+
+template <class T>
+GemmPlan run_plan(const GemmProblem& p, const Parallel& parallel) {
+  return plan_product<T, product_t<T>>(p, parallel);
 }
 
 FASTLANE_END_TARGET

@@ -50,13 +50,13 @@ class LayerBackward {
     if (elements < kSerialElements && multiply_adds < kSerialMultiplyAdds) parallel_.threads = 1;
   }
 
-  // False if a product lost a value: the results are then worthless.
+  // False if a product dropped a value (product-inl.h).
   bool run() {
     const Scratch packed_weight(ScratchSlot::packed_b, bytes_of<Unit>(p_.dx.data ? weight_.units() : 0));
     weight_.keep_in(packed_weight.as<Unit>());
     if (p_.dx.data)
       parallel_.for_each(weight_.panels(), [&](int64_t panel) {
-        if (weight_.pack(panel)) lost_ = true;
+        if (weight_.pack(panel)) dropped_ = true;
       });
 
     const int64_t column_sums_each = p_.db ? column_sums_size(p_.out_features) : 0;
@@ -72,7 +72,7 @@ class LayerBackward {
     parallel_.for_each(weight_grad_.tiles(), [&](int64_t tile) {
       weight_grad_.store(weight_sums.as<C>(), chunks_.count, weight_grad_.sums(), tile);
     });
-    return !lost_.load();
+    return !dropped_.load();
   }
 
  private:
@@ -89,8 +89,8 @@ class LayerBackward {
       const int64_t rows = std::min(kRunOfRows, end - row);
       form_dz(row, rows, dz, column_sums);
       const Strips<T> dz_strips{dz, p_.out_features, 1, p_.out_features}, x_strips = this->x_strips(row);
-      if (loses_any<P>(dz_strips, 0, p_.out_features, 0, rows)) lost_ = true;
-      if (p_.dweight.data && loses_any<P>(x_strips, 0, p_.in_features, 0, rows)) lost_ = true;
+      if (drops_any<P>(dz_strips, 0, p_.out_features, 0, rows)) dropped_ = true;
+      if (p_.dweight.data && drops_any<P>(x_strips, 0, p_.in_features, 0, rows)) dropped_ = true;
       if (p_.dx.data) run_dgrad(row, rows, dz);
       if (p_.dweight.data) weight_grad_.add(dz_strips, x_strips, rows, row == begin, weight_sums);
     }
@@ -106,7 +106,7 @@ class LayerBackward {
   }
 
   void run_dgrad(int64_t row, int64_t rows, const T* dz) const {
-    GemmProblem dgrad;
+    Epilogue dgrad;
     dgrad.addend = p_.shortcut_grad, dgrad.out = p_.dx;
     multiply_block<NoActivation>(Strips<T>{dz, rows, p_.out_features, 1}, weight_, dgrad, row);
   }
@@ -122,16 +122,17 @@ class LayerBackward {
   RowChunks chunks_;
   SharedOperand<T, P> weight_;
   WeightGrad<T, P> weight_grad_;
-  std::atomic<bool> lost_{false};
+  std::atomic<bool> dropped_{false};
 };
 
 template <class T>
 bool run_layer_backward(const LayerBackwardProblem& p, const Parallel& parallel) {
   bool done = false;
   with_activation<T>(p.activation, [&](auto act) {
-    using Backward = LayerBackward<T, decltype(act), product_t<T>>;
-    done = Backward::suits(p, parallel.caches);
-    if (done && !Backward(p, parallel).run()) LayerBackward<T, decltype(act), WideningProduct<T>>(p, parallel).run();
+    using Act = decltype(act);
+    done = LayerBackward<T, Act, product_t<T>>::suits(p, parallel.caches);
+    if (!done) return;
+    exact_product<T>([&](auto product) { return LayerBackward<T, Act, decltype(product)>(p, parallel).run(); });
   });
   return done;
 }

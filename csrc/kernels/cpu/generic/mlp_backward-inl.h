@@ -54,7 +54,7 @@ class MlpBackward {
     if (elements < kSerialElements && multiply_adds < kSerialMultiplyAdds) parallel_.threads = 1;
   }
 
-  // False if a product lost a value: the results are then worthless.
+  // False if a product dropped a value (product-inl.h).
   bool run() {
     const int64_t fc1_units = p_.dx.data ? fc1_weight_.units() : 0,
                   fc2_units = forms_dz(p_) ? fc2_weight_.units() : 0;
@@ -84,7 +84,7 @@ class MlpBackward {
                         static_cast<T*>(p_.dfc2_bias));
     store(fc1_grad_, weights, weight_sums_each);
     store(fc2_grad_, weights + fc1_grad_.sums(), weight_sums_each);
-    return !lost_.load();
+    return !dropped_.load();
   }
 
  private:
@@ -93,7 +93,7 @@ class MlpBackward {
 
   void pack(const SharedOperand<T, P>& weight) {
     parallel_.for_each(weight.panels(), [&](int64_t panel) {
-      if (weight.pack(panel)) lost_ = true;
+      if (weight.pack(panel)) dropped_ = true;
     });
   }
   void store(const WeightGrad<T, P>& grad, C* sums, int64_t chunk_stride) {
@@ -112,7 +112,7 @@ class MlpBackward {
       const bool first = row == begin;
       const T* const dy = element<const T>(p_.dy, row, 0);
       const Strips<T> dy_strips{dy, p_.out_features, 1, p_.dy.row_stride};
-      if (loses_any<P>(dy_strips, 0, p_.out_features, 0, rows)) lost_ = true;
+      if (drops_any<P>(dy_strips, 0, p_.out_features, 0, rows)) dropped_ = true;
       if (fc2_columns) sum_dy(row, rows, fc2_columns);
       if (p_.dfc2_weight.data) {
         activate(row, rows, hidden);
@@ -121,7 +121,7 @@ class MlpBackward {
       if (!forms_dz(p_)) continue;
       form_dz(row, rows, dy, dz, fc1_columns);
       const Strips<T> dz_strips{dz, p_.hidden, 1, p_.hidden};
-      if (loses_any<P>(dz_strips, 0, p_.hidden, 0, rows)) lost_ = true;
+      if (drops_any<P>(dz_strips, 0, p_.hidden, 0, rows)) dropped_ = true;
       if (p_.dx.data) run_dgrad(row, rows, dz);
       if (p_.dfc1_weight.data) {
         const auto* x = static_cast<const T*>(p_.x.data) + row * p_.x.row_stride;
@@ -133,7 +133,7 @@ class MlpBackward {
   // Each feature is a strip; rows are the steps.
   void add(const WeightGrad<T, P>& grad, const Strips<T>& gradient, const Strips<T>& input, int64_t rows, bool first,
            C* sums) {
-    if (loses_any<P>(input, 0, input.count, 0, rows)) lost_ = true;
+    if (drops_any<P>(input, 0, input.count, 0, rows)) dropped_ = true;
     grad.add(gradient, input, rows, first, sums);
   }
 
@@ -145,13 +145,13 @@ class MlpBackward {
   }
 
   void activate(int64_t row, int64_t rows, T* hidden) const {
-    GemmProblem epilogue;
-    epilogue.n = p_.hidden, epilogue.out = {hidden, p_.hidden};
-    finish<T, Act>({&epilogue, 0, 0, rows, p_.hidden}, element<const T>(p_.z, row, 0), p_.z.row_stride);
+    Epilogue epilogue;
+    epilogue.out = {hidden, p_.hidden};
+    finish<T, Act>(epilogue, {0, 0, rows, p_.hidden}, element<const T>(p_.z, row, 0), p_.z.row_stride);
   }
 
   void form_dz(int64_t row, int64_t rows, const T* dy, T* dz, double* columns) const {
-    GemmProblem dgrad;
+    Epilogue dgrad;
     dgrad.out = {dz, p_.hidden};
     multiply_block<NoActivation>(Strips<T>{dy, rows, p_.dy.row_stride, 1}, fc2_weight_, dgrad, 0);
     PreActivationGradProblem part;
@@ -162,7 +162,7 @@ class MlpBackward {
   }
 
   void run_dgrad(int64_t row, int64_t rows, const T* dz) const {
-    GemmProblem dgrad;
+    Epilogue dgrad;
     dgrad.addend = p_.shortcut_grad, dgrad.out = p_.dx;
     multiply_block<NoActivation>(Strips<T>{dz, rows, p_.hidden, 1}, fc1_weight_, dgrad, row);
   }
@@ -172,16 +172,17 @@ class MlpBackward {
   RowChunks chunks_;
   SharedOperand<T, P> fc1_weight_, fc2_weight_;
   WeightGrad<T, P> fc1_grad_, fc2_grad_;
-  std::atomic<bool> lost_{false};
+  std::atomic<bool> dropped_{false};
 };
 
 template <class T>
 bool run_mlp_backward(const MlpBackwardProblem& p, const Parallel& parallel) {
   bool done = false;
   with_activation<T>(p.activation, [&](auto act) {
-    using Backward = MlpBackward<T, decltype(act), product_t<T>>;
-    done = Backward::suits(p, parallel.caches);
-    if (done && !Backward(p, parallel).run()) MlpBackward<T, decltype(act), WideningProduct<T>>(p, parallel).run();
+    using Act = decltype(act);
+    done = MlpBackward<T, Act, product_t<T>>::suits(p, parallel.caches);
+    if (!done) return;
+    exact_product<T>([&](auto product) { return MlpBackward<T, Act, decltype(product)>(p, parallel).run(); });
   });
   return done;
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/generic/activation-inl.h"
+#include "kernels/cpu/gemm_plan.h"
 #include "kernels/cpu/generic/vec_common-inl.h"
 #include "kernels/cpu/isa/target.h"
 #include "kernels/cpu/isa/vec.h"
@@ -25,22 +26,32 @@ struct Strips {
   const T* at(int64_t strip, int64_t k) const { return data + strip * strip_stride + k * k_stride; }
 };
 
-// Whether a product of type P would take any of these values for zero. Activated values are not looked at: eager
-// rounds them to the same type, and eager's product takes the same values for zero.
+// The operands of a product: A's rows and B's columns.
+template <class T>
+Strips<T> a_strips(const GemmProblem& p) {
+  return {static_cast<const T*>(p.a.data), p.m, p.a.row_stride, p.a.col_stride, p.a_activation};
+}
+template <class T>
+Strips<T> b_strips(const GemmProblem& p) {
+  return {static_cast<const T*>(p.b.data), p.n, p.b.col_stride, p.b.row_stride, p.b_activation};
+}
+
+// Whether a product of type P drops any of these values. Activated values are not looked at: eager rounds them to the
+// same type, and eager's product takes the same values for zero.
 template <class P, class T>
-bool loses_any(const Strips<T>& s, int64_t strip, int64_t strips, int64_t k, int64_t k_end) {
+bool drops_any(const Strips<T>& s, int64_t strip, int64_t strips, int64_t k, int64_t k_end) {
   strips = std::min(strips, s.count - strip);
   bool found = false;
-  if constexpr (P::loses_denormals) {
+  if constexpr (P::drops_denormals) {
     if (s.activation != Activation::none) return false;
     if (s.k_stride == 1) {
-      for (int64_t i = strip; i < strip + strips; ++i) found |= P::loses_any(s.at(i, k), k_end - k);
+      for (int64_t i = strip; i < strip + strips; ++i) found |= P::drops_any(s.at(i, k), k_end - k);
     } else {
       for (; k < k_end; ++k)
         if (s.strip_stride == 1) {
-          found |= P::loses_any(s.at(strip, k), strips);
+          found |= P::drops_any(s.at(strip, k), strips);
         } else {
-          for (int64_t i = strip; i < strip + strips; ++i) found |= P::loses_any(s.at(i, k), 1);
+          for (int64_t i = strip; i < strip + strips; ++i) found |= P::drops_any(s.at(i, k), 1);
         }
     }
   }
@@ -61,10 +72,6 @@ template <class P>
 int64_t steps_of(int64_t k) {
   return ceil_div(k, P::k_per_step);
 }
-
-// Rows at most this far apart are dense: tiles read across them where they lie, and the hardware prefetchers follow
-// along them.
-constexpr int64_t kDenseRowBytes = 512;
 
 // Whether a tile may read the lanes of a step side by side from dense rows of storage.
 template <class P, class T>

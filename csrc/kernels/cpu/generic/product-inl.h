@@ -1,5 +1,9 @@
 // How a step of the inner product is formed. A unit is what one lane takes in one step: a value of the compute
 // type or, where the CPU multiplies bf16 pairs (vec_avx512_bf16.h), two neighbours along k.
+//
+// A product drops a value if it takes the value for zero: products of pairs drop denormals. While a kernel packs or
+// reads its operands, it looks for such values. If it finds one, its `run` returns false and its results are
+// worthless; exact_product then runs it again with products that widen.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +25,7 @@ struct WideningProduct {
   static constexpr int k_per_step = 1;
   // Operands that are stored as they are multiplied need no packing.
   static constexpr bool reads_storage = std::is_same_v<T, C>;
-  static constexpr bool loses_denormals = false;
+  static constexpr bool drops_denormals = false;
 
   static FASTLANE_INLINE V lanes(const Unit* p) { return load(p); }
   static FASTLANE_INLINE V broadcast(const void* p) { return V::set(*static_cast<const Unit*>(p)); }
@@ -38,7 +42,7 @@ struct WideningProduct {
   static FASTLANE_INLINE V units_along_strip(const T* p, int64_t, int64_t /*k_left*/, int64_t count) {
     return load_first(p, count);
   }
-  // Looks for values that the product would lose.
+  // Looks for values that the product drops.
   struct Watch {
     FASTLANE_INLINE void see(V) {}
     bool found() const { return false; }
@@ -69,5 +73,13 @@ struct ProductOf<BFloat16> {
 #endif
 template <class T>
 using product_t = typename ProductOf<T>::type;
+
+// Calls run(P{}) with the fastest product P and, if that returns false, with the product that drops nothing.
+template <class T, class Run>
+void exact_product(Run run) {
+  [[maybe_unused]] const bool dropped = !run(product_t<T>{});
+  if constexpr (product_t<T>::drops_denormals)
+    if (dropped) run(WideningProduct<T>{});
+}
 
 FASTLANE_END_TARGET

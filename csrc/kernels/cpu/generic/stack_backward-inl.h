@@ -53,15 +53,15 @@ class StackBackward {
     if (stack_multiply_adds(p_) < kSerialMultiplyAdds) parallel_.threads = 1;
   }
 
-  // False if a product lost a value: the results are then worthless.
+  // False if a product dropped a value (product-inl.h).
   bool run() {
     const Scratch packed(ScratchSlot::packed_b, bytes_of<Unit>(plan_.total().operands));
     plan_.keep_operands_in(packed.as<Unit>());
     parallel_.for_each(p_.count, [&](int64_t i) {
-      if (plan_.pack(i)) lost_ = true;
+      if (plan_.pack(i)) dropped_ = true;
     });
     single_chunk_ ? run_single_chunk() : run_chunks();
-    return !lost_.load();
+    return !dropped_.load();
   }
 
  private:
@@ -221,23 +221,23 @@ class StackBackward {
       const Strips<T> h_strips = along_rows(h, block.rows);
       const bool projects = reads.output && l.projection.data;
       if (projects || reads.forms_z) look(along_features(h, l.in_features), block.rows);
-      GemmProblem g;
+      Epilogue e;
       if (projects) {
-        g.bias = l.projection_bias, g.out = {block.work, l.out_features};
-        multiply_block<NoActivation>(h_strips, plan_.operands(i).projection_forward, g, 0);
-        g = {};
-        g.addend = {block.work, l.out_features};
+        e.bias = l.projection_bias, e.out = {block.work, l.out_features};
+        multiply_block<NoActivation>(h_strips, plan_.operands(i).projection_forward, e, 0);
+        e = {};
+        e.addend = {block.work, l.out_features};
       } else if (reads.output && l.adds_input) {
-        g.addend = h;
+        e.addend = h;
       }
-      if (reads.slope) g.slope = slope(block, i);
-      g.out = {const_cast<T*>(element<const T>(next, 0, p_.concat ? l.in_features : 0)), next.row_stride};
+      if (reads.slope) e.slope = slope(block, i);
+      e.out = {const_cast<T*>(element<const T>(next, 0, p_.concat ? l.in_features : 0)), next.row_stride};
       if (!reads.forms_z) {
-        finish<T, Act>({&g, 0, 0, block.rows, l.out_features}, element<const T>(l.z, block.row, 0), l.z.row_stride);
+        finish<T, Act>(e, {0, 0, block.rows, l.out_features}, element<const T>(l.z, block.row, 0), l.z.row_stride);
         continue;
       }
-      g.bias = l.bias;
-      multiply_block<Act>(h_strips, plan_.operands(i).weight_forward, g, 0);
+      e.bias = l.bias;
+      multiply_block<Act>(h_strips, plan_.operands(i).weight_forward, e, 0);
     }
   }
 
@@ -275,16 +275,16 @@ class StackBackward {
     const auto o = plan_.operands(i);
     const ConstRowMajor grad = read_only(output_grad(block, i)), dz = read_only(this->dz(block, i));
     look(along_features(dz, l.out_features), block.rows);
-    GemmProblem g;
-    g.out = output_grad(block, i - 1);
+    Epilogue e;
+    e.out = output_grad(block, i - 1);
     if (l.projection.data) {
       look(along_features(grad, l.out_features), block.rows);
-      multiply_block<NoActivation>(along_rows(grad, block.rows), o.projection, g, 0);
-      g.addend = read_only(g.out);
+      multiply_block<NoActivation>(along_rows(grad, block.rows), o.projection, e, 0);
+      e.addend = read_only(e.out);
     } else if (l.adds_input || p_.concat) {
-      g.addend = grad;
+      e.addend = grad;
     }
-    multiply_block<NoActivation>(along_rows(dz, block.rows), o.weight, g, 0);
+    multiply_block<NoActivation>(along_rows(dz, block.rows), o.weight, e, 0);
   }
 
   // Calls f with each gradient that is needed and its two operands.
@@ -317,7 +317,7 @@ class StackBackward {
   }
 
   void look(const Strips<T>& s, int64_t rows) {
-    if (loses_any<P>(s, 0, s.count, 0, rows)) lost_ = true;
+    if (drops_any<P>(s, 0, s.count, 0, rows)) dropped_ = true;
   }
 
   void store_columns(int64_t i, int64_t parts, double* columns) const {
@@ -335,15 +335,14 @@ class StackBackward {
   Scratch layout_;
   Plan plan_;
   bool single_chunk_;
-  std::atomic<bool> lost_{false};
+  std::atomic<bool> dropped_{false};
 };
 
 template <class T>
 void run_stack_backward(const StackProblem& p, const Parallel& parallel) {
   with_activation<T>(p.activation, [&](auto act) {
     using Act = decltype(act);
-    if (!StackBackward<T, Act, product_t<T>>(p, parallel).run())
-      StackBackward<T, Act, WideningProduct<T>>(p, parallel).run();
+    exact_product<T>([&](auto product) { return StackBackward<T, Act, decltype(product)>(p, parallel).run(); });
   });
 }
 

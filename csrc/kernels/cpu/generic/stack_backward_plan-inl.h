@@ -71,13 +71,13 @@ class StackBackwardPlan {
     if (r.output) o.projection_forward = place(forward_operand(l.projection, i));
     return o;
   }
-  // True if a product would lose one of a layer's parameters.
+  // True if a product drops a value of the layer's parameters (product-inl.h).
   bool pack(int64_t i) const {
     const Operands o = operands(i);
-    bool lost = false;
+    bool dropped = false;
     for (const Shared* operand : {&o.weight, &o.projection, &o.weight_forward, &o.projection_forward})
-      for (int64_t panel = 0; panel < operand->panels(); ++panel) lost = operand->pack(panel) || lost;
-    return lost;
+      for (int64_t panel = 0; panel < operand->panels(); ++panel) dropped = operand->pack(panel) || dropped;
+    return dropped;
   }
 
  private:

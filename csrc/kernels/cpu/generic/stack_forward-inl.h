@@ -56,27 +56,28 @@ void walk_forward(const StackProblem& p, int64_t row, int64_t rows, T* work, Mul
     GemmProblem g;
     g.m = rows, g.n = layer.out_features, g.k = layer.in_features, g.dtype = p.dtype;
     g.a = {h.data, h.row_stride, 1};
+    Epilogue& e = g.epilogue;
     ConstRowMajor shortcut;
     if (layer.projection.data) {
-      g.b = layer.projection.transposed(), g.bias = layer.projection_bias;
-      g.out = {work + 2 * block, g.n};
+      g.b = layer.projection.transposed(), e.bias = layer.projection_bias;
+      e.out = {work + 2 * block, g.n};
       multiply(g, i, /*is_projection=*/true);
-      shortcut = {g.out.data, g.out.row_stride};
+      shortcut = {e.out.data, e.out.row_stride};
     } else if (layer.adds_input) {
       shortcut = h;
     }
-    g.b = layer.weight.transposed(), g.bias = layer.bias, g.activation = p.activation;
-    g.addend = shortcut;
-    g.z = {element<T>(layer.z, row, 0), layer.z.row_stride};
+    g.b = layer.weight.transposed(), e.bias = layer.bias, e.activation = p.activation;
+    e.addend = shortcut;
+    e.z = {element<T>(layer.z, row, 0), layer.z.row_stride};
     if (p.concat) {
-      g.out = {element<T>(p.y, row, layer.in_features), p.y.row_stride};
+      e.out = {element<T>(p.y, row, layer.in_features), p.y.row_stride};
     } else if (i + 1 == p.count) {
-      g.out = {element<T>(p.y, row, 0), p.y.row_stride};
+      e.out = {element<T>(p.y, row, 0), p.y.row_stride};
     } else {
-      g.out = {work + i % 2 * block, g.n};
+      e.out = {work + i % 2 * block, g.n};
     }
     multiply(g, i, /*is_projection=*/false);
-    if (!p.concat) h = {g.out.data, g.out.row_stride};
+    if (!p.concat) h = {e.out.data, e.out.row_stride};
   }
 }
 
@@ -90,7 +91,7 @@ class StackForward {
     if (stack_multiply_adds(p_) < kSerialMultiplyAdds) parallel_.threads = 1;
   }
 
-  // False if a product lost a value: the results are then worthless.
+  // False if a product dropped a value (product-inl.h).
   bool run() {
     const Scratch offsets(ScratchSlot::stack_layout, bytes_of<int64_t>(p_.count));
     offsets_ = offsets.as<int64_t>();
@@ -111,7 +112,7 @@ class StackForward {
       walk_forward(p_, row, std::min(block_rows, p_.rows - row), work.as<T>(),
                    [&](const GemmProblem& g, int64_t i, bool is_projection) { multiply(g, i, is_projection); });
     });
-    return !lost_.load();
+    return !dropped_.load();
   }
 
  private:
@@ -137,16 +138,16 @@ class StackForward {
   void pack_layer(int64_t i) {
     for (const SharedOperand<T, P>& operand : {weight(i), projection(i)})
       for (int64_t panel = 0; panel < operand.panels(); ++panel)
-        if (operand.pack(panel)) lost_ = true;
+        if (operand.pack(panel)) dropped_ = true;
   }
 
   void multiply(const GemmProblem& g, int64_t i, bool is_projection) {
     const Strips<T> a{static_cast<const T*>(g.a.data), g.m, g.a.row_stride, 1};
-    if (loses_any<P>(a, 0, g.m, 0, g.k)) lost_ = true;
+    if (drops_any<P>(a, 0, g.m, 0, g.k)) dropped_ = true;
     if (is_projection) {
-      multiply_block<NoActivation>(a, projection(i), g, 0);
+      multiply_block<NoActivation>(a, projection(i), g.epilogue, 0);
     } else {
-      multiply_block<Act>(a, weight(i), g, 0);
+      multiply_block<Act>(a, weight(i), g.epilogue, 0);
     }
   }
 
@@ -154,7 +155,7 @@ class StackForward {
   Parallel parallel_;
   int64_t* offsets_ = nullptr;
   Unit* packed_ = nullptr;
-  std::atomic<bool> lost_{false};
+  std::atomic<bool> dropped_{false};
 };
 
 template <class P>
@@ -170,11 +171,12 @@ bool suits_inner_products(const StackProblem& p) {
 template <class T, class Act, class P>
 bool run_few_rows(const StackProblem& p, const Parallel& parallel) {
   const Scratch work(ScratchSlot::stack_rows, bytes_of<T>(3 * p.rows * widest_output(p)));
-  bool lost = false;
+  bool dropped = false;
   walk_forward(p, 0, p.rows, work.as<T>(), [&](const GemmProblem& g, int64_t, bool is_projection) {
-    lost |= is_projection ? !DotGemm<T, NoActivation, P>(g, parallel).run() : !DotGemm<T, Act, P>(g, parallel).run();
+    dropped |=
+        is_projection ? !DotGemm<T, NoActivation, P>(g, parallel).run() : !DotGemm<T, Act, P>(g, parallel).run();
   });
-  return !lost;
+  return !dropped;
 }
 
 template <class T, class Act, class P>
@@ -187,7 +189,7 @@ template <class T>
 void run_stack_forward(const StackProblem& p, const Parallel& parallel) {
   with_activation<T>(p.activation, [&](auto act) {
     using Act = decltype(act);
-    if (!run_stack_rows<T, Act, product_t<T>>(p, parallel)) run_stack_rows<T, Act, WideningProduct<T>>(p, parallel);
+    exact_product<T>([&](auto product) { return run_stack_rows<T, Act, decltype(product)>(p, parallel); });
   });
 }
 

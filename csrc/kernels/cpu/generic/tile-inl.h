@@ -37,13 +37,19 @@ FASTLANE_INLINE void add_tile(C* sum, const C* tile) {
   for (int i = 0; i < TileShape<C>::size; i += V::width) store(sum + i, load(sum + i) + load(tile + i));
 }
 
-// The block of the output that one call of finish completes. finish reads or writes this block of addend, z, slope,
-// preactivation and out.
-template <class T>
-struct FinishRegion {
-  const GemmProblem* p;
-  int64_t row, col, rows, cols;
-  compute_t<T>* row_sums = nullptr;  // n elements: out's column sums over these rows; see column_sums-inl.h
+// A block of the output. One call of finish completes one, and reads or writes this block of every matrix of the
+// epilogue.
+struct Region {
+  int64_t row = 0, col = 0, rows = 0, cols = 0;
+};
+
+// The matrices of an epilogue that are worth fetching ahead.
+struct FinishMatrices {
+  ConstRowMajor read;
+  RowMajor z, out;
+
+  explicit FinishMatrices(const GemmProblem& p)
+      : read(p.ends_in_gradient ? p.gradient.preactivation : p.epilogue.addend), z(p.epilogue.z), out(p.out()) {}
 };
 
 constexpr int64_t kLineBytes = 64;
@@ -66,10 +72,11 @@ template <class T>
 class Prefetcher {
  public:
   Prefetcher() = default;
-  // Fetches `finish` and `stream` in `pieces` pieces.
-  Prefetcher(const FinishRegion<T>& finish, const Stream& stream, int64_t pieces)
-      : finish_(finish),
-        rows_(ceil_div(finish.rows, pieces)),
+  // Fetches the region of the matrices, and `stream`, in `pieces` pieces.
+  Prefetcher(const FinishMatrices& matrices, const Region& region, const Stream& stream, int64_t pieces)
+      : matrices_(&matrices),
+        region_(region),
+        rows_(ceil_div(region.rows, pieces)),
         stream_(stream),
         bytes_(ceil_div(ceil_div(stream.row_bytes, pieces), kLineBytes) * kLineBytes) {}
 
@@ -78,26 +85,25 @@ class Prefetcher {
     for (; byte_ < end; byte_ += kLineBytes)
       for (int64_t row = 0; row < stream_.rows; ++row)
         __builtin_prefetch(stream_.data + row * stream_.row_stride + byte_, 0, 2);
-    const int64_t row_end = std::min(finish_.rows, row_ + rows_);
+    const int64_t row_end = std::min(region_.rows, row_ + rows_);
     for (; row_ < row_end; ++row_) {
-      const GemmProblem& p = *finish_.p;
-      const int64_t row = finish_.row + row_;
-      fetch<1>(element<T>(p.out, row, finish_.col));
-      if (p.z.data) fetch<1>(element<T>(p.z, row, finish_.col));
-      if (p.addend.data) fetch<0>(element<const T>(p.addend, row, finish_.col));
-      if (p.preactivation.data) fetch<0>(element<const T>(p.preactivation, row, finish_.col));
+      const int64_t row = region_.row + row_;
+      fetch<1>(element<T>(matrices_->out, row, region_.col));
+      if (matrices_->z.data) fetch<1>(element<T>(matrices_->z, row, region_.col));
+      if (matrices_->read.data) fetch<0>(element<const T>(matrices_->read, row, region_.col));
     }
   }
 
  private:
   template <int kWrite>
   FASTLANE_INLINE void fetch(const T* first) const {
-    const auto* const end = reinterpret_cast<const char*>(first + finish_.cols);
+    const auto* const end = reinterpret_cast<const char*>(first + region_.cols);
     for (const char* line = reinterpret_cast<const char*>(first); line < end; line += kLineBytes)
       __builtin_prefetch(line, kWrite, 2);
   }
 
-  FinishRegion<T> finish_{};
+  const FinishMatrices* matrices_ = nullptr;
+  Region region_;
   int64_t row_ = 0, rows_ = 0;
   Stream stream_;
   int64_t byte_ = 0, bytes_ = 0;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/cpu/arithmetic.h"
 #include "kernels/cpu/half.h"
 #include "kernels/cpu/isa/target.h"
 #include "kernels/cpu/isa/vec.h"
@@ -111,11 +112,5 @@ template <class T, class Matrix>
 FASTLANE_INLINE T* element(const Matrix& matrix, int64_t row, int64_t col) {
   return matrix.data ? static_cast<T*>(matrix.data) + row * matrix.row_stride + col : nullptr;
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Below these, waking the pool costs more than the arithmetic.
-constexpr double kSerialMultiplyAdds = 64 * 1024;
-constexpr int64_t kSerialElements = 4096;
 
 FASTLANE_END_TARGET

@@ -18,16 +18,16 @@ struct Bf16Pair {
   BFloat16 first, second;
 };
 
-// vdpbf16ps adds the products of 16 pairs to 16 floats. The instruction takes denormal operands for zero. Every other
-// path keeps denormals, so Watch looks for denormal operands. The instruction also takes products and sums below
-// 2⁻¹²⁶ for zero; nothing looks for these, and they are lost.
+// vdpbf16ps adds the products of 16 pairs to 16 floats. The instruction takes denormal operands for zero, so Watch
+// looks for them (product-inl.h). The instruction also takes products and sums below 2⁻¹²⁶ for zero; nothing looks
+// for these.
 struct Bf16PairProduct {
   using C = float;
   using V = VecF;
   using Unit = Bf16Pair;
   static constexpr int k_per_step = 2;
   static constexpr bool reads_storage = true;
-  static constexpr bool loses_denormals = true;
+  static constexpr bool drops_denormals = true;
 
   struct Watch {
     __m512i least;  // the least of magnitude − 1, where a magnitude of 0 wraps to the largest number
@@ -39,7 +39,7 @@ struct Bf16PairProduct {
     }
     bool found() const { return _mm512_cmplt_epu16_mask(least, _mm512_set1_epi16(0x7f)) != 0; }
   };
-  static FASTLANE_INLINE bool loses_any(const BFloat16* p, int64_t count) {
+  static FASTLANE_INLINE bool drops_any(const BFloat16* p, int64_t count) {
     Watch watch;
     for (; count > 0; count -= 32, p += 32) watch.see(units_along_k(p, count));
     return watch.found();

@@ -12,8 +12,8 @@ namespace fastlane::cuda {
 
 using Stream = CUstream_st*;
 
-// The epilogue of a GEMM, in one pass over its m × n product. The product may lie in z or out.
-void epilogue(const GemmProblem& problem, const ConstRowMajor& product, Stream stream);
+// In one pass over the product.
+void epilogue(const EpilogueProblem& problem, Stream stream);
 
 // Computes dz, and db in a fixed order of additions. `workspace` has preactivation_grad_workspace(problem) bytes,
 // aligned to 8.

@@ -42,7 +42,7 @@ using Compute = fusion::Sm90Compute<Op, Out, float, kRound>;
 template <class E, class Out, class Value>
 using PlusAddend = fusion::Sm90EVT<Compute<cutlass::homogeneous_multiply_add, Out>,
                                    fusion::Sm90ScalarBroadcast<float>, fusion::Sm90SrcFetch<E>, Value>;
-inline float beta(const GemmProblem& p) { return p.addend.data ? 1.0f : 0.0f; }
+inline float beta(const GemmProblem& p) { return p.addend().data ? 1.0f : 0.0f; }
 
 template <HopperTile kTile>
 using EpilogueSchedule = std::conditional_t<is_shared(kTile), cutlass::epilogue::TmaWarpSpecializedCooperative,
@@ -78,14 +78,15 @@ struct ForwardEpilogue {
   using Tree = PlusAddend<E, E, fusion::Sm90EVT<Compute<ActivationOf<E>::template Value, float>, KeptZ>>;
 
   static typename Tree::Arguments arguments(const GemmProblem& p) {
-    const typename Z::Arguments z{{static_cast<const E*>(p.bias)}, {}, {}};
+    const Epilogue& e = p.epilogue;
+    const typename Z::Arguments z{{static_cast<const E*>(e.bias)}, {}, {}};
     typename KeptZ::Arguments kept;
     if constexpr (kStoresZ) {
-      kept = {z, {static_cast<E*>(p.z.data), row_major(p.z.row_stride)}};
+      kept = {z, {static_cast<E*>(e.z.data), row_major(e.z.row_stride)}};
     } else {
       kept = z;
     }
-    return {{{beta(p)}}, {}, {kept, {p.activation}}, {}};
+    return {{{beta(p)}}, {}, {kept, {e.activation}}, {}};
   }
 };
 
@@ -109,13 +110,14 @@ struct ThroughActivationEpilogue {
   using Tree = fusion::Sm90EVT<Compute<cutlass::epilogue::thread::Identity, E>, fusion::Sm90EVT<Sums, Scaled>>;
 
   static typename Tree::Arguments arguments(const GemmProblem& p) {
+    const GradientEpilogue& e = p.gradient;
     const typename Unscaled::Arguments unscaled{{{{beta(p)}}, {}, {}, {}},
-                                                {static_cast<E*>(p.unscaled.data), row_major(p.unscaled.row_stride)}};
+                                                {static_cast<E*>(e.unscaled.data), row_major(e.unscaled.row_stride)}};
     const typename Scaled::Arguments scaled{
         unscaled,
-        {static_cast<const E*>(p.preactivation.data), E(0), row_major(p.preactivation.row_stride)},
-        {p.activation}};
-    return {{scaled, {static_cast<float*>(p.column_sums), TileGrid(p, kTile).covered_cols}}, {}};
+        {static_cast<const E*>(e.preactivation.data), E(0), row_major(e.preactivation.row_stride)},
+        {e.activation}};
+    return {{scaled, {static_cast<float*>(e.column_sums), TileGrid(p, kTile).covered_cols}}, {}};
   }
 };
 
@@ -160,9 +162,10 @@ class Kernel {
     arguments.mainloop = {static_cast<const E*>(p.a.data), row_major(p.a.row_stride), static_cast<const E*>(p.b.data),
                           stride_b(p)};
     // C's descriptor needs memory of the right shape even where C is not read.
-    const ConstRowMajor c = p.addend.data ? p.addend : ConstRowMajor{p.out.data, p.out.row_stride};
+    const RowMajor& out = p.out();
+    const ConstRowMajor c = p.addend().data ? p.addend() : ConstRowMajor{out.data, out.row_stride};
     arguments.epilogue = {Epilogue::arguments(p), static_cast<const E*>(c.data), row_major(c.row_stride),
-                          static_cast<E*>(p.out.data), row_major(p.out.row_stride)};
+                          static_cast<E*>(out.data), row_major(out.row_stride)};
     arguments.hw_info.sm_count = multiprocessors;
     if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess || Gemm::get_workspace_size(arguments) != 0)
       return false;
@@ -185,8 +188,9 @@ class Kernel {
 template <class E, HopperTile kTile>
 bool run_forward(const GemmProblem& p, int multiprocessors, Stream stream) {
   using AlongK = cutlass::layout::ColumnMajor;
-  return p.z.data ? Kernel<E, kTile, AlongK, ForwardEpilogue<E, kTile, true>>::run(p, multiprocessors, stream)
-                  : Kernel<E, kTile, AlongK, ForwardEpilogue<E, kTile, false>>::run(p, multiprocessors, stream);
+  return p.epilogue.z.data
+             ? Kernel<E, kTile, AlongK, ForwardEpilogue<E, kTile, true>>::run(p, multiprocessors, stream)
+             : Kernel<E, kTile, AlongK, ForwardEpilogue<E, kTile, false>>::run(p, multiprocessors, stream);
 }
 template <class E>
 bool run_forward(const GemmProblem& p, HopperTile tile, int multiprocessors, Stream stream) {

@@ -30,12 +30,13 @@ bool hopper_gemm(const GemmProblem& problem, HopperKind kind, HopperTile tile, i
   HopperLaunch* const launch = launch_of(kind, problem.dtype);
   if (!launch) return false;
   GemmProblem by_tiles = problem;
-  if (problem.column_sums) by_tiles.column_sums = workspace;
+  void* const column_sums = problem.gradient.column_sums;
+  if (column_sums) by_tiles.gradient.column_sums = workspace;
   if (!launch(by_tiles, tile, multiprocessors, stream)) return false;
-  if (!problem.column_sums) return true;
+  if (!column_sums) return true;
   const TileGrid grid(problem, tile);
-  sum_rows({workspace, grid.covered_cols}, grid.rows * column_sum_rows(tile), problem.n, problem.dtype,
-           problem.column_sums, stream);
+  sum_rows({workspace, grid.covered_cols}, grid.rows * column_sum_rows(tile), problem.n, problem.dtype, column_sums,
+           stream);
   return true;
 }
 

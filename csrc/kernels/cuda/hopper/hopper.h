@@ -46,25 +46,26 @@ constexpr int64_t kMaxHopperSize = std::numeric_limits<int32_t>::max() - 512;
 
 // Which kind of kernel can compute the problem. Whether that pays, is_worth_a_hopper_kernel decides.
 inline HopperKind hopper_kind(const GemmProblem& p) {
-  if (p.dtype == DType::f64 || p.slope.data || std::max({p.m, p.n, p.k}) > kMaxHopperSize) return HopperKind::none;
+  if (p.dtype == DType::f64 || p.epilogue.slope.data || std::max({p.m, p.n, p.k}) > kMaxHopperSize)
+    return HopperKind::none;
   const int64_t vector = kAccessBytes / element_size(p.dtype);
   if (p.k == 0 || p.n % vector != 0 || p.k % vector != 0) return HopperKind::none;
   const bool rows_fit = p.a.col_stride == 1 && tma_reads(p.a.data, p.a.row_stride, p.k, p.dtype) &&
-                        tma_takes(p.addend, p.n, p.dtype) && tma_takes(p.z, p.n, p.dtype) &&
-                        tma_takes(p.out, p.n, p.dtype);
+                        tma_takes(p.addend(), p.n, p.dtype) && tma_takes(p.epilogue.z, p.n, p.dtype) &&
+                        tma_takes(p.out(), p.n, p.dtype);
   if (!rows_fit) return HopperKind::none;
-  const bool through_activation = p.preactivation.data || p.column_sums;
-  if (!through_activation && p.b.row_stride == 1 && tma_reads(p.b.data, p.b.col_stride, p.k, p.dtype))
+  if (!p.ends_in_gradient && p.b.row_stride == 1 && tma_reads(p.b.data, p.b.col_stride, p.k, p.dtype))
     return HopperKind::forward;
   // wgmma reads 4-byte operands along k only.
-  if (p.dtype == DType::f32 || p.bias || p.z.data || p.b.col_stride != 1 ||
+  if (p.dtype == DType::f32 || p.epilogue.bias || p.epilogue.z.data || p.b.col_stride != 1 ||
       !tma_reads(p.b.data, p.b.row_stride, p.n, p.dtype))
     return HopperKind::none;
-  if (!through_activation) return p.activation == Activation::none ? HopperKind::dgrad : HopperKind::none;
+  if (!p.ends_in_gradient) return p.epilogue.activation == Activation::none ? HopperKind::dgrad : HopperKind::none;
   // Without rows there are still column sums, but no tiles to write them.
-  const bool fits = p.m > 0 && p.n > 0 && p.preactivation.data && p.activation != Activation::none &&
-                    tma_reads(p.preactivation.data, p.preactivation.row_stride, p.n, p.dtype) &&
-                    tma_takes(p.unscaled, p.n, p.dtype);
+  const GradientEpilogue& e = p.gradient;
+  const bool fits = p.m > 0 && p.n > 0 && e.preactivation.data && e.activation != Activation::none &&
+                    tma_reads(e.preactivation.data, e.preactivation.row_stride, p.n, p.dtype) &&
+                    tma_takes(e.unscaled, p.n, p.dtype);
   return fits ? HopperKind::through_activation : HopperKind::none;
 }
 
@@ -93,7 +94,8 @@ inline double hopper_cycles(const GemmProblem& p, HopperKind kind, HopperTile ti
   const double bytes = static_cast<double>(element_size(p.dtype));
   const double main_loop =
       k * std::max(rows * cols / kMultiplyAdds * bytes / 2, (rows + cols / 2) * bytes / kL2Bytes);
-  const double instructions = kind == HopperKind::through_activation ? 34 : p.activation == Activation::none ? 5 : 17;
+  const bool activates = p.epilogue.activation != Activation::none;
+  const double instructions = kind == HopperKind::through_activation ? 34 : activates ? 17 : 5;
   const double epilogue = rows * cols * instructions / (kLanes * (is_shared(tile) ? 0.8 : 0.5));
   const double rounds = static_cast<double>(ceil_div(TileGrid(p, tile).tiles(), gpu.multiprocessors));
   // Where two warpgroups have tiles of their own, one at a time multiplies, and one at a time is in its epilogue.
@@ -127,7 +129,7 @@ constexpr int column_sum_rows(HopperTile tile) { return is_shared(tile) ? 8 : 4;
 // The bytes of these rows; a row has as many columns as the tiles cover.
 inline int64_t hopper_workspace(const GemmProblem& p, HopperTile tile) {
   const TileGrid grid(p, tile);
-  return p.column_sums ? grid.rows * column_sum_rows(tile) * grid.covered_cols * int64_t{sizeof(float)} : 0;
+  return p.gradient.column_sums ? grid.rows * column_sum_rows(tile) * grid.covered_cols * int64_t{sizeof(float)} : 0;
 }
 
 // Whether this build has the kernels.

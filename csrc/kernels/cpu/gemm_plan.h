@@ -1,0 +1,69 @@
+// How a product is cut. A plan is a value that follows from sizes, layouts, caches and threads alone: nothing is
+// computed and no operand is read. FASTLANE_TRACE=plan prints the plan of each product.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "kernels/cpu/caches.h"
+#include "kernels/matrix.h"
+
+namespace fastlane {
+
+// An operand as strips: rows of A or columns of B, each with its values along k.
+struct OperandFacts {
+  int64_t count = 0;
+  bool reads_along_k = false;  // the left operand of a tile may be read where it lies, because strips run along k
+  bool reads_across = false;  // either operand of a tile may be read where it lies, across dense rows
+  bool shares_a_set = false;  // strips run along k and lie whole pages apart, all in one set of L1
+};
+
+struct GemmFacts {
+  int64_t m = 0, n = 0, k = 0;
+  DType dtype = DType::f32;
+  OperandFacts a, b;
+  // Between the rows of the matrix that the finish reads; 0 if there is none.
+  int64_t finish_row_bytes = 0;
+  // Of the kernel set, and of its way to multiply this dtype (product-inl.h, tile-inl.h).
+  int64_t tile_rows = 1, tile_cols = 1;
+  int64_t unit_bytes = 4, k_per_step = 1;
+  int64_t chain_steps = 1, block_steps = 1;  // of a chain, of a k block
+};
+
+// The three ways to compute a product, each a file: dot-inl.h, axpy-inl.h, gemm-inl.h.
+enum class GemmMethod : uint8_t { inner_products, axpy, tiles };
+
+struct GemmPlan {
+  GemmFacts facts;
+  GemmMethod method = GemmMethod::tiles;
+  int64_t threads = 1;
+
+  // The rest is for tiles.
+  bool transposed = false;  // Bᵀ Aᵀ is computed; below, A is then the problem's B
+  bool a_in_place = false, b_in_place = false;  // read where they lie, otherwise packed
+  bool b_stays = false;  // B stays in L2 and A passes by; otherwise the other way round
+  bool own_blocks = false;  // a thread takes whole column blocks; otherwise threads share each block
+  bool prefetches_finish = false;
+  int64_t k_blocks = 1;
+  int64_t col_blocks = 1, block_cols = 0;  // how many, and the columns of the largest
+  int64_t slab_blocks = 1;  // k blocks whose packed B exists at one time
+  int64_t task_row_panels = 1;  // at most
+};
+
+// The rows of one tile are no multiple of the vector's width, the rows of four tiles are. So a group of four tiles is
+// transposed together.
+constexpr int64_t kMaxGroup = 4;
+
+// Rows at most this far apart are dense: tiles read across them where they lie, and the hardware prefetchers follow
+// along them.
+constexpr int64_t kDenseRowBytes = 512;
+
+GemmPlan plan_tiles(const GemmFacts& facts, const Caches& caches, int64_t threads);
+
+// One line.
+std::string describe(const GemmPlan& plan);
+
+// Prints that line to the standard error stream if FASTLANE_TRACE is "plan". The variable is read once.
+void trace(const GemmPlan& plan);
+
+}  // namespace fastlane
