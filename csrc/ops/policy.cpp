@@ -44,7 +44,8 @@ void add_to(Counts& calls, Path path) {
 
 const char* why_disabled() {
   static const bool by_variable = is_set("FASTLANE_DISABLE");
-  static const bool is_valid = (is_set("FASTLANE_STRICT"), check_trace(), true);  // wrong values raise at the first call
+  // Wrong values raise at the first call.
+  static const bool is_valid = (is_set("FASTLANE_STRICT"), check_trace(), true);
   static_cast<void>(is_valid);
   if (by_variable) return "FASTLANE_DISABLE is set";
   return disabled_blocks > 0 ? "fastlane_ext.disabled() is active" : nullptr;

@@ -239,11 +239,14 @@ _GPT2_WITH_HEAD = replace(
     other_weights=768 * 50257,
 )
 _VIT = Model("ViT-small, 4 images", model_contestants.VIT_SMALL, 4, 197, width=384, layers=12, other_weights=384 * 768)
-MODELS: tuple[Mlp | Model, ...] = (
+MLPS: tuple[Mlp, ...] = (
     Mlp(1024, 768, 3072, quick=True),
     Mlp(256, 768, 3072),
     Mlp(8, 768, 3072),
     Mlp(1024, 768, 3072, torch.bfloat16),
+)
+MODELS: tuple[Mlp | Model, ...] = (
+    *MLPS,
     _GPT2,
     replace(_GPT2, linears=True),
     _GPT2_WITH_HEAD,
@@ -254,6 +257,7 @@ MODELS: tuple[Mlp | Model, ...] = (
 SUITES: dict[str, tuple[Case, ...]] = {
     "layer": LAYERS,
     "networks": NETWORKS,
+    "mlps": MLPS,
     "models": MODELS,
     "all": (*LAYERS, *NETWORKS, *MODELS),
 }
