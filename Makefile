@@ -102,6 +102,10 @@ $(CUDA_VENV)/.requirements: requirements.txt
 # quarters of an hour.
 RESULTS = benchmarks/results
 results_of = $(sort $(wildcard $(RESULTS)/$(1)-[0-9].json))
+# Compiles every source once more.
+build-cost: $(VENV)/.built
+	PATH=$(BIN):$$PATH $(BIN)/python benchmarks/build_cost.py
+
 bench: $(VENV)/.built
 	mkdir -p $(RESULTS)
 	for suite in layer networks models; do for run in 1 2 3; do \
@@ -123,7 +127,8 @@ report: $(VENV)/.built
 	$(REPORT) $(call results_of,layer) $(call results_of,networks) --readme benchmarks/RESULTS.md
 	$(REPORT) $(call results_of,zen4-quick) --readme benchmarks/RESULTS-zen4.md
 	$(REPORT) $(call results_of,zen4-layer) --readme benchmarks/RESULTS-zen4-all.md
-	$(REPORT) $(call results_of,zen4-none-*) --readme benchmarks/RESULTS-zen4-none.md
+	$(REPORT) $(call results_of,zen4-none-layer) $(call results_of,zen4-none-networks) --readme benchmarks/RESULTS-zen4-none.md
+	$(REPORT) $(call results_of,zen4-none-mlps) --readme benchmarks/RESULTS-zen4-none-mlps.md
 	$(REPORT) $(RESULTS)/gelu.json --readme benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/summary.py --readme README.md
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import os
 import re
@@ -168,6 +169,31 @@ def find_cutlass(environment: Mapping[str, str] = os.environ) -> str | None:
         if (include / "cutlass" / "cutlass.h").exists():
             return str(include)
     return None
+
+
+JOINED = {
+    "python": ("csrc/python/*.cpp", "csrc/ops/autocast.cpp"),
+    "autograd": ("csrc/ops/autograd/*.cpp", "csrc/ops/backend/cpu.cpp"),
+    "dense": ("csrc/ops/dense/*.cpp", "csrc/ops/backend/torch_backend.cpp"),
+    "operators": ("csrc/ops/*.cpp",),
+}
+"""The files that are compiled as one, by the name of the joint file.
+
+The first pattern that fits a file counts; ``*`` also stands for folders. Torch's headers take longer than the code
+behind them. Files that define the same operator for another dispatch key have functions of the same names, so they are
+in different groups.
+"""
+
+
+def join(sources: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The members of each joint file, and the sources that are compiled alone: the kernels and what only CUDA has."""
+    groups: dict[str, list[str]] = {name: [] for name in JOINED}
+    alone = []
+    for source in sources:
+        name = next((n for n, patterns in JOINED.items() if any(fnmatch.fnmatch(source, p) for p in patterns)), None)
+        is_of_cuda = re.search(r"/cuda(_stack)?\.cpp$", source) is not None
+        (alone if name is None or is_of_cuda else groups[name]).append(source)
+    return {name: members for name, members in groups.items() if members}, alone
 
 
 def check_version(package: str, version: str, minimum: tuple[int, int]) -> None:

@@ -25,6 +25,7 @@ from build_support import (  # noqa: E402
     find_compiler,
     find_cuda_home,
     find_cutlass,
+    join,
 )
 
 BUILD_RECORD = "_build_record.json"
@@ -38,6 +39,22 @@ def relative_sources(with_cuda: bool, with_hopper: bool) -> list[str]:
     left_out |= set() if with_cuda else without_hopper
     paths = {*(ROOT / "csrc").rglob("*.cpp"), *((ROOT / "csrc").rglob("*.cu") if with_cuda else ())}
     return sorted(str(path.relative_to(ROOT)) for path in paths - left_out)
+
+
+def joined_sources(sources: list[str]) -> list[str]:
+    """The sources with some replaced by files in build/joined that include them."""
+    groups, single = join(sources)
+    folder = ROOT / "build" / "joined"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, members in groups.items():
+        text = "".join(f'#include "{Path(member).relative_to("csrc").as_posix()}"\n' for member in members)
+        file = folder / f"{name}.cpp"
+        # A file that is not written anew is not compiled anew.
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+    # What takes longest comes first, so that all cores are busy to the end.
+    single.sort(key=lambda source: ("/isa/" not in source, source))
+    return [*(f"build/joined/{name}.cpp" for name in groups), *single]
 
 
 def extension_and_command():
@@ -77,6 +94,8 @@ def extension_and_command():
         """Writes a record beside the library, with the torch that it fits; readable where the library does not load."""
 
         def run(self):
+            if os.environ.get("FASTLANE_JOIN", "1") != "0":
+                self.extensions[0].sources = joined_sources(self.extensions[0].sources)
             super().run()
             package = ROOT / "fastlane_ext" if self.inplace else Path(self.build_lib) / "fastlane_ext"
             record = {

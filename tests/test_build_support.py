@@ -21,6 +21,7 @@ from build_support import (  # noqa: E402
     find_compiler,
     find_cuda_home,
     find_cutlass,
+    join,
     parse_nvcc_top,
 )
 
@@ -182,3 +183,12 @@ def test_load_explains_a_mismatch_and_a_missing_build(tmp_path):
         match="no compiled extension in .*; if this is the source folder, leave it .* or build in it with: pip",
     ):
         read_build_record(tmp_path)
+
+
+def test_each_source_is_compiled_once():
+    sources = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.c*") if path.is_file())
+    groups, alone = join(sources)
+    assert sorted([*alone, *(member for members in groups.values() for member in members)]) == sources
+    assert set(groups) == {"python", "autograd", "dense", "operators"}
+    kernels_and_cuda = {s for s in sources if s.startswith("csrc/kernels/")}
+    assert set(alone) == kernels_and_cuda | {"csrc/ops/backend/cuda.cpp", "csrc/ops/backend/cuda_stack.cpp"}

@@ -23,18 +23,18 @@ using torch::autograd::variable_list;
 // The source of the layer's addend. With `identity` the residual is x itself, and dgrad adds dy in its epilogue.
 enum class Shortcut : int64_t { tensor_or_none, identity, concat };
 
-struct Gradients {
+struct LayerGradients {
   Tensor x, weight, bias;
 };
 
 // The differentiable formula, for double backward. `grad_z` is the gradient of the output z: a first backward used z.
-Gradients composed_backward(const Tensor& grad_activated, const Tensor& grad_z, const Tensor& grad_shortcut,
-                            const Tensor& z, const Tensor& x, const Tensor& weight, Activation activation,
-                            bool need_x, bool need_weight, bool need_bias) {
+LayerGradients composed_backward(const Tensor& grad_activated, const Tensor& grad_z, const Tensor& grad_shortcut,
+                                 const Tensor& z, const Tensor& x, const Tensor& weight, Activation activation,
+                                 bool need_x, bool need_weight, bool need_bias) {
   using differentiation::flatten_leading;
   Tensor dz = grad_activated.defined() ? composition::preactivation_grad(grad_activated, z, activation) : Tensor();
   if (grad_z.defined()) dz = dz.defined() ? dz + grad_z : grad_z;
-  Gradients g;
+  LayerGradients g;
   if (need_x) {
     g.x = at::matmul(dz, weight);
     if (grad_shortcut.defined()) g.x = g.x + grad_shortcut;
@@ -44,10 +44,11 @@ Gradients composed_backward(const Tensor& grad_activated, const Tensor& grad_z, 
   return g;
 }
 
-enum LayerRole : size_t { kX, kWeight, kBias, kResidual };
-
 class LinearGelu : public torch::autograd::Function<LinearGelu> {
  public:
+  // The tensors with respect to which the node differentiates.
+  enum Role : size_t { kX, kWeight, kBias, kResidual };
+
   // Compiled autograd may trace backward, which reads nothing but ctx.
   static constexpr bool is_traceable = true;
 
@@ -105,7 +106,7 @@ class LinearGelu : public torch::autograd::Function<LinearGelu> {
     const auto shortcut = static_cast<Shortcut>(saved["shortcut"].toInt());
     const bool need_x = needed[kX], need_weight = needed[kWeight], need_bias = needed[kBias];
 
-    Gradients g;
+    LayerGradients g;
     if (need_x || need_weight || need_bias) {
       Tensor grad_activated = dy, grad_shortcut = shortcut == Shortcut::identity ? dy : Tensor();
       if (shortcut == Shortcut::concat && dy.defined()) {
@@ -128,11 +129,11 @@ class LinearGelu : public torch::autograd::Function<LinearGelu> {
  private:
   static constexpr size_t kOtherArguments = 4;
 
-  static Gradients gradients(const variable_list& saved, const Tensor& grad_activated, const Tensor& grad_z,
-                             const Tensor& grad_shortcut, Activation activation, bool weight_column_major,
-                             std::array<bool, 3> needed) {
+  static LayerGradients gradients(const variable_list& saved, const Tensor& grad_activated, const Tensor& grad_z,
+                                  const Tensor& grad_shortcut, Activation activation, bool weight_column_major,
+                                  std::array<bool, 3> needed) {
     const Tensor &x = saved[0], &weight = saved[1], &saved_z = saved[2], &bias = saved[3];
-    Gradients g;
+    LayerGradients g;
     if (at::GradMode::is_enabled() || grad_z.defined()) {
       policy::leave_fused_path("backward with create_graph=True");
       const bool recompute = activation != Activation::none && !saved_z.defined();
@@ -151,9 +152,11 @@ class LinearGelu : public torch::autograd::Function<LinearGelu> {
 Tensor differentiable(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& residual,
                       Activation activation, Shortcut shortcut, bool recompute) {
   const bool x_first = reaches_x_before_weight(x, bias.defined());
-  const std::pair<size_t, const Tensor&> of_x{kX, x}, of_weight{kWeight, weight};
-  const Edges edges({{kResidual, residual}, {kBias, bias}, x_first ? of_x : of_weight, x_first ? of_weight : of_x});
-  return LinearGelu::apply(at::TensorList(edges.tensors), edges.roles, activation, shortcut, recompute)[0];
+  using Node = LinearGelu;
+  const std::pair<size_t, const Tensor&> of_x{Node::kX, x}, of_weight{Node::kWeight, weight};
+  const Edges edges(
+      {{Node::kResidual, residual}, {Node::kBias, bias}, x_first ? of_x : of_weight, x_first ? of_weight : of_x});
+  return Node::apply(at::TensorList(edges.tensors), edges.roles, activation, shortcut, recompute)[0];
 }
 
 Tensor linear_gelu_residual(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,

@@ -56,11 +56,11 @@ Gradients composed_backward(const Tensor& dy, const Tensor& grad_z, const Tensor
   return g;
 }
 
-// x and the parameters have the order of Needed.
-enum MlpRole : size_t { kX, kFc1Weight, kFc1Bias, kFc2Weight, kFc2Bias, kResidual };
-
 class MlpResidual : public torch::autograd::Function<MlpResidual> {
  public:
+  // The tensors with respect to which the node differentiates. x and the parameters have the order of Needed.
+  enum Role : size_t { kX, kFc1Weight, kFc1Bias, kFc2Weight, kFc2Bias, kResidual };
+
   // Compiled autograd may trace backward, which reads nothing but ctx.
   static constexpr bool is_traceable = true;
 
@@ -177,14 +177,15 @@ Tensor mlp_residual(const Tensor& x, const Tensor& fc1_weight, const OptionalTen
   }
   const bool adds_x = residual && residual->is_same(x);
   const bool x_first = reaches_x_before_weight(x, b1.defined());
-  const std::pair<size_t, const Tensor&> of_x{kX, x}, of_weight{kFc1Weight, fc1_weight};
-  const Edges edges({{kResidual, adds_x ? no_tensor : r},
-                     {kFc2Bias, b2},
-                     {kFc2Weight, fc2_weight},
-                     {kFc1Bias, b1},
+  using Node = MlpResidual;
+  const std::pair<size_t, const Tensor&> of_x{Node::kX, x}, of_weight{Node::kFc1Weight, fc1_weight};
+  const Edges edges({{Node::kResidual, adds_x ? no_tensor : r},
+                     {Node::kFc2Bias, b2},
+                     {Node::kFc2Weight, fc2_weight},
+                     {Node::kFc1Bias, b1},
                      x_first ? of_x : of_weight,
                      x_first ? of_weight : of_x});
-  return MlpResidual::apply(at::TensorList(edges.tensors), edges.roles, activation, adds_x, recompute)[0];
+  return Node::apply(at::TensorList(edges.tensors), edges.roles, activation, adds_x, recompute)[0];
 }
 
 }  // namespace

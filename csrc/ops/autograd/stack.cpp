@@ -61,7 +61,8 @@ struct Present {
 
   // Orders the tensors as edges of the node: they get gradients in the order in which eager's layers reach them.
   void order_edges(int64_t layers) {
-    c10::SmallVector<int64_t, 64> places(static_cast<size_t>(1 + 4 * layers), -1);
+    c10::SmallVector<int64_t, 64> places;
+    places.resize(static_cast<size_t>(1 + 4 * layers), -1);
     c10::SmallVector<size_t, 32> as_in_eager;
     for (size_t i = 0; i < positions.size(); ++i) places[positions[i]] = static_cast<int64_t>(i);
     const auto add = [&](int64_t position) {
