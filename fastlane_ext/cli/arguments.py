@@ -213,7 +213,8 @@ def parser() -> argparse.ArgumentParser:
         "Contestants take turns in one process; medians and quartiles, peak memory, and which part of the "
         "machine's own limit was reached. All shapes take many minutes; --quick takes one or two.",
     )
-    p.add_argument("--suite", choices=("layer", "networks", "mlps", "models", "all"), default="all", help="what to time")
+    suites = ("layer", "networks", "mlps", "models", "all")
+    p.add_argument("--suite", choices=suites, default="all", help="what to time")
     p.add_argument("--threads", type=_counts, help="numbers of threads, as in 1,2 (default: one, and all)")
     p.add_argument("--repeats", type=_whole("repeats"), help="rounds of samples (default: 15; 5 with --quick)")
     p.add_argument("--quick", action="store_true", help="a few shapes, few rounds, all threads")
