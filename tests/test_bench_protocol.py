@@ -102,9 +102,12 @@ def test_a_contestant_that_fails_later_stays_with_its_reason() -> None:
 
 
 def test_race_stops_at_its_budget_but_not_before_three_rounds() -> None:
-    results = protocol.race({"a": lambda: None}, repeats=50, budget=0.0, min_sample=1e-6)
+    rounds: list[int] = []
+    results = protocol.race(
+        {"a": lambda: None}, repeats=50, budget=0.0, min_sample=1e-6, on_round=lambda: rounds.append(1)
+    )
     assert isinstance(results["a"], protocol.Timing)
-    assert results["a"].samples == protocol.MIN_ROUNDS
+    assert results["a"].samples == len(rounds) == protocol.MIN_ROUNDS
     with pytest.raises(ValueError, match="repeats"):
         protocol.race({"a": lambda: None}, repeats=0)
 

@@ -17,7 +17,7 @@ from support.subprocesses import HANG_S
 import fastlane_ext
 from fastlane_ext import _text, cli, experiments
 from fastlane_ext.cli import digits, files, output, promises
-from fastlane_ext.cli.commands import bench, check, train
+from fastlane_ext.cli.commands import bench, check, gradients, train
 
 FIRST_LINE = "layers.0.0.weight has gradient mean of 1.797181e-05"
 COMMANDS = ("gradients", "train", "bench", "check", "info")
@@ -140,6 +140,27 @@ def test_train_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert result["epoch"]["compile"] == {"skipped": "left out by --no-compile"}
     assert result["epoch"]["fused"]["median_s"] > 0
     assert result["path"]["fallback"] == {}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_progress_reaches_its_end(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    done: list[int] = []
+    texts: list[str | None] = []
+
+    def note(steps: int = 0, text: str | None = None) -> None:
+        done.append(steps)
+        texts.append(text)
+
+    options = digits.Options(epochs=2, layers=3, width=16)
+    train.compute(options, compiled=False, plot=str(tmp_path / "t.svg"), note=note)
+    assert sum(done) == train.steps(options)
+    assert max(done[: 2 * len(train.TRAININGS) * options.epochs]) == 1, "an epoch is a step"
+    assert {"with shortcuts: eager_fp64", "first epochs of eager", "time of an epoch", "picture"} <= set(texts)
+    done.clear()
+    gradients.compute(plot=str(tmp_path / "g.svg"), note=note)
+    assert sum(done) == gradients.STEPS and "time of a step" in texts
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -308,7 +329,9 @@ def test_json_needs_no_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     for name in ("rich", "rich.console", "rich.table", "rich.progress"):
         monkeypatch.setitem(sys.modules, name, None)
     assert run_json(["info", "--json"], capsys)[0] == 0
-    assert run_json(["gradients", "--json"], capsys)[0] == 0
+    for on_terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda answer=on_terminal: answer)
+        assert run_json(["gradients", "--json"], capsys)[0] == 0
 
 
 def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:

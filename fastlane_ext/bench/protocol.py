@@ -196,11 +196,13 @@ def race(
     min_sample: float = MIN_SAMPLE_SECONDS,
     synchronize: Callable[[], None] | None = None,
     on_contestant: Callable[[str], None] | None = None,
+    on_round: Callable[[], None] | None = None,
 ) -> dict[str, Timing | Skipped]:
     """Time ``calls`` in turns: warm-up, then ``repeats`` rounds.
 
     Stops early, after at least three rounds, when ``budget`` seconds are spent; ``samples`` in the result is the number
-    of rounds. ``synchronize`` runs before and after each sample, as a CUDA device needs.
+    of rounds. ``synchronize`` runs before and after each sample, as a CUDA device needs. ``on_contestant`` is called as
+    by `Race.warm_up`, ``on_round`` after each round.
     """
     if repeats < 1:
         raise ValueError(f"repeats: expected at least 1, got {repeats}")
@@ -210,6 +212,8 @@ def race(
     with no_garbage_collection():
         for done in range(1, repeats + 1):
             contest.round()
+            if on_round is not None:
+                on_round()
             if done >= MIN_ROUNDS and time.perf_counter() - start > budget:
                 break
     return contest.results()

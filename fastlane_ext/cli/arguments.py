@@ -110,7 +110,8 @@ def _gradients(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict
     from .commands import gradients
 
     options = {name: getattr(args, name) for name in ("sizes", "seed", "activation", "style", "plot")}
-    return gradients.compute(args.experiment, **options), gradients.render
+    with progress("gradients", gradients.STEPS, json_output=args.json is not None) as note:
+        return gradients.compute(args.experiment, **options, note=note), gradients.render
 
 
 def _train(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:

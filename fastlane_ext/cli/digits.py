@@ -106,11 +106,23 @@ def step(model: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, x:
     return loss.detach()
 
 
-def train(model: Classifier, digits: Digits, batches: list[Tensor], options: Options) -> tuple[list[float], float]:
-    # Returns the loss of every step, and the fraction of held-out digits that are right in the end.
+def train(
+    model: Classifier,
+    digits: Digits,
+    batches: list[Tensor],
+    options: Options,
+    on_epoch: Callable[[], None] = lambda: None,
+) -> tuple[list[float], float]:
+    # Returns the loss of every step, and the fraction of held-out digits that are right in the end. Calls ``on_epoch``
+    # after each epoch.
     dtype = model.head.weight.dtype
     x, optimizer = digits.x.to(dtype), make_optimizer(model, options)
-    losses = [step(model, optimizer, x[rows], digits.y[rows]) for rows in batches]
+    losses = []
+    per_epoch = len(batches) // options.epochs
+    for done, rows in enumerate(batches, start=1):
+        losses.append(step(model, optimizer, x[rows], digits.y[rows]))
+        if done % per_epoch == 0:
+            on_epoch()
     with torch.no_grad():
         right = model(digits.held_out_x.to(dtype)).argmax(-1) == digits.held_out_y
     return torch.stack(losses).double().tolist(), right.double().mean().item()

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastlane_ext._text import for_stream
@@ -70,10 +71,15 @@ def _plain_notes(title: str, total: int) -> Note:
 def progress(title: str, total: int, *, json_output: bool) -> Iterator[Note]:
     """Progress on stderr, as a function ``note(done=0, text=None)``.
 
-    On a terminal progress is a bar; elsewhere a plain line every few seconds, or nothing under ``--json``.
+    On a terminal progress is a bar; elsewhere a plain line every few seconds, or nothing under ``--json``. A command
+    needs no rich under ``--json``, so there is no bar without rich either.
     """
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield (lambda done=0, text=None: None) if json_output or sys.stderr is None else _plain_notes(title, total)
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
+    if sys.stderr is None or (json_output and not (on_terminal and find_spec("rich"))):
+        yield lambda done=0, text=None: None
+        return
+    if not on_terminal:
+        yield _plain_notes(title, total)
         return
     rich_progress = need("rich.progress", "cli", "a progress bar")
     errors = need("rich.console", "cli", "a progress bar").Console(stderr=True)

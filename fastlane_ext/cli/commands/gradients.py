@@ -18,9 +18,13 @@ from fastlane_ext.bench.contestants import stats_since
 from ..errors import CommandError
 from ..files import cannot_write, picture
 from ..limits import fits
+from ..output import Note
 
 # Rounding of fp32 sums in another order, through a few layers, stays below this difference.
 TOLERANCE = 1e-4
+
+STEPS = 3
+"""The number of progress steps of a run: the experiment, the picture, the time of a step."""
 
 
 def compute(
@@ -31,6 +35,7 @@ def compute(
     activation: str | None = None,
     style: str | None = None,
     plot: str | None = None,
+    note: Note = lambda done=0, text=None: None,
 ) -> dict[str, Any]:
     """An experiment's figures, and the largest relative difference between fused and eager. The result is JSON-able.
 
@@ -44,10 +49,12 @@ def compute(
         # Bytes of two networks, perhaps with projections, fused and in eager, and of their gradients.
         fits(f"--sizes {shortened(','.join(map(str, sizes)))}", 80 * sum((a + 1) * b for a, b in pairwise(sizes)))
     before = fastlane_ext.stats()
+    note(0, experiment)
     try:
         result = experiments.run(experiment, sizes=sizes, seed=seed, activation=activation, style=style)
     except (TypeError, ValueError) as error:
         raise CommandError(f"--{error}") from error
+    note(1, "picture" if plot else None)
     if plot is not None:
         if not result.reports:
             raise CommandError(
@@ -55,6 +62,10 @@ def compute(
             )
         with cannot_write("--plot", plot):
             plots.plot_gradients(result.reports, plot, subtitle=f"{result.experiment}: {result.description}")
+    note(1, "time of a step")
+    path = stats_since(before)
+    times = _step_times(*result.pairs) if result.pairs else {}
+    note(1)
     return {
         "experiment": experiment,
         "description": result.description,
@@ -71,8 +82,8 @@ def compute(
         "largest_relative_difference": result.difference,
         "tolerance": TOLERANCE,
         "ok": result.difference <= TOLERANCE,
-        "path": stats_since(before),
-        "step": _step_times(*result.pairs) if result.pairs else {},
+        "path": path,
+        "step": times,
         "plot": plot,
     }
 

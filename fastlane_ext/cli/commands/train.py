@@ -28,6 +28,8 @@ LEARNED = 0.5
 # Two correct fp32 runs differ by a random amount of this order; a wrong gradient differs by far more.
 NOISE_FACTOR = 4.0
 NOISE_FLOOR = 4 * torch.finfo(torch.float32).eps
+TRAININGS = ("fused", "eager", "eager_fp64", "eager_reordered")
+TIMED_ROUNDS = 9
 
 
 def _difference(a: list[float], b: list[float]) -> float:
@@ -88,13 +90,27 @@ def _epoch_times(options: Options, digits: Digits, compiled: bool, note: Note) -
         calls["compile"] = epoch(torch.compile(model, dynamic=False), model)
     else:
         results["compile"] = protocol.Skipped("left out by --no-compile")
-    results |= protocol.race(calls, repeats=9, budget=10.0, on_contestant=lambda name: note(0, f"epoch: {name}"))
+    rounds = 0
+
+    def round_done() -> None:
+        nonlocal rounds
+        rounds += 1
+        note(1, "time of an epoch")
+
+    results |= protocol.race(
+        calls,
+        repeats=TIMED_ROUNDS,
+        budget=10.0,
+        on_contestant=lambda name: note(0, f"first epochs of {name}"),
+        on_round=round_done,
+    )
+    note(TIMED_ROUNDS - rounds)  # a race on a slow machine stops early
     return {name: result.to_dict() for name, result in results.items()}
 
 
 def steps(options: Options) -> int:
-    """The number of progress steps of a run: four trainings each without and with shortcuts, and the timing."""
-    return 4 * len(SHORTCUTS) + 1
+    """The number of progress steps of a run: the epochs of all trainings, the rounds of the timing, and the end."""
+    return len(TRAININGS) * len(SHORTCUTS) * options.epochs + TIMED_ROUNDS + 1
 
 
 def compute(
@@ -119,18 +135,13 @@ def compute(
     for key, shortcut in SHORTCUTS.items():
         curves: dict[str, list[float]] = {}
         accuracy: dict[str, float] = {}
-        for name, kind in (
-            ("fused", fastlane_ext.ResidualNetwork),
-            ("eager", reference.ResidualNetwork),
-            ("eager_fp64", reference.ResidualNetwork),
-            ("eager_reordered", reference.ResidualNetwork),
-        ):
+        for name in TRAININGS:
+            kind = (fastlane_ext if name == "fused" else reference).ResidualNetwork
             note(0, f"{key} shortcuts: {name}")
             model = make_model(kind, options, shortcut)
             model = model.double() if name == "eager_fp64" else model
             order = [rows.flip(0) for rows in batches] if name == "eager_reordered" else batches
-            curves[name], accuracy[name] = train(model, digits, order, options)
-            note(1)
+            curves[name], accuracy[name] = train(model, digits, order, options, on_epoch=lambda: note(1))
         runs[key] = {
             "accuracy": accuracy,
             "learned": accuracy["fused"] > LEARNED,
@@ -140,7 +151,6 @@ def compute(
         }
     path = stats_since(before)
     times = _epoch_times(options, digits, compiled, note)
-    note(1)
     result = {
         "options": {name: getattr(options, name) for name in Options.__dataclass_fields__},
         "images": {"training": len(digits.x), "held_out": len(digits.held_out_x)},
@@ -153,7 +163,9 @@ def compute(
         "plot": plot,
     }
     if plot is not None:
+        note(0, "picture")
         _plot(result, plot)
+    note(1)
     return result
 
 
