@@ -6,15 +6,20 @@ BUILD_INPUTS = setup.py build_support.py pyproject.toml $(shell find csrc -type 
 CXX_SOURCES = $(shell find csrc tests/native benchmarks -name '*.h' -o -name '*.cpp' \
 	-o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all mutants lint format docs sanitize cuda-build bench bench-gelu report clean
+.PHONY: demo demo-plan test test-all mutants lint format docs sanitize cuda-build bench bench-gelu report clean
 
-# A fresh machine needs Python 3.10+, its headers and a C++ compiler; everything else is installed here.
-demo: $(VENV)/.built
+# A fresh machine needs Python 3.10+, its headers and a C++ compiler; everything else is installed here. Five epochs are
+# enough for the picture, which does not show torch.compile.
+demo: demo-plan $(VENV)/.built
 	mkdir -p $(OUTPUT)
 	$(BIN)/fastlane info
 	$(BIN)/fastlane gradients --plot $(OUTPUT)/gradients.png
-	$(BIN)/fastlane train --plot $(OUTPUT)/training.png
-	@echo "Plots: $(OUTPUT)/gradients.png and $(OUTPUT)/training.png"
+	$(BIN)/fastlane train --epochs 5 --no-compile --plot $(OUTPUT)/training.png
+	@echo "Pictures: $(OUTPUT)/gradients.png and $(OUTPUT)/training.png"
+
+demo-plan:
+	@echo "The demo installs and compiles what is missing (minutes, the first time), lists versions, shows gradients and"
+	@echo "trains on digits (less than two minutes). Pictures go to $(OUTPUT)/gradients.png and $(OUTPUT)/training.png."
 
 # Two processes share tests and cores: most calls are too small for threads, and tests of threads set their number.
 WORKERS = 2
@@ -135,9 +140,10 @@ report: $(VENV)/.built
 clean:
 	rm -rf build dist *.egg-info $(OUTPUT) fastlane_ext/_C*.so fastlane_ext/_build_record.json
 
+# pip shows its progress on a terminal, and nothing elsewhere.
 $(VENV)/.requirements: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	[ -t 1 ] || quiet=--quiet; $(BIN)/python -m pip install $$quiet --requirement requirements.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.requirements $(BUILD_INPUTS)
