@@ -88,11 +88,11 @@ def sentences() -> Iterator[str]:
     if avx2:
         yield _sentence("AVX2, float32", "float32", avx2)
     else:
-        yield "- **AVX2**: the results hold no CPU without AVX-512. `fastlane bench` measures yours."
+        yield "- **AVX2**: not measured yet. With the extra `demo` installed, `fastlane bench` measures your CPU."
     yield _sentence("AVX-512, bfloat16", "bfloat16", avx512)
 
 
-INTRODUCTION = "The least and the largest such number over all measured layers, with all threads, both modes:"
+INTRODUCTION = "The least and the most over all measured layers (not networks and models), all threads, both modes:"
 
 
 def text() -> str:
