@@ -6,7 +6,7 @@ BUILD_INPUTS = setup.py build_support.py pyproject.toml $(shell find csrc -type 
 CXX_SOURCES = $(shell find csrc tests/native benchmarks -name '*.h' -o -name '*.cpp' \
 	-o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo demo-plan test test-all mutants lint format docs sanitize cuda-build bench bench-gelu report clean
+.PHONY: demo demo-plan test test-all mutants lint format docs sanitize cuda-build bench bench-gelu build-cost report clean
 
 # A fresh machine needs Python 3.10+, its headers and a C++ compiler; everything else is installed here. Five epochs are
 # enough for the picture, which does not show torch.compile.
@@ -107,10 +107,6 @@ $(CUDA_VENV)/.requirements: requirements.txt
 # quarters of an hour.
 RESULTS = benchmarks/results
 results_of = $(sort $(wildcard $(RESULTS)/$(1)-[0-9].json))
-# Compiles every source once more.
-build-cost: $(VENV)/.built
-	PATH=$(BIN):$$PATH $(BIN)/python benchmarks/build_cost.py
-
 bench: $(VENV)/.built
 	mkdir -p $(RESULTS)
 	for suite in layer networks models; do for run in 1 2 3; do \
@@ -136,6 +132,10 @@ report: $(VENV)/.built
 	$(REPORT) $(call results_of,zen4-none-mlps) --readme benchmarks/RESULTS-zen4-none-mlps.md
 	$(REPORT) $(RESULTS)/gelu.json --readme benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/summary.py --readme README.md
+
+# Compiles every source once more.
+build-cost: $(VENV)/.built
+	PATH=$(BIN):$$PATH $(BIN)/python benchmarks/build_cost.py
 
 clean:
 	rm -rf build dist *.egg-info $(OUTPUT) fastlane_ext/_C*.so fastlane_ext/_build_record.json

@@ -1,5 +1,5 @@
-// What happens to the finished sums of a product, m × n. Either epilogue may end a product. An absent operand has a
-// null data pointer.
+// An epilogue turns the finished sums of a product, m × n, into its results. A product ends in one of the two
+// epilogues below. An absent operand has a null data pointer.
 #pragma once
 
 #include "kernels/matrix.h"

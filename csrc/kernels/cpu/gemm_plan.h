@@ -22,9 +22,9 @@ struct GemmFacts {
   int64_t m = 0, n = 0, k = 0;
   DType dtype = DType::f32;
   OperandFacts a, b;
-  // Between the rows of the matrix that the finish reads; 0 if there is none.
+  // The finish may read a matrix, whose rows lie this far apart; 0 if it reads none.
   int64_t finish_row_bytes = 0;
-  // Of the kernel set, and of its way to multiply this dtype (product-inl.h, tile-inl.h).
+  // The kernel set's tile, and the unit that its product for this dtype takes in a step (tile-inl.h, product-inl.h).
   int64_t tile_rows = 1, tile_cols = 1;
   int64_t unit_bytes = 4, k_per_step = 1;
   int64_t chain_steps = 1, block_steps = 1;  // of a chain, of a k block

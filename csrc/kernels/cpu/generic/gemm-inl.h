@@ -225,7 +225,7 @@ class Gemm {
     return Stream{panel.data, S::rows, panel.strip_stride, row_bytes}.part(j, j + 1, task.col_panels);
   }
 
-  // Of the problem's result, also if the product is transposed.
+  // The block of the problem's result; a transposed product computes this block's transpose.
   Region finish_region(int64_t row, int64_t rows, int64_t col) const {
     const Region region{row, col, std::min(rows, a_.count - row), std::min<int64_t>(S::cols, b_.count - col)};
     return plan_.transposed ? Region{region.col, region.row, region.cols, region.rows} : region;
