@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "kernels/cpu/generic/vec_common-inl.h"
-#include "kernels/gelu.h"
+#include "kernels/activation.h"
 
 FASTLANE_BEGIN_TARGET
 namespace before {

@@ -20,7 +20,7 @@
 
 #include "gelu_formulas.h"
 #include "kernels/cpu/half.h"
-#include "kernels/gelu.h"
+#include "kernels/activation.h"
 
 namespace fastlane {
 namespace {

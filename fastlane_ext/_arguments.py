@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "none")
 SHORTCUTS = ("identity", "projection", "concat", "none")
 
 
@@ -96,7 +95,7 @@ def check_list(argument: str, values: object) -> None:
         check_tensor(f"{argument}[{index}]", value, optional=True)
 
 
-def check_stack(x: object, weights: object, shortcut: str, activation: str, *, has_projections: bool) -> None:
+def check_stack(x: object, weights: object, shortcut: str, *, has_projections: bool) -> None:
     """Check a stack's arguments as far as Python can; the operator checks the tensors' dtypes and shapes."""
     check_tensor("x", x)
     if not isinstance(weights, Sequence) or isinstance(weights, (str, bytes)) or not weights:
@@ -105,7 +104,6 @@ def check_stack(x: object, weights: object, shortcut: str, activation: str, *, h
     for index, weight in enumerate(weights):
         check_tensor(f"weights[{index}]", weight)
     check_choice("shortcut", shortcut, SHORTCUTS)
-    check_choice("activation", activation, ACTIVATIONS)
     if shortcut != "projection" and has_projections:
         raise bad("projections", "tensors", f"None with shortcut={shortcut!r}", 'use shortcut="projection"')
 

@@ -9,7 +9,7 @@ watchers of all calls (hooks for all modules, modes). Anything unusual has to be
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from . import _activations
 from ._facts import ABSENT, Fact, Facts, collected, comes_from, lookup, of_class, of_function, of_item, why_changed
 
 # A fake tensor stands for a plain one while torch.export or make_fx traces.
@@ -100,7 +101,7 @@ def know(
     return Known(kind, collected(facts), reason)
 
 
-def _torchs() -> dict[type[nn.Module], Known]:
+def _known() -> dict[type[nn.Module], Known]:
     linear, gelu = ("F", "linear", "torch._C._nn"), ("F", "gelu", "torch._C._nn")
     dropout = ("F", "dropout", F.__name__)
     made = (
@@ -109,22 +110,29 @@ def _torchs() -> dict[type[nn.Module], Known]:
         know(nn.GELU, "torch.nn.modules.activation", (gelu,)),
         know(nn.Dropout, "torch.nn.modules.dropout", (dropout,)),
         know(nn.Sequential, "torch.nn.modules.container", own=("__iter__",)),
+        *(know(m.kind, _activations.__name__, m.reads) for m in _activations.MODULES.values() if m.reads),
     )
     return {known.kind: known for known in made}
 
 
-KNOWN = _torchs()
+KNOWN = _known()
 """Read when this package was imported: later somebody may assign another forward to a class."""
 
 _NOT_TORCHS = next((f"{known.kind.__name__} {known.reason}" for known in KNOWN.values() if known.reason), None)
 """The first class that was not torch's own even then, and why; None if all were. No formula holds if there is one."""
+
+
+def _of_activations() -> Iterator[Fact]:
+    for holder, name in _activations.CALLS:
+        yield from of_class(holder, name) if isinstance(holder, type) else [of_item(vars(holder), name)]
+
 
 GELU = F.gelu
 """torch's own ``gelu``, if `known` has no reason against nn.GELU."""
 SUMS = tuple(fact for kind in PLAIN_TENSORS for fact in of_class(kind, "__add__", "__radd__"))
 FORMULA = (
     Fact(vars(F), "linear", F.linear),
-    Fact(vars(F), "gelu", F.gelu),
+    *_of_activations(),
     Fact(vars(torch), "cat", torch.cat),
     *SUMS,
     *([] if _NOT_TORCHS is None else [Fact({}, _NOT_TORCHS, True)]),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._activations import activate
 from ._load import library
-from .reference import activate
 
 
 def _batch_first(tensor: Tensor, dim: int | None) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from . import functional, networks, reference
+from ._activations import in_float64
 from ._arguments import bad, check_choice, check_layer_sizes
-from ._gelu64 import gelu64
 from .gradients import GradientReport, ShortcutDemo, gradient_report, print_gradients, seeded, shortcut_demo
 
 __all__ = ["EXPERIMENTS", "Block", "Result", "any_rank", "example", "projection", "published", "run", "worked"]
@@ -137,7 +137,7 @@ def worked(*, activation: str = "gelu", eager: bool = False) -> dict[str, Tensor
 
 def _worked(activation: str) -> dict[str, Any]:
     fused, eager = worked(activation=activation), worked(activation=activation, eager=True)
-    name = {"gelu": "GELU", "gelu_tanh": "tanh GELU", "none": "nothing"}[activation]
+    name = {"gelu": "GELU", "gelu_tanh": "tanh GELU"}.get(activation, activation)
     labels = ["x", "x W^T", f"{name}(x W^T)", f"{name}(x W^T) + x"]
     if activation == "none":
         labels[2:] = ["no activation", "x W^T + x"]
@@ -192,7 +192,7 @@ def _any_rank(sizes: Sequence[int], seed: int, activation: str) -> dict[str, Any
     blocks = {"shape": Block("=== Any rank ===", [line], {"shape": list(shape)}, _distance(fused, eager))}
 
     x, out, slope = slopes(activation)
-    formula = 1 + (torch.ones_like(x.double()) if activation == "none" else gelu64(x.double(), activation)[1])
+    formula = 1 + (torch.ones_like(x.double()) if activation == "none" else in_float64(x.double(), activation)[1])
     rows: list[tuple[str, ...]] = [("x", "out = x + f(x)", "d out/d x, autograd", "1 + f'(x)")]
     rows += [tuple(f"{value:.6f}" for value in row) for row in zip(*_lists(x, out, slope, formula), strict=True)]
     values = dict(zip(("x", "out", "autograd", "formula"), _lists(x, out, slope, formula), strict=True))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _flops, _register, reference  # noqa: F401  (_flops, _register: what torch asks of an operator)
-from ._arguments import ACTIVATIONS, check_choice, check_list, check_stack, check_tensor
+from ._activations import check_activation
+from ._arguments import check_list, check_stack, check_tensor
 from ._disabled import records_eager
 from ._load import library
 
@@ -55,7 +56,7 @@ def linear_gelu_residual(
     check_tensor("bias", bias, optional=True)
     check_tensor("residual", residual, optional=True)
     if not isinstance(activation, str):
-        check_choice("activation", activation, ACTIVATIONS)
+        check_activation(activation)
     if records_eager():
         return reference.linear_gelu_residual(x, weight, bias, residual, activation=activation)
     return torch.ops.fastlane.linear_gelu_residual.default(
@@ -75,7 +76,7 @@ def linear_gelu_concat(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     check_tensor("weight", weight)
     check_tensor("bias", bias, optional=True)
     if not isinstance(activation, str):
-        check_choice("activation", activation, ACTIVATIONS)
+        check_activation(activation)
     if records_eager():
         return reference.linear_gelu_concat(x, weight, bias, activation=activation)
     return torch.ops.fastlane.linear_gelu_concat.default(x, weight, bias, activation=activation)
@@ -136,7 +137,8 @@ def residual_stack(
     torch.Size([2, 10, 64])
     """
     has_projections = projections is not None or projection_biases is not None
-    check_stack(x, weights, shortcut, activation, has_projections=has_projections)
+    check_stack(x, weights, shortcut, has_projections=has_projections)
+    check_activation(activation)
     for name, tensors in (("biases", biases), ("projections", projections), ("projection_biases", projection_biases)):
         check_list(name, tensors)
     if records_eager():
@@ -210,7 +212,7 @@ def mlp_residual(
     check_tensor("fc2_bias", fc2_bias, optional=True)
     check_tensor("residual", residual, optional=True)
     if not isinstance(activation, str):
-        check_choice("activation", activation, ACTIVATIONS)
+        check_activation(activation)
     if records_eager():
         return reference.mlp_residual(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation=activation)
     return torch.ops.fastlane.mlp_residual.default(

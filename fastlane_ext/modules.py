@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, reference
+from . import _activations, functional, reference
+from ._activations import activate
 from ._disabled import records_eager
 from ._facts import of_class, of_function, of_item, why_changed
 from ._load import library
@@ -26,7 +27,6 @@ from ._plain import (
     why_odd_tensor,
 )
 from .functional import linear_gelu_residual, mlp_residual, record_fallback
-from .reference import activate
 
 __all__ = ["LinearGELUResidual", "ResidualMLP"]
 
@@ -40,7 +40,11 @@ def run_linear(child: nn.Linear, name: str, x: Tensor) -> Tensor:
     return child(x)
 
 
-_ACTIVATE = (*(of_item(vars(reference), name) for name in ("activate", "F")), *of_function(activate))
+_ACTIVATE = (
+    *(of_item(vars(reference), name) for name in ("activate", "F")),
+    *of_function(activate),
+    *(of_item(vars(_activations), name) for name in activate.__code__.co_names if name in vars(_activations)),
+)
 _FUNCTIONS = (
     *(of_item(vars(reference), name) for name in ("linear_gelu_residual", "torch")),
     *of_function(reference.linear_gelu_residual),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from ._activations import MODULES, name_of_module
 from ._disabled import records_eager
 from ._facts import of_class, of_item, why_changed
 from ._load import library
@@ -36,7 +37,6 @@ _OF_REFERENCE = (
     of_item(vars(reference), "torch"),
 )
 """The eager network that the fused one stands for."""
-_GELU_NAMES = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def _plain_layer(layer: nn.Module) -> tuple[Tensor, Tensor | None, str] | str:
@@ -52,11 +52,10 @@ def _plain_layer(layer: nn.Module) -> tuple[Tensor, Tensor | None, str] | str:
     reason = why_not_plain_linear(linear)
     if reason is not None:
         return f"has a child 0 that {reason}"
-    kind = nn.Identity if type(activation) is nn.Identity else nn.GELU
-    reason = why_not_plain(activation, kind)
+    name = name_of_module(activation)
+    reason = why_not_plain(activation, nn.GELU if name is None else MODULES[name].kind)
     if reason is not None:
         return f"has a child 1 that {reason}"
-    name = "none" if kind is nn.Identity else _GELU_NAMES.get(activation.approximate)
     if name is None:
         return f"has a GELU with approximate={activation.approximate!r}"
     return linear.weight, linear.bias, name
@@ -184,4 +183,5 @@ class DeepNeuralNet(_FusedForward, reference.DeepNeuralNet):
 
 _OWN_NAMES = ("layers", "projections", "shortcut", "_run_layer", "__getattr__", "__getattribute__")
 _FACTS = (*NETWORK, *_OF_REFERENCE, *of_class(reference.ResidualNetwork, *_OWN_NAMES))
+library.know_activations(tuple((name, m.kind, tuple(m.arguments.items())) for name, m in MODULES.items()))
 library.know_networks(_FACTS, reference.ResidualNetwork, _OWN_NAMES)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._activations import ACTIVATIONS, activate, activation_module, check_activation
 from ._arguments import (
-    ACTIVATIONS,
     SHORTCUTS,
     bad,
     check_choice,
@@ -45,21 +45,6 @@ __all__ = [
     "mlp_residual",
     "residual_stack",
 ]
-
-
-def activate(z: Tensor, activation: str) -> Tensor:
-    if activation == "gelu":
-        return F.gelu(z)
-    if activation == "gelu_tanh":
-        return F.gelu(z, approximate="tanh")
-    check_choice("activation", activation, ACTIVATIONS)
-    return z
-
-
-def activation_module(activation: str) -> nn.Module:
-    if activation == "none":
-        return nn.Identity()
-    return nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def linear_gelu_residual(
@@ -128,7 +113,8 @@ def residual_stack(
     [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     has_projections = projections is not None or projection_biases is not None
-    check_stack(x, weights, shortcut, activation, has_projections=has_projections)
+    check_stack(x, weights, shortcut, has_projections=has_projections)
+    check_activation(activation)
     biases = per_layer("biases", biases, len(weights))
     projections = per_layer("projections", projections, len(weights))
     projection_biases = per_layer("projection_biases", projection_biases, len(weights))
@@ -212,7 +198,7 @@ class LinearGELUResidual(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("shortcut", shortcut, SHORTCUTS)
-        check_choice("activation", activation, ACTIVATIONS)
+        check_activation(activation)
         self.in_features = check_size("in_features", in_features)
         self.out_features = check_size("out_features", out_features)
         self.shortcut = shortcut
@@ -308,7 +294,7 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, *, activation: str = "gelu", bias: bool = True) -> None:
         super().__init__()
-        check_choice("activation", activation, ACTIVATIONS)
+        check_activation(activation)
         dim, hidden_dim = check_size("dim", dim), check_size("hidden_dim", hidden_dim)
         self.activation = activation
         self.fc1 = nn.Linear(dim, hidden_dim, bias)
@@ -358,7 +344,7 @@ class ResidualNetwork(nn.Module):
         super().__init__()
         sizes = check_layer_sizes(self._sizes_argument, layer_sizes)
         check_choice("shortcut", shortcut, SHORTCUTS)
-        check_choice("activation", activation, ACTIVATIONS)
+        check_activation(activation)
         self.shortcut = shortcut
         layers, projections = [], []
         for index, (fan_in, fan_out) in enumerate(pairwise(sizes)):

@@ -84,6 +84,7 @@ def test_hopper_kernels_use_wgmma_and_tma(cuobjdump):
 SIXTEEN_VALUES = """
 #include "kernels/cuda/common/device.cuh"
 using namespace fastlane::cuda;
+using Activation = fastlane::Activation;
 template <class Function>
 __device__ void each(const float* in, float* out, Function function) {
 #pragma unroll
@@ -91,14 +92,14 @@ __device__ void each(const float* in, float* out, Function function) {
 }
 #define KERNEL(name, call) \\
   extern "C" __global__ void name(const float* in, float* out) { each(in, out, [](float z) { return call(z); }); }
-KERNEL(nothing, NoActivation::value<__half>)
-KERNEL(bf16_value, ExactGelu::value<__nv_bfloat16>)
-KERNEL(bf16_slope, ExactGelu::slope<__nv_bfloat16>)
-KERNEL(f16_value, ExactGelu::value<__half>)
-KERNEL(f16_slope, ExactGelu::slope<__half>)
-KERNEL(tf32_value, ExactGelu::value<Tf32>)
-KERNEL(tanh_value, TanhGelu::value<__half>)
-KERNEL(tanh_slope, TanhGelu::slope<__half>)
+KERNEL(nothing, OnDevice<Activation::none>::value<__half>)
+KERNEL(bf16_value, OnDevice<Activation::gelu>::value<__nv_bfloat16>)
+KERNEL(bf16_slope, OnDevice<Activation::gelu>::slope<__nv_bfloat16>)
+KERNEL(f16_value, OnDevice<Activation::gelu>::value<__half>)
+KERNEL(f16_slope, OnDevice<Activation::gelu>::slope<__half>)
+KERNEL(tf32_value, OnDevice<Activation::gelu>::value<Tf32>)
+KERNEL(tanh_value, OnDevice<Activation::gelu_tanh>::value<__half>)
+KERNEL(tanh_slope, OnDevice<Activation::gelu_tanh>::slope<__half>)
 """
 
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlane_ext as fl
-from fastlane_ext import _plain, reference
+from fastlane_ext import _activations, _plain, reference
 from fastlane_ext._load import library
 
 LINEAR, GELU, LINEAR_FORWARD = F.linear, F.gelu, nn.Linear.forward
@@ -341,11 +341,13 @@ def three(self, x):
 DOUBLED = types.SimpleNamespace(
     linear=F.linear, gelu=lambda z, approximate="none": 2 * F.gelu(z, approximate=approximate)
 )
+DOUBLED_LINEAR = types.SimpleNamespace(linear=lambda *args: 2 * F.linear(*args))
 DOUBLED_TORCH = types.SimpleNamespace(cat=lambda tensors, dim: 2 * torch.cat(tensors, dim))
 REPLACED = {
     "activate": lambda patch: patch.setattr(reference, "activate", doubled_activate),
     "code of activate": lambda patch: patch.setattr(reference.activate, "__code__", doubled_activate.__code__),
-    "F": lambda patch: patch.setattr(reference, "F", DOUBLED),
+    "F": lambda patch: patch.setattr(reference, "F", DOUBLED_LINEAR),
+    "the activations' F": lambda patch: patch.setattr(_activations, "F", DOUBLED),
     "torch": lambda patch: patch.setattr(reference, "torch", DOUBLED_TORCH),
     "linear_gelu_residual": lambda patch: patch.setattr(reference, "linear_gelu_residual", doubled_residual),
     "code of linear_gelu_residual": lambda patch: patch.setattr(

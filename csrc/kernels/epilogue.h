@@ -2,6 +2,7 @@
 // epilogues below. An absent operand has a null data pointer.
 #pragma once
 
+#include "kernels/activation.h"
 #include "kernels/matrix.h"
 
 namespace fastlane {

@@ -1,4 +1,4 @@
-// Types of elements, activations, and views of matrices.
+// Types of elements, and views of matrices.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,6 @@
 namespace fastlane {
 
 enum class DType : uint8_t { f32, f64, bf16, f16 };
-enum class Activation : uint8_t { none, gelu, gelu_tanh };
 
 constexpr int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 

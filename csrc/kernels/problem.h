@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/activation.h"
 #include "kernels/epilogue.h"
 #include "kernels/matrix.h"
 

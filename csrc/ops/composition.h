@@ -20,6 +20,15 @@ inline std::string_view approximate(Activation activation) {
 inline at::Tensor activated(const at::Tensor& z, Activation activation) {
   return activation == Activation::none ? z : at::gelu(z, approximate(activation));
 }
+// Writes act(z) to `out`, which may be z; its rows may be apart.
+inline void activate_into(at::Tensor& out, const at::Tensor& z, Activation activation) {
+  // gelu_out writes elsewhere if the rows of a float32 or bfloat16 result are apart (torch 2.13).
+  if (out.is_contiguous()) {
+    at::gelu_out(out, z, approximate(activation));
+  } else {
+    out.copy_(activated(z, activation));
+  }
+}
 
 inline at::Tensor activated(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                             Activation activation) {
@@ -47,6 +56,12 @@ inline at::Tensor mlp_residual(const at::Tensor& x, const at::Tensor& fc1_weight
 inline at::Tensor preactivation_grad(const at::Tensor& grad_activated, const at::Tensor& z, Activation activation) {
   return activation == Activation::none ? grad_activated
                                         : at::gelu_backward(grad_activated, z, approximate(activation));
+}
+
+// Writes grad_activated ⊙ act′(z) to `dz`, which may be grad_activated.
+inline void preactivation_grad_into(at::Tensor& dz, const at::Tensor& grad_activated, const at::Tensor& z,
+                                    Activation activation) {
+  at::gelu_backward_out(dz, grad_activated, z, approximate(activation));
 }
 
 inline at::Tensor residual_stack(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut,

@@ -15,15 +15,6 @@
 
 namespace fastlane {
 
-inline std::string_view name_of(Activation activation) {
-  switch (activation) {
-    case Activation::none: return "none";
-    case Activation::gelu: return "gelu";
-    case Activation::gelu_tanh: return "gelu_tanh";
-  }
-  return {};
-}
-
 // Why a call may not reach the fused kernels, or null.
 inline const char* reason_to_compose(at::TensorList tensors) {
   if (const char* reason = policy::why_disabled()) return reason;

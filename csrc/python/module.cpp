@@ -73,6 +73,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_absent", &fastlane::python::set_absent);
   m.def("hold", [](const py::handle& facts) { return fastlane::python::hold(facts.ptr()); });
   m.def("is_watched", &fastlane::python::is_watched);
+  m.def("know_activations", &fastlane::know_activations);
   m.def("know_networks", &fastlane::know_networks);
   m.def("know_mlps", &fastlane::know_mlps);
 }

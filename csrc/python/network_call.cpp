@@ -1,11 +1,15 @@
 #include "python/network_call.h"
 
+#include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "ops/operators.h"
@@ -23,13 +27,31 @@ bool read_plain_linear(PyObject* module, at::Tensor& weight, at::Tensor& bias) {
   return module && read_linear(plain_dict(module, Torch::get().linear), /*transposed=*/false, weight, bias);
 }
 
+// A module that computes an activation: its class, and the attributes that it has then.
+struct ActivationModule {
+  std::string_view name;
+  PyObject* kind;  // never freed
+  std::vector<std::pair<Key, std::string>> attributes;
+
+  bool describes(PyObject* module) const {
+    if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != kind) return false;
+    PyObject* const dict = dict_of(module);
+    return std::all_of(attributes.begin(), attributes.end(), [&](const auto& attribute) {
+      PyObject* const value = attribute.first.in(dict);
+      return value && PyUnicode_CheckExact(value) &&
+             PyUnicode_CompareWithASCIIString(value, attribute.second.c_str()) == 0;
+    });
+  }
+};
+
+std::vector<ActivationModule> activation_modules;
+
 // The activation's name; empty if the module is none of our activations.
 std::string_view read_activation(PyObject* module) {
-  if (plain_dict(module, Torch::get().identity)) return "none";
-  PyObject* const approximate = Keys::get().approximate.in(plain_dict(module, Torch::get().gelu));
-  if (!approximate || !PyUnicode_CheckExact(approximate)) return {};
-  if (PyUnicode_CompareWithASCIIString(approximate, "none") == 0) return "gelu";
-  return PyUnicode_CompareWithASCIIString(approximate, "tanh") == 0 ? "gelu_tanh" : std::string_view();
+  if (!module) return {};
+  for (const ActivationModule& known : activation_modules)
+    if (known.describes(module)) return plain_dict(module, known.kind) ? known.name : std::string_view();
+  return {};
 }
 
 // The children, if `list` is a ModuleList and their names still are 0, 1, 2 …
@@ -132,6 +154,18 @@ bool read_network(PyObject* network, PlainNetwork& plain) {
 }
 
 }  // namespace
+
+void know_activations(const py::tuple& modules) {
+  activation_modules.clear();
+  for (const py::handle described : modules) {
+    const auto [name, kind, attributes] =
+        described.cast<std::tuple<py::str, py::type, std::vector<std::pair<std::string, std::string>>>>();
+    ActivationModule& known = activation_modules.emplace_back();
+    known.name = name_of_activation(name.ptr());
+    known.kind = py::object(kind).release().ptr();
+    for (const auto& [attribute, value] : attributes) known.attributes.emplace_back(Key(attribute.c_str()), value);
+  }
+}
 
 void know_networks(const py::tuple& facts, const py::type& kind, const py::tuple& names) {
   network_class.know(facts, kind, names);

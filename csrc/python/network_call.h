@@ -6,6 +6,9 @@
 
 namespace fastlane {
 
+// The modules that compute an activation: the activation's name, their class, their attributes' names and values.
+void know_activations(const pybind11::tuple& modules);
+
 // `run_plain_network` and `run_plain_residual_mlp` rest on these arguments: facts (facts.h), the eager class `kind`,
 // and the names that a class derived from `kind` must not define anew.
 void know_networks(const pybind11::tuple& facts, const pybind11::type& kind, const pybind11::tuple& names);

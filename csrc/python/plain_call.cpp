@@ -5,6 +5,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
+#include "kernels/activation.h"
 #include "ops/operators.h"
 #include "python/facts.h"
 #include "python/plain_module.h"
@@ -34,7 +35,7 @@ bool hold_or_none(const py::handle& facts) {
 
 std::string_view name_of_activation(PyObject* name) {
   if (name && PyUnicode_CheckExact(name))
-    for (const std::string_view known : {"gelu", "gelu_tanh", "none"})
+    for (const std::string_view known : kActivationNames)
       if (PyUnicode_CompareWithASCIIString(name, known.data()) == 0) return known;
   return {};
 }

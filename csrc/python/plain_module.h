@@ -24,7 +24,7 @@ inline PyObject* item(PyObject* dict, PyObject* name) {
 
 // Never freed: the interpreter may end before static objects do.
 struct Torch {
-  PyObject *module_list, *sequential, *linear, *gelu, *identity;  // classes of torch.nn
+  PyObject *module_list, *sequential, *linear;  // classes of torch.nn
   PyObject* device_context;  // the function mode that sets a default device
   PyObject* module_globals;  // of torch.nn.modules.module; they hold the hooks for all modules
 
@@ -33,12 +33,8 @@ struct Torch {
       const auto attribute = [](const char* module, const char* name) {
         return py::module_::import(module).attr(name).cast<py::object>().release().ptr();
       };
-      return new Torch{attribute("torch.nn", "ModuleList"),
-                       attribute("torch.nn", "Sequential"),
-                       attribute("torch.nn", "Linear"),
-                       attribute("torch.nn", "GELU"),
-                       attribute("torch.nn", "Identity"),
-                       attribute("torch.utils._device", "DeviceContext"),
+      return new Torch{attribute("torch.nn", "ModuleList"), attribute("torch.nn", "Sequential"),
+                       attribute("torch.nn", "Linear"), attribute("torch.utils._device", "DeviceContext"),
                        attribute("torch.nn.modules.module", "__dict__")};
     }();
     return *torch;
@@ -65,7 +61,7 @@ class Key {
 struct Keys {
   Key modules{"_modules"}, parameters{"_parameters"}, buffers{"_buffers"}, layers{"layers"},
       projections{"projections"}, run_layer{"_run_layer"}, fc1{"fc1"}, fc2{"fc2"}, activation{"activation"};
-  Key shortcut{"shortcut"}, training{"training"}, p{"p"}, weight{"weight"}, bias{"bias"}, approximate{"approximate"};
+  Key shortcut{"shortcut"}, training{"training"}, p{"p"}, weight{"weight"}, bias{"bias"};
   // nn.Module's call looks these names up on the instance before the class.
   Key shadows[3]{Key("forward"), Key("_call_impl"), Key("_slow_forward")}, compiled_call{"_compiled_call_impl"};
   Key hooks[4]{Key("_forward_hooks"), Key("_forward_pre_hooks"), Key("_backward_hooks"), Key("_backward_pre_hooks")};

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import fastlane_ext
+from fastlane_ext._activations import ACTIVATIONS
 from fastlane_ext._arguments import shortened
 from fastlane_ext.experiments import EXPERIMENTS
-from fastlane_ext.reference import ACTIVATIONS
 
 from .errors import complain
 from .limits import LARGEST

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .._activations import ACTIVATIONS, MODULES, in_float64, name_of_module
 from .._arguments import bad, check_choice
 from .._facts import Facts, collected
 from .._plain import GELU, call_facts, why_own_call
@@ -25,8 +26,9 @@ from .formula import why_no_formula
 from .known import known
 from .reads import CONSTANTS, Evidence, why_not_closed
 
-_FORMS = ("gelu", "gelu_tanh")
-_OF_APPROXIMATE: dict[Any, str] = {"none": "gelu", "tanh": "gelu_tanh"}
+_FORMS = tuple(name for name in ACTIVATIONS if name != "none")
+_OF_APPROXIMATE = {made.arguments["approximate"]: name for name, made in MODULES.items() if made.kind is nn.GELU}
+_KINDS = tuple(MODULES[form].kind for form in _FORMS)
 _registered: dict[type[nn.Module], str] = {}
 
 
@@ -78,13 +80,8 @@ def _grid() -> _Grid:
     far = torch.logspace(1, 38.47, 160, dtype=torch.float64)
     near = torch.linspace(-24, 24, 480, dtype=torch.float64)
     tiny = torch.cat([torch.zeros(1, dtype=torch.float64), torch.logspace(-38, -1, 79, dtype=torch.float64)])
-    x = torch.cat([-far, near, -tiny, tiny, far]).requires_grad_()  # 960 values: they go into (2, 2, 2, -1)
-    cdf = 0.5 * torch.special.erfc(-x * 0.5**0.5)
-    forms = {}
-    for form, y in (("gelu", x * cdf), ("gelu_tanh", GELU(x, approximate="tanh"))):
-        (slope,) = torch.autograd.grad(y.sum(), x)
-        forms[form] = (y.detach(), slope)
-    return _Grid(x.detach(), forms)
+    x = torch.cat([-far, near, -tiny, tiny, far])  # 960 values: they go into (2, 2, 2, -1)
+    return _Grid(x, {form: in_float64(x, form)[:2] for form in _FORMS})
 
 
 def form_of_values(call: Callable[[Tensor], Any]) -> str | None:
@@ -124,7 +121,7 @@ def _keeps_dtype(call: Callable[[Tensor], Any], dtype: torch.dtype, form: str) -
         return False
     if type(y) is not Tensor or y.dtype != dtype or y.shape != x.shape:
         return False
-    expected = GELU(x.double(), approximate="tanh" if form == "gelu_tanh" else "none")
+    expected = in_float64(x.double(), form)[0]
     return bool(((y.double() - expected).abs() <= 0.05 * x.double().abs().clamp(min=1)).all())
 
 
@@ -226,12 +223,12 @@ def read_activation(module: nn.Module) -> Activation | str:
     kind = type(module)
     if kind in _registered:
         return Activation(_registered[kind], state_of(module), (), call_facts(kind))
-    if kind is nn.GELU:
-        form, gelu = _OF_APPROXIMATE.get(vars(module).get("approximate")), known(kind)
-        assert gelu is not None
-        if form is None or gelu.reason is not None:
-            return f"which {gelu.reason}" if gelu.reason else NO_GELU
-        return Activation(form, (("approximate", module.approximate),), (), gelu.facts)
+    if kind in _KINDS:
+        form, own = name_of_module(module), known(kind)
+        assert own is not None
+        if form is None or own.reason is not None:
+            return f"which {own.reason}" if own.reason else NO_GELU
+        return Activation(form, tuple(MODULES[form].arguments.items()), (), own.facts)
     if module._modules or module._parameters or module._buffers or known(kind) is not None:
         return NO_GELU
     if kind.__module__.startswith("torch."):
@@ -277,7 +274,7 @@ def _not_known(reason: str) -> str:
 
 
 def form_of_module(module: nn.Module) -> str | None:
-    """``"gelu"``, ``"gelu_tanh"``, or None for a module that computes, or may come to compute, something else."""
+    """The form of GELU, or None for a module that computes, or may come to compute, something else."""
     found = read_activation(module)
     return found.form if isinstance(found, Activation) else None
 

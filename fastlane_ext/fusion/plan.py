@@ -71,7 +71,7 @@ class Fused:
     def pattern(self) -> str:
         parts = ["Linear"]
         if self.activation != "none":
-            parts.append("GELU" if self.activation == "gelu" else "GELU(tanh)")
+            parts.append({"gelu": "GELU", "gelu_tanh": "GELU(tanh)"}.get(self.activation, self.activation))
         if self.fc2:
             parts.append("Linear")
         return "→".join(parts) + ("+residual" if self.residual is not None else "")

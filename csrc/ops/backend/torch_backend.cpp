@@ -3,8 +3,6 @@
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/sum.h>
 
 #include "ops/composition.h"
@@ -54,12 +52,7 @@ void epilogue(const EpilogueProblem& p) {
   const at::Tensor addend =
       e.addend.data ? tensor(e.addend.data, {p.m, p.n}, {e.addend.row_stride, 1}, p.dtype) : at::Tensor();
   if (e.activation != Activation::none) {
-    // gelu_out writes elsewhere if the rows of a float32 or bfloat16 result are apart (torch 2.13).
-    if (out.is_contiguous()) {
-      at::gelu_out(out, z, composition::approximate(e.activation));
-    } else {
-      out.copy_(at::gelu(z, composition::approximate(e.activation)));
-    }
+    composition::activate_into(out, z, e.activation);
     if (addend.defined()) out.add_(addend);
   } else if (addend.defined()) {
     at::add_out(out, z, addend);
@@ -74,7 +67,7 @@ void preactivation_grad(const PreActivationGradProblem& p) {
   if (p.activation != Activation::none) {
     const at::Tensor dy = dz, z = operand(p.z, p.rows, p.cols, p.dtype);
     dz = p.dz.data ? result(p.dz, p.rows, p.cols, p.dtype) : at::empty({p.rows, p.cols}, dy.options());
-    at::gelu_backward_out(dz, dy, z, composition::approximate(p.activation));
+    composition::preactivation_grad_into(dz, dy, z, p.activation);
   } else if (p.dz.data && p.dz.data != p.dy.data) {
     result(p.dz, p.rows, p.cols, p.dtype).copy_(dz);
   }

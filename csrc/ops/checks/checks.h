@@ -6,20 +6,22 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymIntArrayRef.h>
 #include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
 
 #include <array>
 #include <string_view>
 
+#include "kernels/activation.h"
 #include "kernels/problem.h"
 #include "ops/types.h"
 
 namespace fastlane {
 
 inline Activation parse_activation(std::string_view name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "none") return Activation::none;
-  TORCH_CHECK_VALUE(false, "activation: got '", name, "', expected 'gelu', 'gelu_tanh' or 'none'");
+  for (size_t i = 0; i < kActivationNames.size(); ++i)
+    if (name == kActivationNames[i]) return static_cast<Activation>(i);
+  TORCH_CHECK_VALUE(false, "activation: got '", name, "', expected one of '", c10::Join("', '", kActivationNames),
+                    "'");
 }
 
 inline bool has_kernel_dtype(const at::Tensor& t) {

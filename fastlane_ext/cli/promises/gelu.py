@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlane_ext import reference
-from fastlane_ext._gelu64 import gelu64
+from fastlane_ext._activations import in_float64
 
 from .rows import DTYPES, Counter, Row, row
 
@@ -32,7 +32,7 @@ def _dense_float32() -> Tensor:
 def scalar_float32(fused: Counter, activation: str) -> list[Row]:
     """Relative error of GELU over fp32 in [-10, 10], and error of GELU' relative to Φ(x) + |x|φ(x): at most 1e-5."""
     x = _dense_float32()
-    value, slope, slope_size = gelu64(x.double(), activation)
+    value, slope, slope_size = in_float64(x.double(), activation)
     smallest = torch.finfo(torch.float32).smallest_normal
     errors = []
     for layer in (fused, reference.linear_gelu_residual):
@@ -63,7 +63,7 @@ def scalar_half(fused: Counter, dtype_name: str, activation: str) -> list[Row]:
     dtype = DTYPES[dtype_name]
     x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     finite = torch.isfinite(x)
-    value, slope, _ = gelu64(x.double(), activation)
+    value, slope, _ = in_float64(x.double(), activation)
     errors = []
     for layer in (fused, reference.linear_gelu_residual):
         results = _through_layer(layer, x, activation)

@@ -28,7 +28,7 @@ def groups(fused: Counter, isa: str) -> list[tuple[str, Callable[[], list[Row]]]
             out.append((f"{dtype} {activation}", partial(accuracy, fused, dtype, activation)))
     if isa == "none":
         return [*out, ("published table", published_table)]
-    for activation in ("gelu", "gelu_tanh"):
+    for activation in (name for name in reference.ACTIVATIONS if name != "none"):
         out.append((f"float32 sweep {activation}", partial(scalar_float32, fused, activation)))
         for dtype in ("bfloat16", "float16"):
             out.append((f"{dtype} sweep {activation}", partial(scalar_half, fused, dtype, activation)))

@@ -3,17 +3,29 @@
 
 #include <vector>
 
-#include "kernels/gelu.h"
+#include "kernels/activation.h"
 
 namespace fastlane::cuda {
 
 using Doubles = std::vector<double>;
 
 inline double act(Activation a, double z) {
-  return a == Activation::none ? z : a == Activation::gelu ? gelu(z) : gelu_tanh(z);
+  switch (a) {
+#define FASTLANE_ACTIVATION(name) \
+  case Activation::name: return Definition<Activation::name>::value(z);
+    FASTLANE_ACTIVATIONS(FASTLANE_ACTIVATION)
+#undef FASTLANE_ACTIVATION
+  }
+  return NAN;
 }
 inline double slope(Activation a, double z) {
-  return a == Activation::none ? 1 : a == Activation::gelu ? gelu_derivative(z) : gelu_tanh_derivative(z);
+  switch (a) {
+#define FASTLANE_ACTIVATION(name) \
+  case Activation::name: return Definition<Activation::name>::derivative(z);
+    FASTLANE_ACTIVATIONS(FASTLANE_ACTIVATION)
+#undef FASTLANE_ACTIVATION
+  }
+  return NAN;
 }
 
 }  // namespace fastlane::cuda

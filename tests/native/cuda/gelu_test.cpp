@@ -1,4 +1,4 @@
-// The device's formulas, gelu.h in float and gelu16.h, compiled for the host, against gelu.h's in long double.
+// The device's formulas, the definitions in float and gelu16.h, compiled for the host, against long double.
 #include "kernels/cuda/common/gelu16.h"
 
 #include <algorithm>
@@ -10,6 +10,8 @@
 
 using namespace fastlane;
 using Real = long double;
+using Exact = Definition<Activation::gelu>;
+using Tanh = Definition<Activation::gelu_tanh>;
 
 namespace {
 
@@ -31,14 +33,14 @@ void test_errors(double step, double tolerance) {
     const Real x = z;
     if (x == 0) continue;
     const Real value = x * cdf(x);
-    exact.add(static_cast<double>(std::fabs((gelu(z) - value) / value)));
+    exact.add(static_cast<double>(std::fabs((Exact::value(z) - value) / value)));
     // Relative to Φ + |x|φ, because the derivative has a zero.
-    exact_slope.add(static_cast<double>(std::fabs(gelu_derivative(z) - (cdf(x) + x * density(x))) /
+    exact_slope.add(static_cast<double>(std::fabs(Exact::derivative(z) - (cdf(x) + x * density(x))) /
                                         (cdf(x) + std::fabs(x) * density(x))));
     const Real s = sigma(two_u(x)), two_u_slope = Real{1.59576912160573071176L} * (1 + 3 * Real{0.044715L} * x * x);
     if (std::fabs(x) < 8) {
-      tanh_form.add(static_cast<double>(std::fabs((gelu_tanh(z) - x * s) / (x * s))));
-      tanh_slope.add(static_cast<double>(std::fabs(gelu_tanh_derivative(z) - (s + x * s * (1 - s) * two_u_slope)) /
+      tanh_form.add(static_cast<double>(std::fabs((Tanh::value(z) - x * s) / (x * s))));
+      tanh_slope.add(static_cast<double>(std::fabs(Tanh::derivative(z) - (s + x * s * (1 - s) * two_u_slope)) /
                                          (s + std::fabs(x) * s * (1 - s) * two_u_slope)));
     }
   }
@@ -117,8 +119,8 @@ int main() {
   test_errors_of_16_bits<bits16::Bfloat16Tail>("bfloat16", 7, 0.28);
   test_errors_of_16_bits<bits16::Float16Tail>("float16", 10, 0.08);
   test_errors_of_16_bits<bits16::Tf32Tail>("TF32", 10, 2.2);
-  test_extremes<float>({gelu, gelu_tanh}, {gelu_derivative, gelu_tanh_derivative}, 0);
-  test_extremes<double>({gelu, gelu_tanh}, {gelu_derivative, gelu_tanh_derivative}, 0);
+  test_extremes<float>({Exact::value, Tanh::value}, {Exact::derivative, Tanh::derivative}, 0);
+  test_extremes<double>({Exact::value, Tanh::value}, {Exact::derivative, Tanh::derivative}, 0);
   test_extremes_of_16_bits<bits16::Bfloat16Tail>(1e-3f);
   test_extremes_of_16_bits<bits16::Float16Tail>(2e-5f);
   test_extremes_of_16_bits<bits16::Tf32Tail>(6e-5f);

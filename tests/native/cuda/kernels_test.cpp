@@ -170,10 +170,10 @@ void test_type() {
 }  // namespace
 
 int main() {
-  test_type<float, ExactGelu>();
-  test_type<float, NoActivation>();
-  test_type<double, TanhGelu>();
-  test_type<__nv_bfloat16, ExactGelu>();
-  test_type<__half, TanhGelu>();
+  test_type<float, OnDevice<Activation::gelu>>();
+  test_type<float, OnDevice<Activation::none>>();
+  test_type<double, OnDevice<Activation::gelu_tanh>>();
+  test_type<__nv_bfloat16, OnDevice<Activation::gelu>>();
+  test_type<__half, OnDevice<Activation::gelu_tanh>>();
   return failures != 0;
 }

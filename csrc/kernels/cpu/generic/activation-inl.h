@@ -1,4 +1,4 @@
-// act(z) and act′(z) on vectors, without branches; gelu.h's formulas at t = |z|:
+// act(z) and act′(z) on vectors, without branches; the formulas of kernels/activation.h at t = |z|:
 //
 //   gelu(z) = max(z, 0) − t C(t)        gelu′(z) = S(t) for z < 0, 1 − S(t) for z ≥ 0
 //
@@ -10,11 +10,10 @@
 #include <cstddef>
 #include <type_traits>
 
+#include "kernels/activation.h"
 #include "kernels/cpu/generic/vec_common-inl.h"
 #include "kernels/cpu/isa/target.h"
 #include "kernels/cpu/isa/vec.h"
-#include "kernels/gelu.h"
-#include "kernels/problem.h"
 
 FASTLANE_BEGIN_TARGET
 
@@ -236,13 +235,30 @@ struct GivenSlope {
 template <class T>
 using coefficients_t = std::conditional_t<sizeof(T) == 8, Bits64, std::conditional_t<sizeof(T) == 4, Bits32, Bits16>>;
 
+// The type that computes an activation on vectors.
+template <Activation, class Coefficients>
+struct OnVectors;
+template <class Coefficients>
+struct OnVectors<Activation::none, Coefficients> {
+  using type = NoActivation;
+};
+template <class Coefficients>
+struct OnVectors<Activation::gelu, Coefficients> {
+  using type = Gelu<NormalTail<Coefficients>>;
+};
+template <class Coefficients>
+struct OnVectors<Activation::gelu_tanh, Coefficients> {
+  using type = Gelu<LogisticTail<Coefficients>>;
+};
+
 // Calls f with the activation's type for results stored as T.
 template <class T, class F>
 FASTLANE_INLINE void with_activation(Activation activation, F f) {
   switch (activation) {
-    case Activation::none: return f(NoActivation{});
-    case Activation::gelu: return f(Gelu<NormalTail<coefficients_t<T>>>{});
-    case Activation::gelu_tanh: return f(Gelu<LogisticTail<coefficients_t<T>>>{});
+#define FASTLANE_ACTIVATION(name) \
+  case Activation::name: return f(typename OnVectors<Activation::name, coefficients_t<T>>::type{});
+    FASTLANE_ACTIVATIONS(FASTLANE_ACTIVATION)
+#undef FASTLANE_ACTIVATION
   }
 }
 

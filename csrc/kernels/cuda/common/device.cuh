@@ -7,7 +7,7 @@
 
 #include <type_traits>
 
-#include "kernels/gelu.h"
+#include "kernels/activation.h"
 #include "kernels/problem.h"
 #include "kernels/cuda/common/gelu16.h"
 #include "kernels/cuda/common/geometry.h"
@@ -66,58 +66,63 @@ using InPass = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, Tf32, T>;
 template <class T>
 constexpr bool kIsShort = !std::is_floating_point_v<T>;
 
-// T is the type in which the result is stored.
-struct NoActivation {
+// An activation and its slope on the GPU, for a result that is stored as T: the definition, or a shorter formula.
+template <Activation kActivation>
+struct OnDevice {
   template <class T>
   static __device__ compute_t<T> value(compute_t<T> z) {
-    return z;
+    return Definition<kActivation>::value(z);
   }
   template <class T>
-  static __device__ compute_t<T> slope(compute_t<T>) {
-    return 1;
+  static __device__ compute_t<T> slope(compute_t<T> z) {
+    return Definition<kActivation>::derivative(z);
   }
 };
-struct ExactGelu {
+template <>
+struct OnDevice<Activation::gelu> {
   template <class T>
   static __device__ compute_t<T> value(compute_t<T> z) {
     if constexpr (kIsShort<T>)
       return bits16::gelu<GeluTail<T>>(z);
     else
-      return gelu(z);
+      return Definition<Activation::gelu>::value(z);
   }
   template <class T>
   static __device__ compute_t<T> slope(compute_t<T> z) {
     if constexpr (kIsShort<T>)
       return bits16::gelu_derivative<GeluTail<T>>(z);
     else
-      return gelu_derivative(z);
+      return Definition<Activation::gelu>::derivative(z);
   }
 };
-struct TanhGelu {
+template <>
+struct OnDevice<Activation::gelu_tanh> {
   template <class T>
   static __device__ compute_t<T> value(compute_t<T> z) {
     if constexpr (kIsShort<T>)
       return bits16::gelu_tanh(z);
     else
-      return gelu_tanh(z);
+      return Definition<Activation::gelu_tanh>::value(z);
   }
   template <class T>
   static __device__ compute_t<T> slope(compute_t<T> z) {
     if constexpr (kIsShort<T>)
       return bits16::gelu_tanh_derivative(z);
     else
-      return gelu_tanh_derivative(z);
+      return Definition<Activation::gelu_tanh>::derivative(z);
   }
 };
 
-// Calls f with one of the activations above, so that the branch is outside the loop over elements.
+// Calls f with OnDevice<activation>, so that the branch is outside the loop over elements.
 template <class F>
 __device__ auto with_activation(Activation activation, F f) {
   switch (activation) {
-    case Activation::gelu: return f(ExactGelu{});
-    case Activation::gelu_tanh: return f(TanhGelu{});
-    default: return f(NoActivation{});
+#define FASTLANE_ACTIVATION(name) \
+  case Activation::name: return f(OnDevice<Activation::name>{});
+    FASTLANE_ACTIVATIONS(FASTLANE_ACTIVATION)
+#undef FASTLANE_ACTIVATION
   }
+  __builtin_unreachable();
 }
 
 }  // namespace fastlane::cuda

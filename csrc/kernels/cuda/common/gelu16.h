@@ -1,8 +1,9 @@
 // GELU and its derivative for results that are stored in 16 bits or come from TF32 operands. These functions take 8
-// to 16 instructions without a branch; gelu.h's take 40 to 63. In a GEMM's epilogue every instruction costs time.
+// to 16 instructions without a branch; the definitions of kernels/activation.h take 40 to 63. In a GEMM's epilogue
+// every instruction costs time.
 //
 //   exact:  gelu(z) = max(z, 0) − t Φ(−t),   gelu′(z) = S for z < 0, 1 − S for z ≥ 0,   t = |z|, S = Φ(−t) − t φ(t)
-//   tanh:   gelu.h's, with the GPU's own reciprocal and power of 2
+//   tanh:   the definition, with the GPU's own reciprocal and power of 2
 //
 // log₂ Φ(−t) is a polynomial, so that the tail keeps its digits, with as many terms as the result's digits need. The
 // GPU's functions return 0 instead of a denormal, so below 2⁻¹¹⁸ a result has fewer digits or is 0.
@@ -10,7 +11,7 @@
 
 #include <limits>
 
-#include "kernels/gelu.h"
+#include "kernels/activation.h"
 
 namespace fastlane::bits16 {
 

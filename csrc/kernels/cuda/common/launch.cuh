@@ -14,14 +14,16 @@ struct StoredAs {
   static constexpr int access = N;
 };
 
-// Calls f(StoredAs<T, N>, Activation) for the types that the arguments name; N elements fill 16 bytes, or N is 1.
+// Calls f(StoredAs<T, N>, OnDevice<activation>) for the types that the arguments name; N elements fill 16 bytes, or N
+// is 1.
 template <class F>
 void with_types(DType dtype, int64_t access, Activation activation, F f) {
   const auto with_activation = [&](auto stored) {
     switch (activation) {
-      case Activation::none: return f(stored, NoActivation{});
-      case Activation::gelu: return f(stored, ExactGelu{});
-      case Activation::gelu_tanh: return f(stored, TanhGelu{});
+#define FASTLANE_ACTIVATION(name) \
+  case Activation::name: return f(stored, OnDevice<Activation::name>{});
+      FASTLANE_ACTIVATIONS(FASTLANE_ACTIVATION)
+#undef FASTLANE_ACTIVATION
     }
   };
   const auto with_access = [&](auto one) {
