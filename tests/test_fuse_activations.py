@@ -98,6 +98,10 @@ GELUS = {
     "by the error function": (Scaled(), "gelu"),
     "by the normal distribution": (Act(lambda x: x * torch.special.ndtr(x)), "gelu"),
     "by tanh": (Act(plain), "gelu_tanh"),
+    "by the logistic function": (
+        Act(lambda x: x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))),
+        "gelu_tanh",
+    ),
     "by methods": (Act(lambda x: x.mul(0.5).mul(x.div(2**0.5).erf().add(1.0))), "gelu"),
 }
 

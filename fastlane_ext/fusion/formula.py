@@ -1,9 +1,9 @@
 """The formula that an activation computes, found by calling the activation with a stand-in for its input.
 
 A grid of values can tell formulas apart only if few formulas are possible. So an activation may only be a polynomial of
-low degree in x and in one value of one function (GELU, erf, tanh, the normal distribution); the function's argument is
-a polynomial of low degree in x. Two such formulas that agree on hundreds of points, from 1e-38 to 3e38, agree between
-these points too.
+low degree in x and in one value of one function (GELU, erf, sigmoid, tanh, the normal distribution); the function's
+argument is a polynomial of low degree in x. Two such formulas that agree on hundreds of points, from 1e-38 to 3e38,
+agree between these points too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _DEGREE = 4
 _OF_ARGUMENT = 3
 _CONSTANTS = (1e-3, 1e3)
 """How small and large a constant may be: a value that is multiplied by 1e4 on its way overflows in float16."""
-_FUNCTIONS = ("gelu", "erf", "erfc", "tanh", "ndtr", "special_erf", "special_erfc", "special_ndtr")
+_FUNCTIONS = ("gelu", "erf", "erfc", "sigmoid", "tanh", "ndtr", "special_erf", "special_erfc", "special_ndtr")
 
 
 _names = itertools.count()
@@ -81,7 +81,7 @@ class Formula:
     mul = multiply = _product
     div = true_divide = _quotient
     pow, neg, negative = _power, _negative, _negative
-    erf = erfc = tanh = _function
+    erf = erfc = sigmoid = tanh = _function
 
     def square(self) -> Formula:
         return self._power(2)

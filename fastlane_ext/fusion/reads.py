@@ -22,7 +22,8 @@ CONSTANTS = (bool, int, float, str, type(None))
 _TRUSTED = ("math", "torch")
 """Modules whose constants nobody assigns."""
 _ARITHMETIC = frozenset(
-    "add div erf erfc gelu mul multiply ndtr neg negative pow rsub sqrt square sub subtract tanh true_divide".split()  # noqa: SIM905
+    "add div erf erfc gelu mul multiply ndtr neg negative pow rsub sigmoid "  # noqa: SIM905
+    "sqrt square sub subtract tanh true_divide".split()
 )
 """Functions and methods that an activation may call: their values and slopes depend on their arguments only."""
 _OPERATORS = tuple(
