@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._arguments import check_choice
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh")
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
@@ -23,6 +23,8 @@ def activate(z: Tensor, activation: str) -> Tensor:
         return F.gelu(z)
     if activation == "gelu_tanh":
         return F.gelu(z, approximate="tanh")
+    if activation == "quick_gelu":
+        return z * torch.sigmoid(1.702 * z)
     check_activation(activation)
     return z
 
@@ -34,16 +36,23 @@ def in_float64(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     if activation == "gelu":
         gate = 0.5 * torch.special.erfc(-x * math.sqrt(0.5))
         slope = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-    else:
+    elif activation == "gelu_tanh":
         c, k = math.sqrt(2 / math.pi), 0.044715
         inner = 2 * c * (x + k * x**3)
         gate = torch.sigmoid(inner)
         slope = gate * torch.sigmoid(-inner) * 2 * c * (1 + 3 * k * x * x)
+    else:
+        gate = torch.sigmoid(1.702 * x)
+        slope = gate * torch.sigmoid(-1.702 * x) * 1.702
     tilt = torch.where(slope == 0, torch.zeros_like(x), x * slope)
     return torch.where(gate == 0, torch.zeros_like(x), x * gate), gate + tilt, gate + tilt.abs()
 
 
-CALLS: tuple[tuple[Any, str], ...] = ((F, "gelu"),)
+CALLS: tuple[tuple[Any, str], ...] = (
+    (F, "gelu"),
+    (torch, "sigmoid"),
+    *((kind, name) for kind in (Tensor, nn.Parameter) for name in ("__mul__", "__rmul__")),
+)
 """What `activate` calls: a module and a function's name, or a class and a method's."""
 
 
@@ -58,10 +67,22 @@ class ActivationModule(NamedTuple):
     reads: tuple[tuple[str, str, str], ...] = ()
 
 
+class QuickGELU(nn.Module):
+    """``x * sigmoid(1.702 * x)``, elementwise: the activation of CLIP (Hendrycks and Gimpel, arXiv:1606.08415).
+
+    >>> QuickGELU()(torch.zeros(2)).tolist()
+    [0.0, 0.0]
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
 MODULES = {
     "none": ActivationModule(nn.Identity, {}),
     "gelu": ActivationModule(nn.GELU, {"approximate": "none"}),
     "gelu_tanh": ActivationModule(nn.GELU, {"approximate": "tanh"}),
+    "quick_gelu": ActivationModule(QuickGELU, {}, (("torch", "sigmoid", "torch"),)),
 }
 
 

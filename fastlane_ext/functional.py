@@ -31,8 +31,8 @@ def linear_gelu_residual(
         bias: ``(out_features,)`` or None.
         residual: broadcasts to the output's shape; None adds nothing. If residual is x itself, backward adds the
             shortcut's gradient inside the product that computes x's gradient.
-        activation: ``"gelu"`` (exact, with erf), ``"gelu_tanh"`` or ``"none"``. Formulas: Hendrycks and Gimpel,
-            arXiv:1606.08415.
+        activation: ``"gelu"`` (exact, with erf), ``"gelu_tanh"``, ``"quick_gelu"`` (x σ(1.702 x)) or ``"none"``.
+            Formulas: Hendrycks and Gimpel, arXiv:1606.08415.
         recompute: keep no pre-activation for backward; backward computes the pre-activation again.
 
     Returns:

@@ -59,7 +59,8 @@ def linear_gelu_residual(
     """``act(x @ weight.T + bias) + residual``.
 
     ``x`` is ``(*, in)``, ``weight`` ``(out, in)``, ``bias`` ``(out,)``; ``residual`` broadcasts to the
-    result, ``(*, out)``. ``activation`` is ``"gelu"`` (exact, erf), ``"gelu_tanh"`` or ``"none"``.
+    result, ``(*, out)``. ``activation`` is ``"gelu"`` (exact, erf), ``"gelu_tanh"``,
+    ``"quick_gelu"`` or ``"none"``.
     ``recompute`` has no effect here; the fused function has the same parameter.
 
     Raises ValueError for an unknown ``activation``. PyTorch checks shapes and dtypes (RuntimeError).
@@ -163,7 +164,7 @@ class LinearGELUResidual(nn.Module):
         in_features, out_features: sizes of the last dimension of input and output.
         bias: whether the layer and its projection have a bias.
         shortcut: ``"identity"``, ``"projection"``, ``"concat"`` or ``"none"``, as in `residual_stack`.
-        activation: ``"gelu"``, ``"gelu_tanh"`` or ``"none"``.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"quick_gelu"`` or ``"none"``.
         device, dtype: the parameters' device and dtype, as in ``nn.Linear``.
 
     Attributes:
@@ -281,7 +282,7 @@ class ResidualMLP(nn.Module):
     Args:
         dim: size of the last dimension of input and output.
         hidden_dim: size between the two linear maps.
-        activation: ``"gelu"``, ``"gelu_tanh"`` or ``"none"``.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"quick_gelu"`` or ``"none"``.
         bias: whether the two linear maps have a bias.
 
     Raises:
@@ -314,7 +315,7 @@ class ResidualNetwork(nn.Module):
         layer_sizes: input size, then the output size of every layer: ``[64, 64, 10]`` makes two layers.
         shortcut: ``"identity"``, ``"projection"``, ``"concat"`` or ``"none"``, as in `residual_stack`.
             With ``"concat"`` a layer reads the sum of all widths before it.
-        activation: ``"gelu"``, ``"gelu_tanh"`` or ``"none"``.
+        activation: ``"gelu"``, ``"gelu_tanh"``, ``"quick_gelu"`` or ``"none"``.
         bias: whether the linear maps have a bias.
 
     Attributes:

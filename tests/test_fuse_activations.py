@@ -61,7 +61,7 @@ NOT_GELU = {
     "a subclass": lambda x: F.gelu(x).as_subclass(nn.Parameter),
     "random numbers drawn": lambda x: F.gelu(x + 0 * torch.rand(())),
     "dropped out": lambda x: F.dropout(F.gelu(x), 0.0),
-    "quick": lambda x: x * torch.sigmoid(1.702 * x),
+    "almost quick": lambda x: x * torch.sigmoid(1.7 * x),
     "in place of its input": lambda x: x.copy_(F.gelu(x)),
     "without gradient": torch.no_grad()(F.gelu),
 }
@@ -102,6 +102,7 @@ GELUS = {
         Act(lambda x: x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))),
         "gelu_tanh",
     ),
+    "quick": (Act(lambda x: x * torch.sigmoid(1.702 * x)), "quick_gelu"),
     "by methods": (Act(lambda x: x.mul(0.5).mul(x.div(2**0.5).erf().add(1.0))), "gelu"),
 }
 

@@ -15,10 +15,11 @@ from support.paths import COUNTED, PATH
 
 import fastlane_ext as fl
 
-both_gelus = pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+GELUS = ("gelu", "gelu_tanh", "quick_gelu")
+each_gelu = pytest.mark.parametrize("activation", GELUS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 SIXTEEN_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_name)
-LIMIT = {"gelu": 4e-6, "gelu_tanh": 8e-6}  # relative, of float32; 1e-5 is promised
+LIMIT = {"gelu": 4e-6, "gelu_tanh": 8e-6, "quick_gelu": 4e-6}  # relative, of float32; 1e-5 is promised
 TINY = 2.0**-149  # the smallest float32: no relative bound holds below it
 
 SPECIAL = [
@@ -62,7 +63,7 @@ def exact_gelu(values, activation):
 def test_the_oracle_against_fifty_digits():
     values = torch.linspace(-12, 12, 97, dtype=torch.float64)
     with mpmath.workdps(50):
-        for activation in ("gelu", "gelu_tanh"):
+        for activation in GELUS:
             value, slope, size = exact_gelu(values, activation)
             for i, z in enumerate(map(mpmath.mpf, values.tolist())):
                 f = partial(activation_in_many_digits, activation=activation)
@@ -81,14 +82,14 @@ def assert_float32_promise(values, got, activation):
 
 
 @pytest.mark.own_kernels
-@both_gelus
+@each_gelu
 def test_float32_everywhere_in_ten(activation):
     values = torch.linspace(-10, 10, 3_000_000 // 64 * 64)
     assert_float32_promise(values, fused_gelu(values, activation, width=64), activation)
 
 
 @pytest.mark.own_kernels
-@both_gelus
+@each_gelu
 def test_float32_in_every_binade(activation):
     """All powers of two up to 8, denormals included, with several mantissas and both signs."""
     powers = 2.0 ** torch.arange(-149, 4, dtype=torch.float64)
@@ -99,18 +100,19 @@ def test_float32_in_every_binade(activation):
 
 
 @pytest.mark.own_kernels
-@both_gelus
+@each_gelu
 def test_float32_beyond_ten(activation):
     values = torch.logspace(1, 38.5, 40_000, dtype=torch.float64).float()
     value, slope = fused_gelu(values, activation)
-    assert torch.equal(value, values) and (slope == 1).all()
+    size = {"quick_gelu": 1e-6}.get(activation, 1e-20)
+    assert ((values - value).abs() <= size).all() and ((1 - slope).abs() <= size).all()
     value, slope = fused_gelu(-values, activation)
-    assert (value <= 0).all() and (value > -1e-21).all()
-    assert (slope <= 0).all() and (slope > -1e-20).all()
+    assert (value <= 0).all() and (value > -size).all()
+    assert (slope <= 0).all() and (slope > -size).all()
 
 
 @pytest.mark.own_kernels
-@both_gelus
+@each_gelu
 def test_float64(activation):
     """The error relative to GELU itself may include z's rounding, since GELU's condition number grows like z²."""
     generator = torch.Generator().manual_seed(0)
@@ -142,7 +144,7 @@ def ordinal(t):
 
 @pytest.mark.own_product
 @SIXTEEN_BITS
-@both_gelus
+@each_gelu
 def test_all_values_of_16_bits(dtype, activation):
     """GELU and GELU′ of all 65,536 values are within one unit in the last place of the rounded exact value."""
     values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
@@ -160,13 +162,13 @@ def test_all_values_of_16_bits(dtype, activation):
 
 @pytest.mark.own_kernels
 @every_dtype
-@both_gelus
+@each_gelu
 def test_special_values(dtype, activation):
     """Far out GELU′ is 0 or 1, never 0 · inf; NaN stays NaN; a denormal is halved and does not vanish."""
     values = torch.tensor(SPECIAL, dtype=torch.float64).to(dtype)
     value, slope = fused_gelu(values, activation)
     assert torch.equal(value.isnan(), values.isnan()) and torch.equal(slope.isnan(), values.isnan())
-    far = values.abs() >= 41
+    far = values.abs() >= (471 if activation == "quick_gelu" else 41)
     assert torch.equal(value[far], values[far].clamp(min=0))
     assert torch.equal(slope[far], (values[far] > 0).to(dtype))
     zero = values == 0
@@ -187,7 +189,7 @@ def backward_slope(z, activation, grad=None):
 
 
 @every_dtype
-@both_gelus
+@each_gelu
 def test_zeros(dtype, activation):
     """GELU′ is the same for both zeros; a value that is rounded to zero keeps its sign."""
     zeros = torch.tensor([[-0.0, 0.0]], dtype=dtype)
@@ -200,7 +202,7 @@ def test_zeros(dtype, activation):
 
 @pytest.mark.own_kernels
 @every_dtype
-@both_gelus
+@each_gelu
 def test_vector_and_tail_agree(dtype, activation):
     """The same value at every place of a row and of a tile gives the same bits, forward and backward."""
     values = torch.cat([torch.tensor(SPECIAL, dtype=torch.float64), torch.linspace(-6, 6, 53, dtype=torch.float64)])

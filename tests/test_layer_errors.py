@@ -160,7 +160,7 @@ def test_unknown_activation(function, activation, device, requires_grad):
         function(x, torch.zeros(3, 4, device=device), activation=activation)
     message = str(error.value)
     assert "\n" not in message
-    assert f"activation: got '{activation}', expected one of 'none', 'gelu', 'gelu_tanh'" in message
+    assert f"activation: got '{activation}', expected one of 'none', 'gelu', 'gelu_tanh', 'quick_gelu'" in message
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "bias", "residual"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.cases import make_case, small_case
 from support.choices import ACTIVATIONS, dtype_name
+from support.paths import PATH
 from support.runs import as_function, eager_layer, fused_layer, run_fused
 
 import fastlane_ext as fl
@@ -52,7 +53,9 @@ def test_subsets_of_needed_gradients(subset, recompute, activation, assert_fused
     expected = [x] * (need_weight or again) + [weight] * (need_x or again) + [bias] * again
     known = {t.data_ptr() for t in saved} & {t.data_ptr() for t in leaves}
     assert known == {t.data_ptr() for t in expected}
-    assert len(saved) == len(expected) + (need_z and not recompute)
+    # Without kernels of ours torch differentiates z σ(1.702 z) operator by operator.
+    of_activation = 3 if activation == "quick_gelu" and PATH == "torch" else 1
+    assert len(saved) == len(expected) + of_activation * (need_z and not recompute)
     if any(subset):
         needed = [leaf for leaf, on in zip(leaves, subset, strict=True) if on]
         got = torch.autograd.grad(y, needed, case.grad)

@@ -14,7 +14,7 @@ from support.exactness import assert_no_less_exact
 from support.layouts import ALL_LAYOUTS
 from support.oracle import activation_and_slope
 from support.paths import COUNTED, PATH
-from support.runs import CUDA_PATHS
+from support.runs import CUDA_PATHS, eager_activation
 from torch import Tensor
 
 import fastlane_ext as fl
@@ -63,9 +63,7 @@ def make_mlp(
 
 
 def call_eager(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, *, activation, recompute):
-    hidden = F.linear(x, fc1_weight, fc1_bias)
-    if activation != "none":
-        hidden = F.gelu(hidden, approximate="tanh" if activation == "gelu_tanh" else "none")
+    hidden = eager_activation(F.linear(x, fc1_weight, fc1_bias), activation)
     y = F.linear(hidden, fc2_weight, fc2_bias)
     return y if residual is None else residual + y
 

@@ -29,7 +29,7 @@ CASES = [
     ("ResidualMLP", (7, 19), {"activation": "gelu_tanh", "bias": False}, (5, 7)),
     *(("ResidualNetwork", ([7, 7, 9, 9, 4],), {"shortcut": s}, (5, 7)) for s in SHORTCUTS),
     *(("ResidualNetwork", ([7, 7, 3],), {"shortcut": s, "bias": False}, (0, 7)) for s in SHORTCUTS),
-    *(("ResidualNetwork", ([7, 7, 3],), {"activation": a}, (7,)) for a in ("gelu_tanh", "none")),
+    *(("ResidualNetwork", ([7, 7, 3],), {"activation": a}, (7,)) for a in ("gelu_tanh", "quick_gelu", "none")),
     *(("ExampleDeepNeuralNetwork", ([7, 7, 7, 1], on), {}, (5, 7)) for on in (False, True)),
     *(("ImprovedResidualNetwork", ([1, 64, 64, 1], on), {}, (3, 1)) for on in (False, True)),
     *(("DeepNeuralNet", (on, [25, 25, 43, 43, 54]), {}, (2, 3, 25)) for on in (False, True)),

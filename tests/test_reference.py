@@ -16,6 +16,8 @@ def gelu(z, activation):
         return z * 0.5 * torch.erfc(-z / math.sqrt(2))
     if activation == "gelu_tanh":
         return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    if activation == "quick_gelu":
+        return z / (1 + torch.exp(-1.702 * z))
     return z
 
 
@@ -207,7 +209,7 @@ def test_constructors_refuse_in_one_line(kind, make, error, words):
 
 def test_functions_refuse_in_one_line():
     x, w = torch.zeros(2, 3), torch.zeros(4, 3)
-    with pytest.raises(ValueError, match="^activation: got 'relu', expected one of 'gelu'"):
+    with pytest.raises(ValueError, match="^activation: got 'relu', expected one of 'none'"):
         reference.linear_gelu_residual(x, w, activation="relu")
     with pytest.raises(ValueError, match="^shortcut: got 'skip'"):
         reference.residual_stack(x, [w], shortcut="skip")

@@ -18,7 +18,8 @@
 #define FASTLANE_ACTIVATIONS(X) \
   X(none)                       \
   X(gelu)                       \
-  X(gelu_tanh)
+  X(gelu_tanh)                  \
+  X(quick_gelu)
 
 namespace fastlane {
 
@@ -129,6 +130,35 @@ struct Definition<Activation::gelu_tanh> {
   static FASTLANE_HOST_DEVICE R exponential(R z) {
     const R two_u = R(gelu_constants::two_sqrt_2_over_pi) * z * (R(1) + R(gelu_constants::tanh_cubic) * z * z);
     return std::exp(-std::fabs(two_u));
+  }
+};
+
+// quick_gelu(z) = z σ(1.702 z): the approximation in the same paper, which CLIP uses.
+namespace quick_gelu_constants {
+
+constexpr double scale = 1.702;
+// Beyond this |z|, σ(1.702 z) is 0 or 1 in double.
+constexpr double saturation = 470;
+
+}  // namespace quick_gelu_constants
+
+template <>
+struct Definition<Activation::quick_gelu> {
+  template <class R>
+  static FASTLANE_HOST_DEVICE R value(R z) {
+    return times_logistic(at_least(z, -quick_gelu_constants::saturation), z,
+                          exponential(clamped(z, quick_gelu_constants::saturation)));
+  }
+  template <class R>
+  static FASTLANE_HOST_DEVICE R derivative(R z) {
+    const R c = clamped(z, quick_gelu_constants::saturation);
+    return times_logistic_derivative(c, R(quick_gelu_constants::scale), exponential(c));
+  }
+
+ private:
+  template <class R>
+  static FASTLANE_HOST_DEVICE R exponential(R z) {
+    return std::exp(-std::fabs(R(quick_gelu_constants::scale) * z));
   }
 };
 

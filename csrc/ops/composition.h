@@ -7,6 +7,7 @@
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/sigmoid.h>
 
 #include "ops/checks/checks.h"
 #include "ops/checks/stack.h"
@@ -18,12 +19,13 @@ inline std::string_view approximate(Activation activation) {
 }
 
 inline at::Tensor activated(const at::Tensor& z, Activation activation) {
+  if (activation == Activation::quick_gelu) return z * at::sigmoid(z * quick_gelu_constants::scale);
   return activation == Activation::none ? z : at::gelu(z, approximate(activation));
 }
 // Writes act(z) to `out`, which may be z; its rows may be apart.
 inline void activate_into(at::Tensor& out, const at::Tensor& z, Activation activation) {
   // gelu_out writes elsewhere if the rows of a float32 or bfloat16 result are apart (torch 2.13).
-  if (out.is_contiguous()) {
+  if (out.is_contiguous() && activation != Activation::quick_gelu) {
     at::gelu_out(out, z, approximate(activation));
   } else {
     out.copy_(activated(z, activation));
@@ -54,6 +56,10 @@ inline at::Tensor mlp_residual(const at::Tensor& x, const at::Tensor& fc1_weight
 }
 
 inline at::Tensor preactivation_grad(const at::Tensor& grad_activated, const at::Tensor& z, Activation activation) {
+  if (activation == Activation::quick_gelu) {
+    const at::Tensor scaled = z * quick_gelu_constants::scale, sigma = at::sigmoid(scaled);
+    return grad_activated * sigma * (scaled * (1 - sigma) + 1);
+  }
   return activation == Activation::none ? grad_activated
                                         : at::gelu_backward(grad_activated, z, approximate(activation));
 }
@@ -61,7 +67,11 @@ inline at::Tensor preactivation_grad(const at::Tensor& grad_activated, const at:
 // Writes grad_activated ⊙ act′(z) to `dz`, which may be grad_activated.
 inline void preactivation_grad_into(at::Tensor& dz, const at::Tensor& grad_activated, const at::Tensor& z,
                                     Activation activation) {
-  at::gelu_backward_out(dz, grad_activated, z, approximate(activation));
+  if (activation == Activation::quick_gelu) {
+    dz.copy_(preactivation_grad(grad_activated, z, activation));
+  } else {
+    at::gelu_backward_out(dz, grad_activated, z, approximate(activation));
+  }
 }
 
 inline at::Tensor residual_stack(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut,

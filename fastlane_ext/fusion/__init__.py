@@ -31,8 +31,8 @@ def fuse(
 
     `fuse` finds Linear→GELU, Linear→GELU→(inactive dropout)→Linear, and a Linear whose result is added to another
     input. A Linear is an ``nn.Linear`` or transformers' ``Conv1D``. A GELU is any activation whose values and slopes
-    are GELU's, exact or tanh. The networks of `fastlane_ext.reference` become fused networks. The search follows each
-    container's forward and does not go by class names.
+    are GELU's, in its exact, tanh or quick form. The networks of `fastlane_ext.reference` become fused networks. The
+    search follows each container's forward and does not go by class names.
 
     No parameter is made, renamed or copied: the container gets a subclass of its class, with another forward. At
     every call the new forward checks that everything the plan rests on is unchanged (children, hooks, attributes,

@@ -33,7 +33,7 @@ _registered: dict[type[nn.Module], str] = {}
 
 
 def register_activation(cls: type[nn.Module], form: str) -> None:
-    """Tell `fuse` that modules of exactly this class compute ``form``: ``"gelu"`` or ``"gelu_tanh"``.
+    """Tell `fuse` that modules of exactly this class compute ``form``: ``"gelu"``, ``"gelu_tanh"`` or ``"quick_gelu"``.
 
     Classes whose forward is plain arithmetic need no registration: `fuse` finds them by their values and slopes.
     Register classes that `fuse` cannot read or call, such as wrappers of GPU kernels, and classes that branch or have a

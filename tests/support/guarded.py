@@ -75,7 +75,7 @@ def plans(op: str):
             shapes=shapes,
             layouts={name: LAYOUTS[(n // (1 + j)) % 3] for j, name in enumerate(shapes)},
             needs=frozenset(shapes) - {"grad"},
-            activation=ACTIVATIONS[n % 3],
+            activation=ACTIVATIONS[n % len(ACTIVATIONS)],
             recompute=n % 7 == 0,
             residual=residual,
             shortcut=shortcut,

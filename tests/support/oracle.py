@@ -24,14 +24,17 @@ def normal_cdf(z: np.ndarray) -> np.ndarray:
 
 
 def gelu_parts(z: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarray]:
-    """(c, b) with GELU = z c and GELU′ = c + b: Φ and zφ, or their counterparts in the tanh form."""
+    """(c, b) with GELU = z c and GELU′ = c + b: Φ and zφ, or their counterparts in the other forms."""
     if activation == "gelu":
         return normal_cdf(z), z * np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-    two_u = 2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
-    small = np.exp(-np.abs(two_u)) / (1 + np.exp(-np.abs(two_u)))
-    large = 1 / (1 + np.exp(-np.abs(two_u)))
+    if activation == "quick_gelu":
+        inner, slope = 1.702 * z, 1.702
+    else:
+        inner = 2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
+        slope = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
+    small = np.exp(-np.abs(inner)) / (1 + np.exp(-np.abs(inner)))
+    large = 1 / (1 + np.exp(-np.abs(inner)))
     sigmoid, complement = np.where(z < 0, small, large), np.where(z < 0, large, small)
-    slope = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
     return sigmoid, z * sigmoid * complement * slope
 
 
@@ -48,6 +51,8 @@ def activation_in_many_digits(z, activation: str):
         return z
     if activation == "gelu":
         return z * mpmath.erfc(-z / mpmath.sqrt(2)) / 2
+    if activation == "quick_gelu":
+        return z / (1 + mpmath.exp(-mpmath.mpf("1.702") * z))
     u = mpmath.sqrt(2 / mpmath.pi) * (z + mpmath.mpf("0.044715") * z**3)
     return z / (1 + mpmath.exp(-2 * u))
 

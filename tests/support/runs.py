@@ -14,10 +14,15 @@ from support.paths import COUNTED, PATH
 CUDA_PATHS = {"": ("fused", "library", "hopper"), "fused": ("fused", "hopper"), "library": ("library",)}
 
 
+def eager_activation(z, activation):
+    if activation == "quick_gelu":
+        return z * torch.sigmoid(1.702 * z)
+    return z if activation == "none" else F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
 def eager_layer(x, weight, bias=None, residual=None, *, activation="gelu", concat=False):
     y = F.linear(x, weight, bias)
-    if activation != "none":
-        y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    y = eager_activation(y, activation)
     if concat:
         return torch.cat([x, y], -1)
     return y if residual is None else y + residual

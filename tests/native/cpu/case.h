@@ -14,7 +14,7 @@
 
 namespace sweep {
 
-constexpr Activation kActivations[] = {Activation::none, Activation::gelu, Activation::gelu_tanh};
+constexpr int kActivations = static_cast<int>(kActivationNames.size());
 constexpr int64_t kThreads[] = {1, 3};
 
 enum class Kind { normal, integers, denormals, one_denormal };
@@ -41,7 +41,7 @@ struct Case {
         rng(static_cast<uint64_t>(case_number)),
         dtype(static_cast<DType>(case_number % 4)),
         format(format_of(dtype)),
-        activation(kActivations[case_number / 4 % 3]) {
+        activation(static_cast<Activation>(case_number / 4 % kActivations)) {
     const CachesChoice choices[] = {{"machine", fastlane::caches()},
                                     {"tiny", {1 << 10, 4 << 10, 8 << 10}},
                                     {"huge", {16 << 20, 64 << 20, 1 << 30}}};
@@ -52,8 +52,7 @@ struct Case {
       if (kind == Kind::integers && activation != Activation::none) kind = Kind::denormals;
     }
     roundoff = kind == Kind::integers ? 0 : format.compute_roundoff;
-    constexpr const char* activations[] = {"none", "gelu", "gelu_tanh"};
-    text = std::string(function) + " " + format.name + " " + activations[static_cast<int>(activation)] + " " +
+    text = std::string(function) + " " + format.name + " " + std::string(name_of(activation)) + " " +
            kKinds[static_cast<int>(kind)] + " caches=" + caches.name;
     title = "case " + std::to_string(number) + ", " + function + " " + format.name;
   }

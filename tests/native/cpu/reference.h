@@ -90,24 +90,28 @@ inline Real twice_u_slope(Real z) {
   static const Real scale = 2 * std::sqrt(2 / std::acos(Real{-1}));
   return scale * (1 + 3 * Real{0.044715L} * z * z);
 }
+constexpr Real kQuickScale = 1.702L;  // of quick_gelu, z σ(1.702 z)
 inline Real logistic(Real x) { return 1 / (1 + std::exp(-x)); }
 
 inline Real activate(Activation activation, Real z) {
   switch (activation) {
     case Activation::none: return z;
     case Activation::gelu: return z * normal_cdf(z);
-    case Activation::gelu_tanh: break;
+    case Activation::gelu_tanh: return z * logistic(twice_u(z));
+    case Activation::quick_gelu: break;
   }
-  return z * logistic(twice_u(z));
+  return z * logistic(kQuickScale * z);
 }
 inline Real activation_slope(Activation activation, Real z) {
   switch (activation) {
     case Activation::none: return 1;
     case Activation::gelu: return normal_cdf(z) + z * normal_density(z);
-    case Activation::gelu_tanh: break;
+    case Activation::gelu_tanh:
+    case Activation::quick_gelu: break;
   }
-  const Real s = logistic(twice_u(z));
-  return s + z * s * (1 - s) * twice_u_slope(z);
+  const bool is_tanh = activation == Activation::gelu_tanh;
+  const Real s = logistic(is_tanh ? twice_u(z) : kQuickScale * z);
+  return s + z * s * (1 - s) * (is_tanh ? twice_u_slope(z) : kQuickScale);
 }
 
 // act(z); the steepest slope is below 1.2.

@@ -12,6 +12,7 @@ using namespace fastlane;
 using Real = long double;
 using Exact = Definition<Activation::gelu>;
 using Tanh = Definition<Activation::gelu_tanh>;
+using Quick = Definition<Activation::quick_gelu>;
 
 namespace {
 
@@ -23,11 +24,12 @@ struct Largest {
 Real cdf(Real z) { return std::erfc(-z * std::sqrt(Real{0.5})) / 2; }
 Real density(Real z) { return std::exp(-z * z / 2) * Real{0.398942280401432677939946L}; }
 Real sigma(Real v) { return v < 0 ? std::exp(v) / (1 + std::exp(v)) : 1 / (1 + std::exp(-v)); }
+constexpr Real kQuickScale = 1.702L;
 Real two_u(Real z) { return Real{1.59576912160573071176L} * (z + Real{0.044715L} * z * z * z); }
 
 template <class R>
 void test_errors(double step, double tolerance) {
-  Largest exact, exact_slope, tanh_form, tanh_slope;
+  Largest exact, exact_slope, tanh_form, tanh_slope, quick, quick_slope;
   for (double at = -10; at <= 10; at += step) {
     const R z = static_cast<R>(at);
     const Real x = z;
@@ -37,6 +39,9 @@ void test_errors(double step, double tolerance) {
     // Relative to Φ + |x|φ, because the derivative has a zero.
     exact_slope.add(static_cast<double>(std::fabs(Exact::derivative(z) - (cdf(x) + x * density(x))) /
                                         (cdf(x) + std::fabs(x) * density(x))));
+    const Real q = sigma(kQuickScale * x), tilt = kQuickScale * x * q * (1 - q);
+    quick.add(static_cast<double>(std::fabs((Quick::value(z) - x * q) / (x * q))));
+    quick_slope.add(static_cast<double>(std::fabs(Quick::derivative(z) - (q + tilt)) / (q + std::fabs(tilt))));
     const Real s = sigma(two_u(x)), two_u_slope = Real{1.59576912160573071176L} * (1 + 3 * Real{0.044715L} * x * x);
     if (std::fabs(x) < 8) {
       tanh_form.add(static_cast<double>(std::fabs((Tanh::value(z) - x * s) / (x * s))));
@@ -44,9 +49,11 @@ void test_errors(double step, double tolerance) {
                                          (s + std::fabs(x) * s * (1 - s) * two_u_slope)));
     }
   }
-  std::printf("largest errors: gelu %.2g, its slope %.2g, tanh form %.2g, its slope %.2g\n", exact.error,
-              exact_slope.error, tanh_form.error, tanh_slope.error);
-  for (const Largest& largest : {exact, exact_slope, tanh_form, tanh_slope}) CHECK(largest.error <= tolerance);
+  std::printf(
+      "largest errors: gelu %.2g, its slope %.2g, tanh form %.2g, its slope %.2g, quick %.2g, its slope %.2g\n",
+      exact.error, exact_slope.error, tanh_form.error, tanh_slope.error, quick.error, quick_slope.error);
+  for (const Largest& largest : {exact, exact_slope, tanh_form, tanh_slope, quick, quick_slope})
+    CHECK(largest.error <= tolerance);
 }
 
 // Half a unit in the last place of a value that is stored with `bits` bits behind the leading one. Denormals count
@@ -119,8 +126,10 @@ int main() {
   test_errors_of_16_bits<bits16::Bfloat16Tail>("bfloat16", 7, 0.28);
   test_errors_of_16_bits<bits16::Float16Tail>("float16", 10, 0.08);
   test_errors_of_16_bits<bits16::Tf32Tail>("TF32", 10, 2.2);
-  test_extremes<float>({Exact::value, Tanh::value}, {Exact::derivative, Tanh::derivative}, 0);
-  test_extremes<double>({Exact::value, Tanh::value}, {Exact::derivative, Tanh::derivative}, 0);
+  test_extremes<float>({Exact::value, Tanh::value, Quick::value},
+                       {Exact::derivative, Tanh::derivative, Quick::derivative}, 0);
+  test_extremes<double>({Exact::value, Tanh::value, Quick::value},
+                        {Exact::derivative, Tanh::derivative, Quick::derivative}, 0);
   test_extremes_of_16_bits<bits16::Bfloat16Tail>(1e-3f);
   test_extremes_of_16_bits<bits16::Float16Tail>(2e-5f);
   test_extremes_of_16_bits<bits16::Tf32Tail>(6e-5f);

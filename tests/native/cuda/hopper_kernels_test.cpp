@@ -214,11 +214,12 @@ void test_kind(HopperKind kind) {
     for (const HopperTile tile : kHopperTiles) {
       if (!has_tile(kind, dtype, tile)) continue;
       int& number = turns[static_cast<int>(tile)];
-      for (const Activation activation : {Activation::gelu, Activation::gelu_tanh, Activation::none}) {
+      for (const Activation activation :
+           {Activation::gelu, Activation::gelu_tanh, Activation::quick_gelu, Activation::none}) {
         const bool none = activation == Activation::none;
         // The tree has one node for each option. So every option has to be tested, but not every combination.
         if (none && (kind == HopperKind::through_activation || number % 2 == 0)) continue;
-        if (kind == HopperKind::dgrad && activation == Activation::gelu_tanh) continue;
+        if (kind == HopperKind::dgrad && activation != Activation::gelu && !none) continue;
         const int turn = number++;
         test(kind, {m, n, k, tile, turn % 3 == 0 ? 132 : 4, activation, turn % 4 != 1, turn % 4 != 2, turn % 4 != 3,
                     turn % 4 != 1, turn % 2 * 8});

@@ -175,5 +175,7 @@ int main() {
   test_type<double, OnDevice<Activation::gelu_tanh>>();
   test_type<__nv_bfloat16, OnDevice<Activation::gelu>>();
   test_type<__half, OnDevice<Activation::gelu_tanh>>();
+  test_type<__half, OnDevice<Activation::quick_gelu>>();
+  test_type<float, OnDevice<Activation::quick_gelu>>();
   return failures != 0;
 }

@@ -120,7 +120,8 @@ void test_stack(const std::vector<int64_t>& sizes, int width, int64_t rows, Acti
 
 template <class T>
 void test_passes() {
-  for (const Activation activation : {Activation::none, Activation::gelu, Activation::gelu_tanh}) {
+  for (const Activation activation :
+       {Activation::none, Activation::gelu, Activation::gelu_tanh, Activation::quick_gelu}) {
     test_epilogue<T>(37, 80, 8, activation, true);
     test_epilogue<T>(300, 9, 3, activation, true);
     test_preactivation_grad<T>(1100, 16, 8, activation, true);

@@ -180,6 +180,42 @@ struct LogisticTail {
   }
 };
 
+// σ(−1.702 t)
+template <class Coefficients>
+struct QuickTail {
+  // Beyond it σ is 0 in the type.
+  static constexpr auto end = static_cast<std::remove_const_t<decltype(Coefficients::logistic_end)>>(
+      sizeof(Coefficients::logistic_end) == 8 ? quick_gelu_constants::saturation : 66);
+
+  template <class V>
+  static FASTLANE_INLINE V value(V t) {
+    const V e = exponential<Coefficients>(t);
+    return e / (V::set(1) + e);
+  }
+  template <class V>
+  static FASTLANE_INLINE V slope(V t) {
+    return slope_at(t, exponential<typename Coefficients::ForSlope>(t));
+  }
+  template <class V>
+  static FASTLANE_INLINE ValueAndSlope<V> both(V t) {
+    const V e = exponential<typename Coefficients::ForSlope>(t);
+    return {e / (V::set(1) + e), slope_at(t, e)};
+  }
+
+ private:
+  template <class C, class V>
+  static FASTLANE_INLINE V exponential(V t) {
+    return exp2_of_product<C>(
+        V::set(static_cast<typename V::elem>(-quick_gelu_constants::scale * gelu_constants::log2_e)), t);
+  }
+  template <class V>
+  static FASTLANE_INLINE V slope_at(V t, V e) {
+    const V inverse = V::set(1) / (V::set(1) + e), tail = e * inverse;
+    const V scaled = t * V::set(static_cast<typename V::elem>(quick_gelu_constants::scale));
+    return negated_multiply_add(scaled * inverse, tail, tail);
+  }
+};
+
 template <class Tail>
 struct Gelu {
   // min and max return their second operand where it is NaN. max also keeps the sign of a zero z, and −0 keeps the
@@ -249,6 +285,10 @@ struct OnVectors<Activation::gelu, Coefficients> {
 template <class Coefficients>
 struct OnVectors<Activation::gelu_tanh, Coefficients> {
   using type = Gelu<LogisticTail<Coefficients>>;
+};
+template <class Coefficients>
+struct OnVectors<Activation::quick_gelu, Coefficients> {
+  using type = Gelu<QuickTail<Coefficients>>;
 };
 
 // Calls f with the activation's type for results stored as T.
