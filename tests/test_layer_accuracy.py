@@ -36,6 +36,8 @@ SIZES = [
     *((size, next(OTHERS), next(OTHERS)) for size in edges("tile_rows", "task_row_panels*tile_rows")),
     *((next(OTHERS), size, next(OTHERS)) for size in edges("chain_values")),
     *((next(OTHERS), next(OTHERS), size) for size in edges("tile_cols", "block_cols")),
+    *((30, size, 37) for size in edges("pass_values")),
+    *((size, 30, 37) for size in edges("pass_values")),
 ]
 
 

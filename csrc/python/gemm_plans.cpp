@@ -53,6 +53,7 @@ py::dict gemm_plan(const std::string& isa, const std::string& dtype, int64_t m, 
   result["col_blocks"] = plan.col_blocks;
   result["block_cols"] = plan.block_cols;
   result["slab_blocks"] = plan.slab_blocks;
+  result["pass_values"] = plan.pass_steps * plan.facts.k_per_step;
   result["task_row_panels"] = plan.task_row_panels;
   result["tile_rows"] = plan.facts.tile_rows;
   result["tile_cols"] = plan.facts.tile_cols;

@@ -133,8 +133,22 @@ MUTANTS = [
     Mutant(
         "the second k block's sums are not added",
         KERNELS + "generic/gemm-inl.h",
-        "if (k_block > 0) add_tile(total + p * S::size, tile);",
-        "if (k_block > (MUTANT ? 1 : 0)) add_tile(total + p * S::size, tile);",
+        "const bool ends_block = pass.k_block > 0 && pass.last,",
+        "const bool ends_block = pass.k_block > (MUTANT ? 1 : 0) && pass.last,",
+        "test_layer_accuracy.py",
+    ),
+    Mutant(
+        "a later pass replaces the sums of the passes before",
+        KERNELS + "generic/gemm-inl.h",
+        "/*adds=*/!pass.first);",
+        "/*adds=*/!pass.first && !MUTANT);",
+        "test_layer_accuracy.py",
+    ),
+    Mutant(
+        "a later pass meets the first steps of B again",
+        KERNELS + "generic/gemm-inl.h",
+        "panel.data += pass.first_step * panel.step_stride;",
+        "panel.data += (MUTANT ? 0 : pass.first_step) * panel.step_stride;",
         "test_layer_accuracy.py",
     ),
     Mutant(
@@ -147,8 +161,8 @@ MUTANTS = [
     Mutant(
         "a task's packed rows all lie in one place",
         KERNELS + "generic/gemm-inl.h",
-        "pack_panel<S::rows, P>(a_, row, k_begin(k_block), k_end(k_block), block + i * size);",
-        "pack_panel<S::rows, P>(a_, row, k_begin(k_block), k_end(k_block), block + (MUTANT ? 0 : i * size));",
+        "pack_panel<S::rows, P>(a_, row, k_begin(pass), k_end(pass), block + i * size);",
+        "pack_panel<S::rows, P>(a_, row, k_begin(pass), k_end(pass), block + (MUTANT ? 0 : i * size));",
         "test_layer_accuracy.py",
     ),
     Mutant(
@@ -170,8 +184,8 @@ MUTANTS = [
     Mutant(
         "a chain of products replaces the ones before it",
         KERNELS + "generic/tile-inl.h",
-        "store(out, first_chain ? acc[i][j] : load(out) + acc[i][j]);",
-        "store(out, first_chain || MUTANT ? acc[i][j] : load(out) + acc[i][j]);",
+        "store(out, adds ? load(out) + acc[i][j] : acc[i][j]);",
+        "store(out, adds && !MUTANT ? load(out) + acc[i][j] : acc[i][j]);",
         "test_layer_accuracy.py",
     ),
     Mutant(

@@ -16,9 +16,11 @@ constexpr int64_t kPackedBBytes = int64_t{16} << 20;
 
 bool reads_in_place(const OperandFacts& left) { return left.reads_along_k || left.reads_across; }
 
-// Few rows are not read often enough to pay for packing.
+// A tile of few rows leaves two ways of the set to B and to the sums. Few tiles are not read often enough to pay for
+// packing.
 bool packs_because_of_sets(const OperandFacts& left, const GemmFacts& f) {
-  return left.shares_a_set && left.count > kMaxGroup * f.tile_rows;
+  constexpr int64_t kL1Ways = 8;
+  return left.shares_a_set && f.tile_rows > kL1Ways - 2 && left.count > kMaxGroup * f.tile_rows;
 }
 
 double values_to_pack(const OperandFacts& left, const OperandFacts& right, int64_t k) {
@@ -42,15 +44,18 @@ class Planner {
 
   GemmPlan plan() {
     plan_.a_in_place = reads_in_place(left_) && !packs_because_of_sets(left_, f_);
+    const bool may_keep_b = plan_.a_in_place && !right_.reads_across;
+    plan_.pass_steps = pass_steps(may_keep_b ? f_.tile_rows : f_.tile_cols);
     plan_.b_in_place = right_.reads_across;
     plan_.prefetches_finish = f_.finish_row_bytes > kDenseRowBytes;
     plan_.k_blocks = std::max<int64_t>(1, ceil_div(f_.k, f_.block_steps * f_.k_per_step));
     plan_.block_cols = std::min(right_.count, std::clamp(packed_units() / steps() / f_.tile_cols * f_.tile_cols,
                                                          kMinBlockCols, kMaxBlockCols));
     plan_.col_blocks = ceil_div(right_.count, plan_.block_cols);
-    plan_.task_row_panels = std::max(kMaxGroup, std::min(kMaxTaskRows, l2_strips()) / f_.tile_rows);
+    plan_.task_row_panels = task_row_panels();
     if (block_multiply_adds() < kSerialMultiplyAdds) plan_.threads = 1;
-    if (plan_.a_in_place && !plan_.b_in_place) keep_b_in_l2();
+    if (may_keep_b) keep_b_in_l2();
+    if (may_keep_b && !plan_.b_stays) keep_a_in_l2();
     const int64_t units_of_block_step = ceil_div(plan_.block_cols, f_.tile_cols) * f_.tile_cols;
     plan_.slab_blocks =
         std::max<int64_t>(1, std::min(plan_.k_blocks, packed_units() / (plan_.own_blocks ? plan_.threads : 1) /
@@ -61,8 +66,28 @@ class Planner {
  private:
   int64_t steps() const { return std::max<int64_t>(1, ceil_div(f_.k, f_.k_per_step)); }
   int64_t packed_units() const { return kPackedBBytes / f_.unit_bytes; }
-  // The strips of a k block that half of L2 holds.
-  int64_t l2_strips() const { return caches_.l2 / 2 / f_.unit_bytes / std::min(steps(), f_.block_steps); }
+  int64_t most_steps() const { return std::min(steps(), f_.block_steps); }  // of a k block
+  // The strips of a pass that half of L2 holds.
+  int64_t l2_strips() const { return caches_.l2 / 2 / f_.unit_bytes / std::min(steps(), plan_.pass_steps); }
+
+  int64_t task_row_panels() const { return std::max(kMaxGroup, std::min(kMaxTaskRows, l2_strips()) / f_.tile_rows); }
+
+  // In each pass the passing panel, of so many strips, takes half of L1. A tile that multiplies each value it reads
+  // by many others does not wait for L2, so its passes take whole k blocks.
+  int64_t pass_steps(int64_t strips) const {
+    constexpr int64_t kEnoughMultiplyAdds = 6;
+    if (f_.tile_rows * f_.tile_cols >= kEnoughMultiplyAdds * (f_.tile_rows + f_.tile_cols)) return f_.block_steps;
+    const int64_t chains = caches_.l1 / 2 / f_.unit_bytes / strips / f_.chain_steps;
+    return std::clamp(chains * f_.chain_steps, f_.chain_steps, f_.block_steps);
+  }
+
+  void keep_a_in_l2() {
+    plan_.pass_steps = pass_steps(f_.tile_cols);
+    // With several passes a task's rows are read again and again.
+    if (plan_.pass_steps < most_steps()) plan_.a_in_place = left_.reads_across;
+    plan_.task_row_panels = task_row_panels();
+  }
+
   double block_multiply_adds() const {
     return static_cast<double>(left_.count) * static_cast<double>(plan_.block_cols) * static_cast<double>(f_.k);
   }
@@ -124,8 +149,9 @@ std::string describe(const GemmPlan& plan) {
        << (plan.a_in_place ? " in place, " : " packed, ") << b << (plan.b_in_place ? " in place; " : " packed; ")
        << (plan.b_stays ? b : a) << " stays in L2; " << plan.col_blocks << " column blocks of up to "
        << plan.block_cols << (plan.own_blocks ? ", a thread takes whole blocks; " : ", threads share each block; ")
-       << plan.k_blocks << " k blocks, " << plan.slab_blocks << " packed at one time; tasks of up to "
-       << plan.task_row_panels << " tiles of rows" << (plan.prefetches_finish ? "; the finish is prefetched" : "");
+       << plan.k_blocks << " k blocks, " << plan.slab_blocks << " packed at one time, in passes of up to "
+       << plan.pass_steps << " steps; tasks of up to " << plan.task_row_panels << " tiles of rows"
+       << (plan.prefetches_finish ? "; the finish is prefetched" : "");
   return text.str();
 }
 

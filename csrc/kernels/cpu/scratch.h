@@ -11,6 +11,7 @@ enum class ScratchSlot {
   packed_b,
   task_sums,
   slab_sums,
+  block_sums,
   column_sums,
   dz,
   hidden,

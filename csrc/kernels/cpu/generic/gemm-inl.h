@@ -2,7 +2,7 @@
 //
 //   columns in blocks, k in slabs          packed B: bounded scratch
 //     rows × columns cut into tasks
-//       k in blocks                        one operand stays in the core's L2, the other passes by panel by panel
+//       k in blocks, and these in passes   one operand stays in the core's L2, the other passes by panel by panel
 //         tiles, in groups that are finished together
 //
 // If A is read where it lies, a block of packed B stays in L2; each thread has its own block if there are enough.
@@ -111,9 +111,22 @@ class Gemm {
     int64_t col_panel, col_panels;
   };
 
+  // The part of a k block that tiles meet before the next part.
+  struct Pass {
+    int64_t k_block, first_step, steps;
+    bool first, last;  // of the block
+  };
+
   int64_t k_begin(int64_t block) const { return block * kBlock; }
   int64_t k_end(int64_t block) const { return std::min(p_.k, (block + 1) * kBlock); }
   int64_t block_steps(int64_t block) const { return steps_of<P>(k_end(block) - k_begin(block)); }
+
+  Pass pass(int64_t k_block, int64_t first_step) const {
+    const int64_t steps = std::min(plan_.pass_steps, block_steps(k_block) - first_step);
+    return {k_block, first_step, steps, first_step == 0, first_step + steps == block_steps(k_block)};
+  }
+  int64_t k_begin(const Pass& pass) const { return k_begin(pass.k_block) + pass.first_step * P::k_per_step; }
+  int64_t k_end(const Pass& pass) const { return std::min(p_.k, k_begin(pass) + pass.steps * P::k_per_step); }
 
   void run_columns(int64_t first_col, int64_t cols, const Parallel& parallel) {
     const int64_t row_panels = ceil_div(a_.count, S::rows), col_panels = ceil_div(cols, S::cols);
@@ -155,73 +168,92 @@ class Gemm {
     if (!b_panel_in_place(col, k_block))
       pack_panel<S::cols, P>(b_, col, k_begin(k_block), k_end(k_block), b.panel(col_panel, k_block));
   }
-  Panel b_panel(const PackedB& b, int64_t col_panel, int64_t k_block) const {
+  Panel b_panel(const PackedB& b, int64_t col_panel, const Pass& pass) const {
     const int64_t col = b.first_col + col_panel * S::cols;
-    return b_panel_in_place(col, k_block) ? panel_in_place<P>(b_, col, k_begin(k_block))
-                                          : packed_panel<S::cols>(b.panel(col_panel, k_block));
+    Panel panel = b_panel_in_place(col, pass.k_block) ? panel_in_place<P>(b_, col, k_begin(pass.k_block))
+                                                      : packed_panel<S::cols>(b.panel(col_panel, pass.k_block));
+    panel.data += pass.first_step * panel.step_stride;
+    return panel;
   }
 
   bool a_panel_in_place(int64_t row, int64_t k_block) const {
     return plan_.a_in_place && is_whole_panel<S::rows, P>(a_, row, k_end(k_block) - k_begin(k_block));
   }
-  void pack_a_block(const Task& task, int64_t k_block, bool first_use, Unit* block) {
-    const int64_t size = S::rows * block_steps(k_block);
+  void pack_a_block(const Task& task, const Pass& pass, bool first_use, Unit* block) {
+    const int64_t size = S::rows * pass.steps;
     for (int64_t i = 0; i < task.row_panels; ++i) {
       const int64_t row = (task.row_panel + i) * S::rows;
-      if (first_use && drops_any<P>(a_, row, S::rows, k_begin(k_block), k_end(k_block))) dropped_ = true;
-      if (!a_panel_in_place(row, k_block))
-        pack_panel<S::rows, P>(a_, row, k_begin(k_block), k_end(k_block), block + i * size);
+      if (first_use && drops_any<P>(a_, row, S::rows, k_begin(pass), k_end(pass))) dropped_ = true;
+      if (!a_panel_in_place(row, pass.k_block))
+        pack_panel<S::rows, P>(a_, row, k_begin(pass), k_end(pass), block + i * size);
     }
   }
-  Panel a_panel(const Task& task, int64_t i, int64_t k_block, const Unit* block) const {
+  Panel a_panel(const Task& task, int64_t i, const Pass& pass, const Unit* block) const {
     const int64_t row = (task.row_panel + i) * S::rows;
-    return a_panel_in_place(row, k_block) ? panel_in_place<P>(a_, row, k_begin(k_block))
-                                          : packed_panel<S::rows>(block + i * S::rows * block_steps(k_block));
+    return a_panel_in_place(row, pass.k_block) ? panel_in_place<P>(a_, row, k_begin(pass))
+                                               : packed_panel<S::rows>(block + i * S::rows * pass.steps);
   }
 
   void run_task(const PackedB& b, const Task& task, C* slab_sums) {
-    const int64_t a_units =
-        task.row_panels * S::rows * std::min(kBlockSteps<P>, steps_of<P>(p_.k)) + kPanelOverhang<P>;
-    const Scratch packed_a(ScratchSlot::packed_a, bytes_of<Unit>(a_units));
-    Unit* const a = packed_a.as<Unit>();
-    // With several k blocks the sums of all tiles wait here from one block to the next.
-    const bool one_block = plan_.k_blocks == 1;
-    const int64_t own_sums = one_block || slab_sums ? 0 : task.row_panels * task.col_panels * S::size;
-    const Scratch waiting(ScratchSlot::task_sums, bytes_of<C>(own_sums));
-    C* const sums = slab_sums ? slab_sums : waiting.as<C>();
-    const int64_t group_panels = plan_.transposed ? kMaxGroup : 1, groups = ceil_div(task.row_panels, group_panels);
-    for (int64_t k_block = b.first_block; k_block < b.end_block; ++k_block) {
-      pack_a_block(task, k_block, /*first_use=*/b.first_col + task.col_panel == 0, a);
-      const int64_t count = block_steps(k_block), chains = std::max<int64_t>(1, ceil_div(count, kChain));
-      const bool last = k_block == plan_.k_blocks - 1;
-      for (int64_t i = 0; i < groups * task.col_panels; ++i) {
-        const int64_t j = plan_.b_stays ? i % task.col_panels : i / groups;
-        const int64_t first = (plan_.b_stays ? i / task.col_panels : i % groups) * group_panels;
-        const int64_t panels = std::min(group_panels, task.row_panels - first);
-        const int64_t row = (task.row_panel + first) * S::rows, col = b.first_col + (task.col_panel + j) * S::cols;
-        const Region region = finish_region(row, panels * S::rows, col);
-        Prefetcher<T> prefetcher(finish_matrices_, last && plan_.prefetches_finish ? region : Region{},
-                                 next_panel(task, first, panels, j, k_block, a), panels * chains);
-        alignas(64) C group[kMaxGroup * S::size];
-        C* const total = one_block ? group : sums + (j * task.row_panels + first) * S::size;
-        const Panel b_tiles = b_panel(b, task.col_panel + j, k_block);
-        for (int64_t p = 0; p < panels; ++p) {
-          C* const tile = (k_block == 0 ? total : group) + p * S::size;
-          multiply_tile<P>(count, a_panel(task, first + p, k_block, a), b_tiles, tile, prefetcher);
-          if (k_block > 0) add_tile(total + p * S::size, tile);
-        }
-        if (last) finish_group(total, region);
+    const int64_t most_steps = std::min(plan_.pass_steps, steps_of<P>(p_.k));
+    const Scratch packed_a(ScratchSlot::packed_a,
+                           bytes_of<Unit>(task.row_panels * S::rows * most_steps + kPanelOverhang<P>));
+    // After each pass but the last, the sums of all tiles wait in `waiting` or slab_sums. A later k block that has
+    // several passes gathers its own sums in `of_block` first.
+    const bool one_block = plan_.k_blocks == 1, one_pass = plan_.pass_steps >= block_steps(0);
+    const bool waits = !one_block || !one_pass, gathers = !one_block && !one_pass;
+    const int64_t all_sums = task.row_panels * task.col_panels * S::size;
+    const Scratch waiting(ScratchSlot::task_sums, bytes_of<C>(waits && !slab_sums ? all_sums : 0));
+    const Scratch of_block(ScratchSlot::block_sums, bytes_of<C>(gathers ? all_sums : 0));
+    const TaskSums sums{waits ? (slab_sums ? slab_sums : waiting.as<C>()) : nullptr,
+                        gathers ? of_block.as<C>() : nullptr};
+    for (int64_t k_block = b.first_block; k_block < b.end_block; ++k_block)
+      for (int64_t step = 0; step == 0 || step < block_steps(k_block); step += plan_.pass_steps) {
+        const Pass part = pass(k_block, step);
+        pack_a_block(task, part, /*first_use=*/b.first_col + task.col_panel == 0, packed_a.as<Unit>());
+        run_pass(b, task, part, packed_a.as<Unit>(), sums);
       }
+  }
+
+  // The sums of a task's tiles, and those of its present k block; null where no sums wait.
+  struct TaskSums {
+    C *total, *block;
+  };
+
+  void run_pass(const PackedB& b, const Task& task, const Pass& pass, const Unit* a, const TaskSums& sums) {
+    const int64_t group_panels = plan_.transposed ? kMaxGroup : 1, groups = ceil_div(task.row_panels, group_panels);
+    const int64_t chains = std::max<int64_t>(1, ceil_div(pass.steps, kChain));
+    const bool ends_block = pass.k_block > 0 && pass.last, ends = pass.k_block == plan_.k_blocks - 1 && pass.last;
+    for (int64_t i = 0; i < groups * task.col_panels; ++i) {
+      const int64_t j = plan_.b_stays ? i % task.col_panels : i / groups;
+      const int64_t first = (plan_.b_stays ? i / task.col_panels : i % groups) * group_panels;
+      const int64_t panels = std::min(group_panels, task.row_panels - first);
+      const int64_t row = (task.row_panel + first) * S::rows, col = b.first_col + (task.col_panel + j) * S::cols;
+      const Region region = finish_region(row, panels * S::rows, col);
+      Prefetcher<T> prefetcher(finish_matrices_, ends && plan_.prefetches_finish ? region : Region{},
+                               next_panel(task, first, panels, j, pass, a), panels * chains);
+      alignas(64) C group[kMaxGroup * S::size];
+      const int64_t offset = (j * task.row_panels + first) * S::size;
+      C* const total = sums.total ? sums.total + offset : group;
+      C* const own = pass.k_block == 0 ? total : sums.block ? sums.block + offset : group;
+      const Panel b_tiles = b_panel(b, task.col_panel + j, pass);
+      for (int64_t p = 0; p < panels; ++p) {
+        C* const tile = own + p * S::size;
+        multiply_tile<P>(pass.steps, a_panel(task, first + p, pass, a), b_tiles, tile, prefetcher,
+                         /*adds=*/!pass.first);
+        if (ends_block) add_tile(total + p * S::size, tile);
+      }
+      if (ends) finish_group(total, region);
     }
   }
 
   // If A passes by: the part of A's next panel that these tiles fetch ahead. A packed B is one run of memory, which
   // the hardware prefetchers follow by themselves.
-  Stream next_panel(const Task& task, int64_t first, int64_t panels, int64_t j, int64_t k_block,
+  Stream next_panel(const Task& task, int64_t first, int64_t panels, int64_t j, const Pass& pass,
                     const Unit* packed_a) const {
     if (!plan_.b_stays || first + panels >= task.row_panels || a_.k_stride != 1) return {};
-    const Panel panel = a_panel(task, first + panels, k_block, packed_a);
-    const auto row_bytes = block_steps(k_block) * static_cast<int64_t>(sizeof(Unit));
+    const Panel panel = a_panel(task, first + panels, pass, packed_a);
+    const auto row_bytes = pass.steps * static_cast<int64_t>(sizeof(Unit));
     return Stream{panel.data, S::rows, panel.strip_stride, row_bytes}.part(j, j + 1, task.col_panels);
   }
 

@@ -109,10 +109,10 @@ class Prefetcher {
   int64_t byte_ = 0, bytes_ = 0;
 };
 
-// tile = A panel · B panel.
+// tile = A panel · B panel, or tile += A panel · B panel if `adds`.
 template <class P, class T>
 __attribute__((noinline)) void multiply_tile(int64_t steps, const Panel& a_panel, const Panel& b_panel,
-                                             typename P::C* tile, Prefetcher<T>& prefetcher) {
+                                             typename P::C* tile, Prefetcher<T>& prefetcher, bool adds = false) {
   using S = TileShape<typename P::C>;
   using V = typename S::V;
   // One pointer serves three rows, as many as an x86 address reaches with one stride.
@@ -121,7 +121,6 @@ __attribute__((noinline)) void multiply_tile(int64_t steps, const Panel& a_panel
   const char* a[groups];
   for (int g = 0; g < groups; ++g) a[g] = a_panel.data + 3 * g * row_stride;
   const char* b = b_panel.data;
-  bool first_chain = true;
   do {
     prefetcher.next_piece();
     V acc[S::rows][S::vecs];
@@ -151,9 +150,9 @@ __attribute__((noinline)) void multiply_tile(int64_t steps, const Panel& a_panel
 #pragma GCC unroll 4
       for (int j = 0; j < S::vecs; ++j) {
         typename P::C* out = tile + i * S::cols + j * V::width;
-        store(out, first_chain ? acc[i][j] : load(out) + acc[i][j]);
+        store(out, adds ? load(out) + acc[i][j] : acc[i][j]);
       }
-    first_chain = false;
+    adds = true;
     steps -= kChain;
   } while (steps > 0);
 }
