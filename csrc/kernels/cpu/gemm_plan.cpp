@@ -70,6 +70,7 @@ class Planner {
   // The strips of a pass that half of L2 holds.
   int64_t l2_strips() const { return caches_.l2 / 2 / f_.unit_bytes / std::min(steps(), plan_.pass_steps); }
 
+  bool has_passes() const { return plan_.pass_steps < most_steps(); }
   int64_t task_row_panels() const { return std::max(kMaxGroup, std::min(kMaxTaskRows, l2_strips()) / f_.tile_rows); }
 
   // In each pass the passing panel, of so many strips, takes half of L1. A tile that multiplies each value it reads
@@ -84,7 +85,7 @@ class Planner {
   void keep_a_in_l2() {
     plan_.pass_steps = pass_steps(f_.tile_cols);
     // With several passes a task's rows are read again and again.
-    if (plan_.pass_steps < most_steps()) plan_.a_in_place = left_.reads_across;
+    if (has_passes()) plan_.a_in_place = left_.reads_across;
     plan_.task_row_panels = task_row_panels();
   }
 
@@ -101,6 +102,8 @@ class Planner {
     plan_.own_blocks =
         panels >= max_panels * threads && (panels <= max_panels || a_bytes <= static_cast<double>(caches_.last));
     plan_.b_stays = plan_.own_blocks || panels <= max_panels;
+    // Every task of several passes reads its block of B from the last level again.
+    if (plan_.b_stays && has_passes()) plan_.task_row_panels = kMaxTaskRows / f_.tile_rows;
     if (!plan_.own_blocks) return;
     // As many blocks as fill the threads evenly.
     plan_.col_blocks = std::min(panels, ceil_div(ceil_div(panels, max_panels), threads) * threads);
