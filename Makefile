@@ -129,6 +129,9 @@ report: $(VENV)/.built
 	$(REPORT) $(call results_of,zen4-quick) --readme benchmarks/RESULTS-zen4.md
 	$(REPORT) $(call results_of,zen4-layer) --readme benchmarks/RESULTS-zen4-all.md
 	$(REPORT) $(call results_of,zen4-none-layer) $(call results_of,zen4-none-networks) --readme benchmarks/RESULTS-zen4-none.md
+	$(REPORT) $(call results_of,zen3-layer) --readme benchmarks/RESULTS-zen3.md
+	$(REPORT) $(call results_of,zen3-networks) --suite networks --readme benchmarks/RESULTS-zen3.md
+	$(REPORT) $(call results_of,zen3-mlps) --suite models --readme benchmarks/RESULTS-zen3.md
 	$(REPORT) $(call results_of,zen4-none-mlps) --readme benchmarks/RESULTS-zen4-none-mlps.md
 	$(REPORT) $(RESULTS)/gelu.json --readme benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/summary.py --readme README.md

@@ -21,7 +21,7 @@ from fastlane_ext._text import seconds
 START, END = "<!-- summary table start -->", "<!-- summary table end -->"
 RESULTS = Path(__file__).resolve().parent / "results"
 RIVALS = ("eager", "compile", "onednn")
-MACHINES = {"Zen 5": "", "Zen 4": "zen4-"}
+MACHINES = {"Zen 5": "", "Zen 4": "zen4-", "Zen 3": "zen3-"}
 """The CPUs, and the prefixes of their result files."""
 
 
@@ -35,11 +35,11 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("Zen 5", "layer", "1024×1024→1024", "float32", "forward"),
-    Row("Zen 5", "layer", "1024×1024→1024", "float32", "forward+backward"),
     Row("Zen 5", "layer", "1024×1024→1024", "bfloat16", "forward"),
     Row("Zen 5", "networks", "8 layers of 64, 65,536 rows", "float32", "forward+backward"),
     Row("Zen 5", "models", "GPT-2 small, 256 tokens", "float32", "forward+backward"),
     Row("Zen 4", "layer", "1024×1024→1024", "float32", "forward"),
+    Row("Zen 3", "layer", "1024×1024→1024", "float32", "forward"),
 )
 WHAT = {"layer": "layer ", "networks": "", "models": ""}
 
