@@ -3,6 +3,7 @@
 #include <ATen/cpu/Utils.h>
 #include <c10/util/Exception.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <string>
 
@@ -57,12 +58,17 @@ bool fuses(bool library_wins) {
   return forced ? forced == Path::fused : !library_wins;
 }
 
+std::atomic<int64_t> hopper_tile_cols = 0;
+
 }  // namespace
 
 std::optional<Path> forced_path() {
   static const std::optional<Path> forced = read_forced_path();
   return forced;
 }
+
+int64_t forced_hopper_tile_cols() { return hopper_tile_cols; }
+void force_hopper_tile_cols(int64_t cols) { hopper_tile_cols = cols; }
 
 bool torch_runs_on_cpu() {
   static const bool runs = [] {

@@ -51,7 +51,7 @@ PYBIND11_MODULE(_C, m) {
                                    [&](auto tile) { return fastlane::cuda::tile_cols(tile) == cols; });
     if (cols != 0 && !known)
       throw py::value_error("cols: got " + std::to_string(cols) + ", expected 128, 192, 256, or 0 for no force");
-    fastlane::cuda::forced_tile_cols = cols;
+    fastlane::force_hopper_tile_cols(cols);
   });
   m.def("leave_fused_path", &fastlane::policy::leave_fused_path);
   m.def("is_disabled", [] { return fastlane::policy::why_disabled() != nullptr; });

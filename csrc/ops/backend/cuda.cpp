@@ -37,7 +37,7 @@ std::optional<HopperChoice> hopper_choice(const GemmProblem& p) {
   const cuda::Gpu gpu = cuda::current_gpu();
   const bool takes = forced ? cuda::runs_hopper_kernels(gpu) : cuda::is_worth_a_hopper_kernel(p, gpu);
   if (!takes) return std::nullopt;
-  return HopperChoice{kind, cuda::hopper_tile(p, kind, gpu), gpu.multiprocessors};
+  return HopperChoice{kind, cuda::hopper_tile(p, kind, gpu, forced_hopper_tile_cols()), gpu.multiprocessors};
 }
 
 bool takes_dgrad(const GemmProblem& p) { return hopper_choice(p).has_value(); }

@@ -211,20 +211,6 @@ std::tuple<at::Tensor, at::Tensor> residual_stack_forward(
   return {std::move(y), std::move(z)};
 }
 
-}  // namespace
-
-bool keeps_z(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut) {
-  const c10::SymInt elements = stack_z_size(x, p);
-  if (!x.device().is_cpu() || elements.is_symbolic()) return true;
-  // Up to this size glibc's malloc may reuse memory that it has; a larger block is fresh pages (its largest
-  // M_MMAP_THRESHOLD).
-  constexpr int64_t kReusedBytes = int64_t{32} << 20;
-  if (elements.expect_int() * static_cast<int64_t>(x.element_size()) <= kReusedBytes) return true;
-  return !StackSizes(x, features_of(x, p), shortcut).is_one_kernel();
-}
-
-namespace {
-
 void backward_as_one(Stack& s, const at::Tensor& grad, const OptionalTensor& z, StackGradients& g) {
   if (z) s.set_z(*z);
   for (size_t i = 0; i < s.layers.size(); ++i) {
@@ -349,6 +335,16 @@ std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const Op
 }
 
 }  // namespace
+
+bool keeps_z(const at::Tensor& x, const StackParameters& p, StackShortcut shortcut) {
+  const c10::SymInt elements = stack_z_size(x, p);
+  if (!x.device().is_cpu() || elements.is_symbolic()) return true;
+  // Up to this size glibc's malloc may reuse memory that it has; a larger block is fresh pages (its largest
+  // M_MMAP_THRESHOLD).
+  constexpr int64_t kReusedBytes = int64_t{32} << 20;
+  if (elements.expect_int() * static_cast<int64_t>(x.element_size()) <= kReusedBytes) return true;
+  return !StackSizes(x, features_of(x, p), shortcut).is_one_kernel();
+}
 
 void register_stack_operators(torch::Library& m) {
   m.impl("residual_stack", residual_stack);

@@ -95,7 +95,9 @@ void test_through_activation() {
 
 void test_choice() {
   const HopperKind forward_kind = HopperKind::forward, through = HopperKind::through_activation;
-  const auto tile_of = [](const GemmProblem& p) { return hopper_tile(p, hopper_kind(p), kH100); };
+  const auto tile_of = [](const GemmProblem& p, int64_t wanted_cols = 0) {
+    return hopper_tile(p, hopper_kind(p), kH100, wanted_cols);
+  };
   // Long sums hide an epilogue; short ones need another warpgroup to multiply meanwhile.
   CHECK(tile_of(forward(8192, 4096, 4096)) == HopperTile::m128n256);
   CHECK(tile_of(forward(32768, 768, 768)) == HopperTile::m128n192);
@@ -118,10 +120,8 @@ void test_choice() {
     CHECK(hopper_cycles(forward(4096, 1024, 2048), forward_kind, tile, kH100) > cycles);
     CHECK(hopper_cycles(forward(4096, 1024, 1024, DType::f32), forward_kind, tile, kH100) > cycles);
   }
-  forced_tile_cols = 192;
-  CHECK(tile_of(forward(8192, 4096, 4096)) == HopperTile::m128n192);
-  CHECK(tile_of(dgrad(32768, 768, 768)) == HopperTile::m128n256);  // has no such tile
-  forced_tile_cols = 0;
+  CHECK(tile_of(forward(8192, 4096, 4096), 192) == HopperTile::m128n192);
+  CHECK(tile_of(dgrad(32768, 768, 768), 192) == HopperTile::m128n256);  // has no such tile
 }
 
 void test_worth() {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <limits>
 
@@ -103,16 +102,13 @@ inline double hopper_cycles(const GemmProblem& p, HopperKind kind, HopperTile ti
                          : main_loop + epilogue + (rounds - 1) * std::max(main_loop, epilogue);
 }
 
-// If not 0, the columns of the tile for every product that has a kernel with this tile. Tests and measurements set
-// it.
-inline std::atomic<int64_t> forced_tile_cols = 0;
-
-inline HopperTile hopper_tile(const GemmProblem& p, HopperKind kind, const Gpu& gpu) {
+// The tile with the least cycles; the tile of `wanted_cols` columns wherever the product has a kernel with that tile.
+inline HopperTile hopper_tile(const GemmProblem& p, HopperKind kind, const Gpu& gpu, int64_t wanted_cols = 0) {
   HopperTile best = HopperTile::m128n256;
   double least = std::numeric_limits<double>::infinity();
   for (const HopperTile tile : kHopperTiles) {
     if (!has_tile(kind, p.dtype, tile)) continue;
-    if (tile_cols(tile) == forced_tile_cols) return tile;
+    if (tile_cols(tile) == wanted_cols) return tile;
     const double cycles = hopper_cycles(p, kind, tile, gpu);
     if (cycles < least) best = tile, least = cycles;
   }
