@@ -91,8 +91,10 @@ struct ExactGelu {
     const VecF pdf = parts.gaussian * VecF::set(static_cast<float>(gelu_constants::inv_sqrt_2pi));
     return fma(from_both_sides(z), pdf, parts.cdf);
   }
-  static FASTLANE_INLINE VecD value(VecD z) { return lane_by_lane<gelu>(z); }
-  static FASTLANE_INLINE VecD derivative(VecD z) { return lane_by_lane<gelu_derivative>(z); }
+  static FASTLANE_INLINE VecD value(VecD z) { return lane_by_lane<Definition<Activation::gelu>::value<double>>(z); }
+  static FASTLANE_INLINE VecD derivative(VecD z) {
+    return lane_by_lane<Definition<Activation::gelu>::derivative<double>>(z);
+  }
 };
 
 struct TanhGelu {
@@ -105,8 +107,12 @@ struct TanhGelu {
     const VecF one = VecF::set(1.0f), inverse = one / (one + parts.e), small = parts.e * inverse;
     return fma(from_both_sides(z) * parts.slope, small * inverse, select_negative(z, small, inverse));
   }
-  static FASTLANE_INLINE VecD value(VecD z) { return lane_by_lane<gelu_tanh>(z); }
-  static FASTLANE_INLINE VecD derivative(VecD z) { return lane_by_lane<gelu_tanh_derivative>(z); }
+  static FASTLANE_INLINE VecD value(VecD z) {
+    return lane_by_lane<Definition<Activation::gelu_tanh>::value<double>>(z);
+  }
+  static FASTLANE_INLINE VecD derivative(VecD z) {
+    return lane_by_lane<Definition<Activation::gelu_tanh>::derivative<double>>(z);
+  }
 };
 
 }  // namespace before

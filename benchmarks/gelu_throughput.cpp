@@ -26,7 +26,6 @@ namespace fastlane {
 namespace {
 
 constexpr Activation kActivations[] = {Activation::gelu, Activation::gelu_tanh};
-const char* name_of(Activation activation) { return activation == Activation::gelu ? "gelu" : "gelu_tanh"; }
 
 enum class Function { value, derivative };
 constexpr Function kFunctions[] = {Function::value, Function::derivative};
@@ -177,7 +176,7 @@ void measure(int rounds, JsonRows& rows) {
       for (size_t c = 0; c < contestants.size(); ++c) {
         std::sort(samples[c].begin(), samples[c].end());
         rows.begin("dtype", name_of(T{}));
-        rows.member("activation", name_of(activation));
+        rows.member("activation", name_of(activation).data());
         rows.member("function", name_of(function));
         rows.member("formulas", contestants[c].formulas);
         rows.member("isa", contestants[c].isa);
@@ -211,7 +210,8 @@ Exact exact(Activation activation, double x) {
     const double cdf = normal_cdf(x), tilt = x * gelu_constants::inv_sqrt_2pi * std::exp(-0.5 * x * x);
     return {x * cdf, cdf + tilt, cdf + std::fabs(tilt)};
   }
-  const double e = tanh_gelu_exp(x), inverse = 1 / (1 + e), cdf = x < 0 ? e * inverse : inverse;
+  const double two_u = gelu_constants::two_sqrt_2_over_pi * (x + gelu_constants::tanh_cubic * x * x * x);
+  const double e = std::exp(-std::fabs(two_u)), inverse = 1 / (1 + e), cdf = x < 0 ? e * inverse : inverse;
   const double slope = gelu_constants::two_sqrt_2_over_pi * (1 + 3 * gelu_constants::tanh_cubic * x * x);
   const double tilt = x * slope * e * inverse * inverse;
   return {x * cdf, cdf + tilt, cdf + std::fabs(tilt)};
@@ -336,7 +336,7 @@ int errors(int64_t stride, int threads) {
     for (int f = 0; f < 2; ++f)
       for (size_t c = 0; c < sweep.contestants[a].size(); ++c) {
         const Worst& record = worst[sweep.number(a, f, c)];
-        rows.begin("activation", name_of(kActivations[a]));
+        rows.begin("activation", name_of(kActivations[a]).data());
         rows.member("function", name_of(kFunctions[f]));
         rows.member("formulas", sweep.contestants[a][c].formulas);
         rows.member("isa", sweep.contestants[a][c].isa);

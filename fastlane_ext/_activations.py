@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._arguments import check_choice
+from ._arguments import bad, check_choice
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "quick_gelu")
 
@@ -41,9 +41,11 @@ def in_float64(x: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
         inner = 2 * c * (x + k * x**3)
         gate = torch.sigmoid(inner)
         slope = gate * torch.sigmoid(-inner) * 2 * c * (1 + 3 * k * x * x)
-    else:
+    elif activation == "quick_gelu":
         gate = torch.sigmoid(1.702 * x)
         slope = gate * torch.sigmoid(-1.702 * x) * 1.702
+    else:
+        raise bad("activation", repr(activation), "a GELU of ACTIVATIONS", "write its formula here")
     tilt = torch.where(slope == 0, torch.zeros_like(x), x * slope)
     return torch.where(gate == 0, torch.zeros_like(x), x * gate), gate + tilt, gate + tilt.abs()
 

@@ -8,6 +8,7 @@ watchers of all calls (hooks for all modules, modes). Anything unusual has to be
 
 from __future__ import annotations
 
+import types
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -101,6 +102,17 @@ def know(
     return Known(kind, collected(facts), reason)
 
 
+def _of_activations() -> Iterator[Fact]:
+    for holder, name in _activations.CALLS:
+        yield from of_class(holder, name) if isinstance(holder, type) else [of_item(vars(holder), name)]
+
+
+def _own(kind: type[nn.Module], reads: tuple[tuple[str, str, str], ...]) -> Known:
+    """What `know` says of an activation of this package, which also multiplies tensors."""
+    known = know(kind, _activations.__name__, reads)
+    return known._replace(facts=collected([*known.facts, *_of_activations()]))
+
+
 def _known() -> dict[type[nn.Module], Known]:
     linear, gelu = ("F", "linear", "torch._C._nn"), ("F", "gelu", "torch._C._nn")
     dropout = ("F", "dropout", F.__name__)
@@ -110,7 +122,7 @@ def _known() -> dict[type[nn.Module], Known]:
         know(nn.GELU, "torch.nn.modules.activation", (gelu,)),
         know(nn.Dropout, "torch.nn.modules.dropout", (dropout,)),
         know(nn.Sequential, "torch.nn.modules.container", own=("__iter__",)),
-        *(know(m.kind, _activations.__name__, m.reads) for m in _activations.MODULES.values() if m.reads),
+        *(_own(m.kind, m.reads) for m in _activations.MODULES.values() if m.reads),
     )
     return {known.kind: known for known in made}
 
@@ -118,14 +130,19 @@ def _known() -> dict[type[nn.Module], Known]:
 KNOWN = _known()
 """Read when this package was imported: later somebody may assign another forward to a class."""
 
-_NOT_TORCHS = next((f"{known.kind.__name__} {known.reason}" for known in KNOWN.values() if known.reason), None)
-"""The first class that was not torch's own even then, and why; None if all were. No formula holds if there is one."""
+
+def _why_not_torchs() -> str | None:
+    for known in KNOWN.values():
+        if known.reason:
+            return f"{known.kind.__name__} {known.reason}"
+    for name in ("__add__", "__radd__", "__mul__", "__rmul__"):
+        if not isinstance(lookup(Tensor, name), (types.MethodDescriptorType, types.WrapperDescriptorType)):
+            return f"Tensor has a {name} other than torch's"
+    return None
 
 
-def _of_activations() -> Iterator[Fact]:
-    for holder, name in _activations.CALLS:
-        yield from of_class(holder, name) if isinstance(holder, type) else [of_item(vars(holder), name)]
-
+_NOT_TORCHS = _why_not_torchs()
+"""The first thing that was not torch's own even then, and why; None if all were. No formula holds if there is one."""
 
 GELU = F.gelu
 """torch's own ``gelu``, if `known` has no reason against nn.GELU."""

@@ -15,7 +15,7 @@ import torch
 from support.subprocesses import HANG_S
 
 import fastlane_ext
-from fastlane_ext import _text, cli, experiments
+from fastlane_ext import _text, cli, experiments, reference
 from fastlane_ext.cli import digits, files, output, promises
 from fastlane_ext.cli.commands import bench, check, gradients, train
 
@@ -230,7 +230,7 @@ def test_check_passes_on_this_instruction_set(capsys: pytest.CaptureFixture[str]
     assert status == 0, [row for row in result["rows"] if not row["ok"]]
     assert result["isas"] == [isa] and result["failed"] == 0
     layers = [row for row in result["rows"] if row["promise"] == "error of a layer"]
-    assert len(layers) == 4 * 3 * len(promises.layers.OUTPUTS)
+    assert len(layers) == 4 * len(reference.ACTIVATIONS) * len(promises.layers.OUTPUTS)
     assert {row["dtype"] for row in layers} == set(promises.rows.DTYPES)
     assert all(row["fused"] <= 2 * row["eager"] for row in layers)
     (path,) = (row for row in result["rows"] if row["promise"] == "the fused path ran")

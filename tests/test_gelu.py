@@ -179,6 +179,20 @@ def test_special_values(dtype, activation):
     assert torch.equal(value, tiny / 2) and (tiny != 0).all() and (slope == 0.5).all()
 
 
+@every_dtype
+@pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=str)
+@pytest.mark.parametrize(
+    "create_graph", [False, pytest.param(True, marks=pytest.mark.expects_fallback("backward with create_graph=True"))]
+)
+def test_scaling_overflows(dtype, options, create_graph):
+    """quick_gelu of a z for which 1.702 z is infinite."""
+    large = 0.6 * torch.finfo(dtype).max
+    x = torch.tensor([[large], [-large]], dtype=dtype, requires_grad=True)
+    y = fl.linear_gelu_residual(x, torch.ones(1, 1, dtype=dtype), activation="quick_gelu", **options)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=create_graph)
+    assert torch.equal(y.detach(), x.detach().clamp(min=0)) and dx.flatten().tolist() == [1, 0]
+
+
 def backward_slope(z, activation, grad=None):
     """GELU′(z) for a z that the kernel gets directly: row by row, as the bias gradient of one row."""
     grad = torch.ones_like(z) if grad is None else grad

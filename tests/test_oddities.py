@@ -4,6 +4,7 @@ An oddity changes an instance, a class or a function, or adds a watcher. It is a
 twin. The compiled check has to say "ask Python", Python has to give a reason, and the values have to be the twin's.
 """
 
+import copy
 import types
 
 import pytest
@@ -379,23 +380,56 @@ def test_what_the_eager_modules_call_is_another(name, monkeypatch):
     fl.reset_stats()
 
 
+@pytest.mark.parametrize(
+    ("holder", "name"), [(torch, "sigmoid"), (torch.Tensor, "__mul__"), (torch.Tensor, "__rmul__")]
+)
+def test_what_quick_gelu_calls_is_another(holder, name, monkeypatch):
+    options = {"activation": "quick_gelu"}
+    eager = [reference.ResidualMLP(8, 16, **options), reference.ResidualNetwork([8, 8], **options)]
+    eager.append(nn.Sequential(nn.Linear(8, 8), _activations.QuickGELU(), nn.Linear(8, 8)))
+    fused = [fl.ResidualMLP(8, 16, **options), fl.ResidualNetwork([8, 8], **options), copy.deepcopy(eager[-1])]
+    fl.fuse(fused[-1]).assert_fused(1)
+    for a, b in zip(fused, eager, strict=True):
+        a.load_state_dict(b.state_dict())
+    x, own = torch.randn(3, 8), getattr(holder, name)
+    before = [model(x) for model in eager]
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, name, lambda *arguments: own(*arguments) + 1)
+        after = [model(x) for model in eager]
+        got = [model(x) for model in fused]
+    for a, b, c in zip(got, after, before, strict=True):
+        torch.testing.assert_close(a, b)
+        assert not torch.equal(b, c)
+    fl.reset_stats()
+
+
 PATCHED_FIRST = """
 import json, torch, torch.nn.functional as F
-gelu = F.gelu
-F.gelu = lambda x, approximate="none": 2 * gelu(x, approximate=approximate)
+gelu, add, multiply = F.gelu, torch.Tensor.__add__, torch.Tensor.__mul__
+twice = lambda y: torch.add(y, y)
+PATCH
 import fastlane_ext as fl
 from fastlane_ext import reference
 x, same = torch.randn(3, 4), []
 for name, arguments in (("LinearGELUResidual", (4, 4)), ("ResidualMLP", (4, 4)), ("ResidualNetwork", ([4, 4, 4],))):
-    fused, eager = getattr(fl, name)(*arguments), getattr(reference, name)(*arguments)
+    fused, eager = (getattr(f, name)(*arguments, activation="ACTIVATION") for f in (fl, reference))
     eager.load_state_dict(fused.state_dict())
     same.append(torch.equal(fused(x), eager(x)))
 print(json.dumps([same, len(fl.stats()["fallback"])]))
 """
 
 
-def test_torch_was_patched_before_the_import():
-    same, reasons = run_python(PATCHED_FIRST)
+@pytest.mark.parametrize(
+    ("patch", "activation"),
+    [
+        ('F.gelu = lambda x, approximate="none": twice(gelu(x, approximate=approximate))', "gelu"),
+        ("torch.Tensor.__add__ = lambda a, b: twice(add(a, b))", "gelu"),
+        ("torch.Tensor.__mul__ = lambda a, b: twice(multiply(a, b))", "quick_gelu"),
+    ],
+    ids=["F.gelu", "+", "*"],
+)
+def test_torch_was_patched_before_the_import(patch, activation):
+    same, reasons = run_python(PATCHED_FIRST.replace("PATCH", patch).replace("ACTIVATION", activation))
     assert same == [True] * 3 and reasons
 
 

@@ -15,6 +15,7 @@
 namespace fastlane::composition {
 
 inline std::string_view approximate(Activation activation) {
+  TORCH_INTERNAL_ASSERT(activation == Activation::gelu || activation == Activation::gelu_tanh);
   return activation == Activation::gelu_tanh ? "tanh" : "none";
 }
 
@@ -57,8 +58,9 @@ inline at::Tensor mlp_residual(const at::Tensor& x, const at::Tensor& fc1_weight
 
 inline at::Tensor preactivation_grad(const at::Tensor& grad_activated, const at::Tensor& z, Activation activation) {
   if (activation == Activation::quick_gelu) {
-    const at::Tensor scaled = z * quick_gelu_constants::scale, sigma = at::sigmoid(scaled);
-    return grad_activated * sigma * (scaled * (1 - sigma) + 1);
+    const at::Tensor sigma = at::sigmoid(z * quick_gelu_constants::scale);
+    // Not 1.702 z times something: 1.702 z may overflow where z does not.
+    return grad_activated * (sigma + z * (sigma * (1 - sigma)) * quick_gelu_constants::scale);
   }
   return activation == Activation::none ? grad_activated
                                         : at::gelu_backward(grad_activated, z, approximate(activation));

@@ -30,8 +30,8 @@ class CommonPath {
 // The path that FASTLANE_PATH names; read once. Throws c10::ValueError if its value is neither fused nor library.
 std::optional<Path> forced_path();
 
-// The columns of the tile that every product with a Hopper kernel of this tile takes; 0 lets each product choose. Tests
-// and measurements set it.
+// The columns of the tile that every product with a Hopper kernel of this tile takes; 0 lets each product choose.
+// Tests and measurements set it.
 int64_t forced_hopper_tile_cols();
 void force_hopper_tile_cols(int64_t cols);
 

@@ -16,8 +16,8 @@ constexpr int64_t kPackedBBytes = int64_t{16} << 20;
 
 bool reads_in_place(const OperandFacts& left) { return left.reads_along_k || left.reads_across; }
 
-// A tile of few rows leaves two ways of the set to B and to the sums. Few tiles are not read often enough to pay for
-// packing.
+// L1 is taken to have eight ways. A tile of at most six rows leaves two of them to B and to the sums. Few tiles are
+// not read often enough to pay for packing.
 bool packs_because_of_sets(const OperandFacts& left, const GemmFacts& f) {
   constexpr int64_t kL1Ways = 8;
   return left.shares_a_set && f.tile_rows > kL1Ways - 2 && left.count > kMaxGroup * f.tile_rows;

@@ -47,7 +47,7 @@ struct GemmPlan {
   int64_t k_blocks = 1;
   int64_t col_blocks = 1, block_cols = 0;  // how many, and the columns of the largest
   int64_t slab_blocks = 1;  // k blocks whose packed B exists at one time
-  int64_t pass_steps = 1;  // the steps of k in which tiles meet; a k block takes one pass or several
+  int64_t pass_steps = 1;  // at most; a k block is cut into passes, and all tiles take one pass before the next
   int64_t task_row_panels = 1;  // at most
 };
 

@@ -21,7 +21,7 @@ inline Activation parse_activation(std::string_view name) {
   for (size_t i = 0; i < kActivationNames.size(); ++i)
     if (name == kActivationNames[i]) return static_cast<Activation>(i);
   TORCH_CHECK_VALUE(false, "activation: got '", name, "', expected one of '", c10::Join("', '", kActivationNames),
-                    "'");
+                    "'; pass one of these");
 }
 
 inline bool has_kernel_dtype(const at::Tensor& t) {

@@ -2,9 +2,9 @@
 //
 //   gelu(z) = max(z, 0) − t C(t)        gelu′(z) = S(t) for z < 0, 1 − S(t) for z ≥ 0
 //
-// Here C(t) = Φ(−t) or σ(−2u(t)), which has no cancellation however far out in the tail.
+// Here C(t) = Φ(−t), σ(−2u(t)) or σ(−1.702 t), which has no cancellation however far out in the tail.
 // S(t) = gelu′(−t) = C + t C′. The relative error near zero is about 2e-7 in float and 4e-16 in double. In the tail
-// the error grows with the rounding of exp's argument, to 8e-6 at float(−10).
+// the error grows with the rounding of exp's argument, to 8e-6 at float(−10) in the tanh form.
 #pragma once
 
 #include <cstddef>
