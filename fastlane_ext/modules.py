@@ -91,12 +91,23 @@ def _checked(name: str) -> Any:
 _checked_residual = _checked("linear_gelu_residual")
 
 
+def _may_be_absent(residual: Any) -> bool:
+    """Whether torch.fx traces with a stand-in for an argument that is None by default. Eager then adds what is given
+    when the graph runs, and None is an error. The fused function would add nothing.
+    """
+    node = None if residual is None or isinstance(residual, Tensor) else getattr(residual, "node", None)
+    return node is not None and node.op == "placeholder" and bool(node.args)
+
+
 def _residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *, activation: str) -> Tensor:
     """``_checked_residual``; C++ makes the checks first, and runs the layer if it finds nothing special."""
     if not torch.compiler.is_compiling():
         y = library.run_plain_layer(_LAYER, x, weight, bias, residual, activation, False)
         if y is not None:
             return y
+        if _may_be_absent(residual):
+            record_fallback("a layer is traced by torch.fx with a residual that may be None")
+            return reference.linear_gelu_residual(x, weight, bias, residual, activation=activation)
     return _checked_residual(x, weight, bias, residual, activation=activation)
 
 

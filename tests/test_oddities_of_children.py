@@ -163,3 +163,37 @@ def test_an_mlp_of_no_known_activation(name, error):
     model.activation = name
     with pytest.raises(error, match="activation: got"):
         model(torch.randn(3, 8))
+
+
+TRACED_ALONE = "a layer is traced by torch.fx with a residual that may be None"
+
+
+@pytest.mark.expects_fallback(TRACED_ALONE)
+@pytest.mark.parametrize("shortcut", ["identity", "projection", "none"])
+def test_a_layer_that_is_traced_alone(shortcut):
+    """torch.fx gives the optional residual a stand-in, so the shortcut is not in the graph; a call without a residual
+    raises, as eager's graph does.
+    """
+    x, residual = torch.randn(3, 8), torch.randn(3, 6)
+    for which in (fl, reference):
+        layer = which.LinearGELUResidual(8, 6, shortcut=shortcut)
+        traced = torch.fx.symbolic_trace(layer)
+        torch.testing.assert_close(traced(x, residual), layer(x, residual))
+        with pytest.raises(TypeError):
+            traced(x)
+
+
+class Parent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = fl.LinearGELUResidual(8, 8), fl.LinearGELUResidual(8, 8)
+
+    def forward(self, x):
+        return self.second(self.first(x), x)
+
+
+def test_layers_that_are_traced_in_their_parent():
+    model, x = Parent(), torch.randn(3, 8)
+    traced = torch.fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(x), model(x))
+    assert traced.code.count("fastlane.linear_gelu_residual") == 2
