@@ -1,5 +1,5 @@
 // The activations: their list and their definitions, for host and device, in float or double. Faster forms are in
-// cpu/generic/activation-inl.h for vectors, and for gelu and gelu_tanh in cuda/common/gelu16.h for 16-bit results.
+// cpu/generic/activation-inl.h for vectors, and in cuda/common/gelu16.h for 16-bit results.
 #pragma once
 
 #include <array>

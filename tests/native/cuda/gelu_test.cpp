@@ -69,7 +69,7 @@ template <class Tail>
 void test_errors_of_16_bits(const char* name, int bits, double tolerance) {
   // A little below 2⁻¹⁰⁰ the functions begin to lose digits.
   const int least_exponent = std::is_same_v<Tail, bits16::Float16Tail> ? -14 : -100;
-  Largest exact, exact_slope, tanh_form, tanh_slope;
+  Largest exact, exact_slope, tanh_form, tanh_slope, quick, quick_slope;
   const auto test_at = [&](float z) {
     const Real x = z, s = sigma(two_u(x)),
                two_u_slope = two_u(1) / Real{1.044715L} * (1 + 3 * Real{0.044715L} * x * x);
@@ -82,12 +82,17 @@ void test_errors_of_16_bits(const char* name, int bits, double tolerance) {
     add(exact_slope, bits16::gelu_derivative<Tail>(z), cdf(x) + x * density(x), cdf(x) + std::fabs(x) * density(x));
     const Real other = x * s * (1 - s) * two_u_slope;
     add(tanh_slope, bits16::gelu_tanh_derivative(z), s + other, s + std::fabs(other));
+    const Real q = sigma(kQuickScale * x), tilt = kQuickScale * x * q * (1 - q);
+    add(quick, bits16::quick_gelu(z), x * q, x * q);
+    add(quick_slope, bits16::quick_gelu_derivative(z), q + tilt, q + std::fabs(tilt));
   };
   for (double at = 0; at <= 15; at += 1e-4) test_at(static_cast<float>(at)), test_at(static_cast<float>(-at));
   for (float at = std::numeric_limits<float>::min(); at < 1e30f; at *= 1.01f) test_at(at), test_at(-at);
-  std::printf("%s: largest errors in half units: gelu %.2g, its slope %.2g, tanh form %.2g, its slope %.2g\n", name,
+  std::printf("%s: largest errors in half units: gelu %.2g, its slope %.2g, tanh form %.2g, its slope %.2g, ", name,
               exact.error, exact_slope.error, tanh_form.error, tanh_slope.error);
-  for (const Largest& largest : {exact, exact_slope, tanh_form, tanh_slope}) CHECK(largest.error <= tolerance);
+  std::printf("quick %.2g, its slope %.2g\n", quick.error, quick_slope.error);
+  for (const Largest& largest : {exact, exact_slope, tanh_form, tanh_slope, quick, quick_slope})
+    CHECK(largest.error <= tolerance);
 }
 
 template <class R>
@@ -114,8 +119,9 @@ void test_extremes(Functions<R> values, Functions<R> slopes, R error_at_0) {
 
 template <class Tail>
 void test_extremes_of_16_bits(float error_at_0) {
-  test_extremes<float>({bits16::gelu<Tail>, bits16::gelu_tanh},
-                       {bits16::gelu_derivative<Tail>, bits16::gelu_tanh_derivative}, error_at_0);
+  test_extremes<float>({bits16::gelu<Tail>, bits16::gelu_tanh, bits16::quick_gelu},
+                       {bits16::gelu_derivative<Tail>, bits16::gelu_tanh_derivative, bits16::quick_gelu_derivative},
+                       error_at_0);
 }
 
 }  // namespace

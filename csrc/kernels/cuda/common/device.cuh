@@ -113,6 +113,24 @@ struct OnDevice<Activation::gelu_tanh> {
   }
 };
 
+template <>
+struct OnDevice<Activation::quick_gelu> {
+  template <class T>
+  static __device__ compute_t<T> value(compute_t<T> z) {
+    if constexpr (kIsShort<T>)
+      return bits16::quick_gelu(z);
+    else
+      return Definition<Activation::quick_gelu>::value(z);
+  }
+  template <class T>
+  static __device__ compute_t<T> slope(compute_t<T> z) {
+    if constexpr (kIsShort<T>)
+      return bits16::quick_gelu_derivative(z);
+    else
+      return Definition<Activation::quick_gelu>::derivative(z);
+  }
+};
+
 // Calls f with OnDevice<activation>, so that the branch is outside the loop over elements.
 template <class F>
 __device__ auto with_activation(Activation activation, F f) {

@@ -3,7 +3,7 @@
 // every instruction costs time.
 //
 //   exact:  gelu(z) = max(z, 0) − t Φ(−t),   gelu′(z) = S for z < 0, 1 − S for z ≥ 0,   t = |z|, S = Φ(−t) − t φ(t)
-//   tanh:   the definition, with the GPU's own reciprocal and power of 2
+//   tanh, quick:  the definition, with the GPU's own reciprocal and power of 2
 //
 // log₂ Φ(−t) is a polynomial, so that the tail keeps its digits, with as many terms as the result's digits need. The
 // GPU's functions return 0 instead of a denormal, so below 2⁻¹¹⁸ a result has fewer digits or is 0.
@@ -32,9 +32,9 @@ inline float exp2_approx(float x) { return without_denormals(std::exp2(x)); }
 inline float reciprocal_approx(float x) { return without_denormals(1 / x); }
 #endif
 
-// At kTailEnd Φ(−t) and φ(t) have become 0, at kLogisticEnd σ(−2u(t)). Clamping there keeps ∞ from becoming ∞ · 0.
-// The comparisons are written so that NaN stays.
-constexpr float kTailEnd = 13.2f, kLogisticEnd = 12;
+// At kTailEnd Φ(−t) and φ(t) have become 0, at kLogisticEnd σ(−2u(t)), at kQuickEnd σ(−1.702 t). Clamping there keeps
+// ∞ from becoming ∞ · 0. The comparisons are written so that NaN stays.
+constexpr float kTailEnd = 13.2f, kLogisticEnd = 12, kQuickEnd = 60;
 FASTLANE_HOST_DEVICE inline float at_most(float z, float limit) { return z > limit ? limit : z; }
 FASTLANE_HOST_DEVICE inline float at_least(float z, float limit) { return z < limit ? limit : z; }
 
@@ -104,6 +104,19 @@ FASTLANE_HOST_DEVICE inline float gelu_tanh_derivative(float z) {
   const float sigma = reciprocal_approx(exp2_approx(logistic_exponent(c, square)) + 1);
   const float slope = c * std::fma(square, static_cast<float>(kCubic), static_cast<float>(kLinear));
   return sigma * std::fma(slope, 1 - sigma, 1.0f);
+}
+
+FASTLANE_HOST_DEVICE inline float quick_sigma(float z) {
+  constexpr float kExponent = static_cast<float>(-quick_gelu_constants::scale * gelu_constants::log2_e);
+  return reciprocal_approx(exp2_approx(kExponent * z) + 1);
+}
+FASTLANE_HOST_DEVICE inline float quick_gelu(float z) {
+  const float c = at_least(z, -kQuickEnd);
+  return c * quick_sigma(c);
+}
+FASTLANE_HOST_DEVICE inline float quick_gelu_derivative(float z) {
+  const float c = at_most(at_least(z, -kQuickEnd), kQuickEnd), sigma = quick_sigma(c);
+  return sigma * std::fma(static_cast<float>(quick_gelu_constants::scale) * c, 1 - sigma, 1.0f);
 }
 
 }  // namespace fastlane::bits16
