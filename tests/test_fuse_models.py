@@ -254,7 +254,7 @@ def lora(model, target):
 
 def first_linears(model):
     """The names of the first linear layer inside a fused site and of the first outside all fused sites."""
-    (site, *_) = [site for site in fl.explain(model).fused if "GELU" in site.pattern]
+    (site, *_) = [site for site in fl.explain(model).fused if "gelu" in site.pattern.lower()]
     children = model.get_submodule(site.name).named_children()
     inside = next(f"{site.name}.{name}" for name, child in children if is_linear(child))
     sites = {site.name for site in fl.explain(model)}
