@@ -17,26 +17,34 @@ sys.path.insert(0, str(ROOT))
 from build_support import find_compiler, find_cuda_home, find_cutlass  # noqa: E402
 
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
+NATIVE = ROOT / "tests" / "native"
 # Those that launch kernels of our own.
 SOURCES = sorted(path.relative_to(KERNELS).as_posix() for path in KERNELS.rglob("*.cu") if "<<<" in path.read_text())
 pytestmark = [pytest.mark.any_isa, pytest.mark.slow]
 
 
-def run_program(name, folder, *flags):
-    """Compile and run one of native/cuda's programs, each of which prints what is not true."""
+def run_program(sources, folder, *flags):
+    """Compile and run a program that prints what is not true."""
     if not KERNELS.is_dir() or shutil.which("c++") is None:
         pytest.skip("needs the source folder and a C++ compiler")
     compiler, _ = find_compiler()
-    program, source = folder / name, ROOT / "tests" / "native" / "cuda" / f"{name}.cpp"
+    program = folder / "program"
     flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT / 'csrc'}", *flags]
-    subprocess.run([*compiler.split(), *flags, str(source), "-o", str(program)], check=True)
+    subprocess.run([*compiler.split(), *flags, *map(str, sources), "-o", str(program)], check=True)
     result = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("name", ["geometry_test", "gelu_test", "hopper_test"])
 def test_host_code(name, tmp_path):
-    run_program(name, tmp_path, "-std=c++17")
+    run_program([NATIVE / "cuda" / f"{name}.cpp"], tmp_path, "-std=c++17")
+
+
+def test_the_ptx_machine(tmp_path):
+    """The machine that runs PTX does what the manual says, each group of instructions."""
+    machine = [path for path in sorted((NATIVE / "ptx").glob("*.cpp")) if path.name != "runtime.cpp"]
+    tests = sorted((NATIVE / "ptx_test").glob("*.cpp"))
+    run_program([*machine, *tests], tmp_path, "-std=c++20", "-frounding-math", f"-I{NATIVE}")
 
 
 def toolkit_home():
@@ -50,12 +58,14 @@ def toolkit_home():
 def test_kernels_on_the_host(name, tmp_path):
     """Every line of the device code runs, with the toolkit's headers and without a GPU; see native/cuda/grid.h."""
     headers = toolkit_home() / "include"
-    run_program(name, tmp_path, "-std=c++20", "-Wno-unknown-pragmas", "-isystem", str(headers))
+    run_program(
+        [NATIVE / "cuda" / f"{name}.cpp"], tmp_path, "-std=c++20", "-Wno-unknown-pragmas", "-isystem", str(headers)
+    )
 
 
 def run_ptx(name, folder, kernels, architecture, argument_lists, *flags):
     """Link native/cuda/NAME.cpp and native/ptx with a file that includes `kernels`; run it once for each arguments."""
-    home, host = toolkit_home(), ROOT / "tests" / "native"
+    home = toolkit_home()
     source = folder / "kernels.cu"
     source.write_text("".join(f'#include "{path}"\n' for path in kernels))
     nvcc = [
@@ -75,8 +85,8 @@ def run_ptx(name, folder, kernels, architecture, argument_lists, *flags):
         if file.name not in ("kernels.o", "kernels.ptx"):
             file.unlink()
     compiler = [*find_compiler()[0].split(), "-O2", "-std=c++20", "-frounding-math", "-Wall", "-Wextra", "-Werror"]
-    compiler += ["-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{host}", "-isystem", str(home / "include")]
-    sources = [host / "cuda" / f"{name}.cpp", *sorted((host / "ptx").glob("*.cpp"))]
+    compiler += ["-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{NATIVE}", "-isystem", str(home / "include")]
+    sources = [NATIVE / "cuda" / f"{name}.cpp", *sorted((NATIVE / "ptx").glob("*.cpp"))]
     program = folder / name
     subprocess.run([*compiler, *map(str, sources), str(folder / "kernels.o"), "-o", str(program)], check=True)
     commands = [[str(program), *arguments, str(folder / "kernels.ptx")] for arguments in argument_lists]

@@ -39,7 +39,17 @@ Handler compare(F f) {
   return compute<uint64_t, V, V>(f);
 }
 
-float without_denormals(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? 0 : x; }
+// What ftz does to operands and results.
+float without_denormals(float x) {
+  return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
+}
+
+// PTX says that −0 is less than +0, and that a NaN loses against a number.
+template <class R>
+R greater(R a, R b) {
+  if (a == b) return std::signbit(a) ? b : a;
+  return std::fmax(a, b);
+}
 
 float fma_rounded_down(float a, float b, float c) {
   const int before = std::fegetround();
@@ -90,7 +100,7 @@ void add_floats(Table& table, const std::string& type) {
   table["mul" + type] = table["mul.rn" + type] = binary<R>([](R a, R b) { return a * b; });
   table["div.rn" + type] = binary<R>([](R a, R b) { return a / b; });
   table["rcp.rn" + type] = unary<R>([](R a) { return 1 / a; });
-  table["max" + type] = binary<R>([](R a, R b) { return std::fmax(a, b); });
+  table["max" + type] = binary<R>([](R a, R b) { return greater(a, b); });
   table["copysign" + type] = binary<R>([](R sign, R size) { return std::copysign(size, sign); });
   table["fma.rn" + type] = ternary<R>([](R a, R b, R c) { return std::fma(a, b, c); });
   table["setp.eq" + type] = compare<R>([](R a, R b) { return a == b; });
@@ -102,7 +112,7 @@ void add_floats(Table& table, const std::string& type) {
 
 // Conversions, and what exists for float alone.
 void add_conversions(Table& table) {
-  table["rcp.approx.ftz.f32"] = unary<float>([](float a) { return without_denormals(1 / a); });
+  table["rcp.approx.ftz.f32"] = unary<float>([](float a) { return without_denormals(1 / without_denormals(a)); });
   // For double only the upper half of the bits is given.
   table["rcp.approx.ftz.f64"] =
       unary<double>([](double a) { return std::bit_cast<double>(std::bit_cast<uint64_t>(1 / a) >> 32 << 32); });
@@ -141,6 +151,9 @@ struct Quotient {
   template <class V>
   V operator()(V a, V b) const {
     if (b == 0) throw std::runtime_error("a division by 0");
+    // On the host, the least number divided by −1 would be an error.
+    if (std::is_signed_v<V> && b == static_cast<V>(-1))
+      return static_cast<V>(0 - static_cast<std::make_unsigned_t<V>>(a));
     return a / b;
   }
 };
@@ -172,6 +185,7 @@ void add_integers(Table& table) {
   table["xor.b32"] = binary<u32>([](u32 a, u32 b) { return a ^ b; });
   table["prmt.b32"] = ternary<u32>([](u32 a, u32 b, u32 digits) { return permuted(a, b, digits); });
   table["bfi.b32"] = compute<u32, u32, u32, u32, u32>([](u32 from, u32 into, u32 at, u32 length) {
+    at &= 0xff, length &= 0xff;
     const u32 field = at > 31 ? 0 : (length > 31 ? ~0u : (1u << length) - 1) << at;
     return at > 31 ? into : (into & ~field) | (from << at & field);
   });

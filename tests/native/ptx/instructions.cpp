@@ -65,6 +65,7 @@ uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((all + 0x7fff + (all >> 16 & 1)) >> 16);
 }
 uint16_t to_f16(float value) {
+  if (std::isnan(value)) return 0x7fff;
   const _Float16 rounded = static_cast<_Float16>(value);
   uint16_t stored;
   std::memcpy(&stored, &rounded, sizeof stored);

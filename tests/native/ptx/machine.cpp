@@ -6,7 +6,7 @@
 namespace ptx {
 namespace {
 
-constexpr uint64_t kPoison = 0x7fef7fef7fef7fef;  // NaN as f16, bf16, f32 and f64
+constexpr uint64_t kPoison = 0x7fff7fff7fff7fff;  // NaN as f16, bf16, f32 and f64
 
 std::string where(const Kernel& kernel, const Thread& t) {
   const Instruction& i = kernel.code[t.next];
@@ -90,6 +90,7 @@ void Machine::check_global(const void* address, size_t bytes, bool writes) {
 }
 
 bool Machine::gathered(Thread& t, uint32_t first, uint32_t count, uint32_t mask) {
+  if (!(mask >> t.lane() & 1)) throw std::runtime_error("a lane that is not in its mask");
   t.parked = true;
   Thread* const group = t.block->threads.data() + first;
   const auto takes_part = [&](uint32_t i) { return (mask >> i % 32 & 1) != 0; };
@@ -105,7 +106,8 @@ bool Machine::gathered(Thread& t, uint32_t first, uint32_t count, uint32_t mask)
 }
 
 void Machine::complete_phase(MBarrier& barrier) {
-  if (barrier.pending != 0 || barrier.bytes_and_phase / 2 != 0) return;
+  // Bytes that come before they are announced count below zero.
+  if (barrier.pending != 0 || barrier.bytes_and_phase >> 1 != 0) return;
   barrier.bytes_and_phase ^= 1;
   barrier.pending = barrier.expected;
   ++events;
@@ -161,7 +163,7 @@ void Machine::start_cluster(const Kernel& kernel, Size3 first) {
   }
 }
 
-void Machine::run(const Kernel& kernel, Thread& t, uint64_t instructions) {
+bool Machine::run(const Kernel& kernel, Thread& t, uint64_t instructions) {
   t.yields = false;
   for (; instructions > 0 && !t.done && !t.parked && !t.yields; --instructions) {
     const Instruction& i = kernel.code[t.next];
@@ -171,12 +173,13 @@ void Machine::run(const Kernel& kernel, Thread& t, uint64_t instructions) {
       continue;
     }
     try {
-      if (!skipped && !i.execute(*this, t, i)) return;
+      if (!skipped && !i.execute(*this, t, i)) return false;
     } catch (const std::exception& error) {
       throw std::runtime_error(where(kernel, t) + ": " + error.what());
     }
     ++t.next;
   }
+  return instructions == 0 && !t.done && !t.parked && !t.yields;
 }
 
 void Machine::finish_a_load() {
@@ -199,28 +202,28 @@ void Machine::run_cluster(const Kernel& kernel) {
     for (uint32_t i = 0; i < threads; i += 32) warps.push_back({&each.threads[i], &each == late ? 10u : 0u});
   uint32_t order[32];
   std::iota(std::begin(order), std::end(order), 0u);
-  constexpr int kPatience = 300;
+  // Without an event, no warp falls asleep any more; then all have been awake for long before patience ends.
+  constexpr int kSleepless = 100, kPatience = 300;
   for (int rounds_without_event = 0;;) {
     const uint64_t before = events;
-    bool all_done = true, all_awake = true;
+    bool all_done = true, some_compute = false;
     std::shuffle(warps.begin(), warps.end(), random);
     for (Warp& warp : warps) {
       if (std::all_of(warp.lanes, warp.lanes + 32, [](const Thread& t) { return t.done; })) continue;
       all_done = false;
       if (warp.sleeps > 0) {
         --warp.sleeps;
-        all_awake = false;
         continue;
       }
-      if (random() % 16 == 0) warp.sleeps = random() % 100;
+      if (rounds_without_event < kSleepless && random() % 16 == 0) warp.sleeps = random() % 100;
       std::shuffle(std::begin(order), std::end(order), random);
       const uint64_t instructions = 1 + random() % 3000;
       for (const uint32_t lane : order)
-        if (!warp.lanes[lane].done) run(kernel, warp.lanes[lane], instructions);
+        if (!warp.lanes[lane].done && run(kernel, warp.lanes[lane], instructions)) some_compute = true;
       if (!loads.empty() && random() % 8 == 0) finish_a_load();
     }
     if (all_done) break;
-    rounds_without_event = events == before && all_awake ? rounds_without_event + 1 : 0;
+    rounds_without_event = events == before && !some_compute ? rounds_without_event + 1 : 0;
     if (rounds_without_event > 2 && !loads.empty()) finish_a_load();
     if (rounds_without_event < kPatience) continue;
     std::string report = "deadlock";

@@ -120,7 +120,8 @@ struct Machine {
  private:
   void start_cluster(const Kernel& kernel, Size3 first);
   void run_cluster(const Kernel& kernel);
-  void run(const Kernel& kernel, Thread& t, uint64_t instructions);
+  // Whether t could go on: so many instructions were run, and t waits for nobody.
+  bool run(const Kernel& kernel, Thread& t, uint64_t instructions);
   void finish_a_load();
   void complete_phase(MBarrier& barrier);
 };

@@ -24,6 +24,8 @@ template <class V, Space space, bool stores>
 bool access(Machine& m, Thread& t, const Instruction& i) {
   const Operand &values = i.operands[stores ? 1 : 0], &place = i.operands[stores ? 0 : 1];
   const size_t count = std::max<size_t>(1, values.parts.size());
+  if (space == Space::parameter && place.value + count * sizeof(V) > place.parts[0].bytes)
+    throw std::runtime_error("a read beyond the parameter");
   const uint64_t from = address(m, t, place);
   if (from % (count * sizeof(V)) != 0) throw std::runtime_error("a misaligned address");
   char* memory = static_cast<char*>(resolve<space>(m, from, count * sizeof(V), stores));
@@ -60,6 +62,7 @@ bool block_barrier(Machine& m, Thread& t, const Instruction& i) {
   const uint32_t which = read<uint32_t>(m, t, o[0]);
   const uint32_t count = o.size() > 1 ? read<uint32_t>(m, t, o[1]) : m.threads;
   if (which >= 16) throw std::runtime_error("bar.sync: no such barrier");
+  if (count % 32 != 0) throw std::runtime_error("bar.sync: a count that is no multiple of 32");
   auto& waiting = t.block->waiting[which];
   if (waiting.size() + 1 < count) {
     t.parked = true;

@@ -1,6 +1,7 @@
 #include "program.h"
 
 #include <cctype>
+#include <cstdlib>
 #include <stdexcept>
 
 #include "instructions.h"
@@ -25,8 +26,10 @@ class Parser {
       const std::string kernel_name = name();
       parameter_ = kernel_name + "_param_";
       shared_.clear();
+      read_parameters();
       position_ = text_.find('{', position_) + 1;
       read_body(kernel);
+      if (kernel.code.empty() || !ends(kernel.code.back())) fail("the kernel does not end with ret or a branch");
       kernels[kernel_name] = std::move(kernel);
     }
     return kernels;
@@ -70,9 +73,39 @@ class Parser {
     const std::string sign = take('-') ? "-" : "";
     return sign + name();
   }
-  static uint64_t bits_of_number(const std::string& text) {
-    if (text.rfind("0f", 0) == 0 || text.rfind("0d", 0) == 0) return std::stoull(text.substr(2), nullptr, 16);
-    return text[0] == '-' ? static_cast<uint64_t>(std::stoll(text, nullptr, 0)) : std::stoull(text, nullptr, 0);
+  uint64_t bits_of_number(const std::string& text) {
+    const bool of_float = text.rfind("0f", 0) == 0 || text.rfind("0d", 0) == 0;
+    const std::string digits = of_float ? text.substr(2) : text.substr(text[0] == '-');
+    char* end = nullptr;
+    const uint64_t size = std::strtoull(digits.c_str(), &end, of_float ? 16 : 0);
+    if (digits.empty() || *end != '\0') fail("not a number: " + text);
+    return text[0] == '-' ? 0 - size : size;
+  }
+
+  static bool ends(const Instruction& i) { return i.guard < 0 && (i.branches || i.opcode == "ret"); }
+
+  // (.param TYPE NAME, .param .align BYTES .b8 NAME[BYTES], …)
+  void read_parameters() {
+    parameter_bytes_.clear();
+    if (!take('(') || take(')')) return;
+    do {
+      uint32_t bytes = 0;
+      std::string word = name();
+      for (; word[0] == '.'; word = name()) {
+        if (word == ".align") {
+          name();
+        } else if (bytes == 0 && word != ".param") {
+          bytes = static_cast<uint32_t>(bits_of_number(word.substr(2))) / 8;
+        }
+      }
+      if (word != parameter_ + std::to_string(parameter_bytes_.size())) fail("unknown parameter " + word);
+      if (take('[')) {
+        bytes *= static_cast<uint32_t>(bits_of_number(name()));
+        expect(']');
+      }
+      parameter_bytes_.push_back(bytes);
+    } while (take(','));
+    expect(')');
   }
 
   // The number of a register, or −1. Inline assembly declares its own in braces.
@@ -138,20 +171,20 @@ class Parser {
       registers[register_name] = kernel_->registers++;
       return;
     }
-    const unsigned long count = std::stoul(name());
-    for (unsigned long i = 0; i < count; ++i) registers[register_name + std::to_string(i)] = kernel_->registers++;
+    const uint64_t count = bits_of_number(name());
+    for (uint64_t i = 0; i < count; ++i) registers[register_name + std::to_string(i)] = kernel_->registers++;
     expect('>');
   }
 
   // .align BYTES .b8 name[BYTES]
   void read_shared() {
     name();
-    const auto alignment = static_cast<uint32_t>(std::stoul(name()));
+    const auto alignment = static_cast<uint32_t>(bits_of_number(name()));
     name();
     kernel_->shared_bytes = (kernel_->shared_bytes + alignment - 1) / alignment * alignment;
     shared_[name()] = kernel_->shared_bytes;
     expect('[');
-    kernel_->shared_bytes += static_cast<uint32_t>(std::stoul(name()));
+    kernel_->shared_bytes += static_cast<uint32_t>(bits_of_number(name()));
     expect(']');
   }
 
@@ -216,7 +249,9 @@ class Parser {
       result.value = static_cast<uint64_t>(number);
     } else if (word.rfind(parameter_, 0) == 0) {
       result.kind = Kind::parameter;
-      result.value = std::stoul(word.substr(parameter_.size()));
+      result.value = bits_of_number(word.substr(parameter_.size()));
+      if (result.value >= parameter_bytes_.size()) fail("unknown parameter " + word);
+      result.bytes = parameter_bytes_[result.value];
     } else if (word[0] == '%') {
       result.kind = Kind::special;
       result.name = word;
@@ -232,6 +267,7 @@ class Parser {
   }
 
   std::string text_, parameter_;
+  std::vector<uint32_t> parameter_bytes_;  // of the present kernel
   std::map<std::string, uint32_t> shared_;
   size_t position_ = 0, counted_ = 0;
   int line_ = 1;

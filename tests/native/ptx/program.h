@@ -14,6 +14,7 @@ struct Operand {
   // A register's or parameter's number, an immediate's bits, an address's offset, or the beginning of a shared
   // symbol.
   uint64_t value = 0;
+  uint32_t bytes = 0;  // of a parameter
   std::string name;  // of a special register
   std::vector<Operand> parts;  // a vector's parts; an address's base and, for a tensor, its coordinates
 };

@@ -99,7 +99,9 @@ cudaError_t launch(const void* function, const Configuration& c, Size3 cluster, 
   const auto limit = shared_limits().find(function);
   if (c.shared_bytes > (limit == shared_limits().end() ? kSharedBytesUnasked : limit->second))
     return cudaErrorInvalidValue;
-  if (c.grid.x == 0 || c.grid.y > 65535 || c.grid.z > 65535 || c.block.x * c.block.y * c.block.z > 1024)
+  const unsigned threads = c.block.x * c.block.y * c.block.z, blocks_of_cluster = cluster.x * cluster.y * cluster.z;
+  if (c.grid.x == 0 || c.grid.y - 1 >= 65535 || c.grid.z - 1 >= 65535 || threads - 1 >= 1024 ||
+      blocks_of_cluster - 1 >= 8)
     return cudaErrorInvalidConfiguration;
   ++runtime().launches;
   runtime().kernels.insert(found->first);

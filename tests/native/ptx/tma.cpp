@@ -8,10 +8,10 @@ namespace {
 struct Box {
   TensorMap map;
   int64_t at[5] = {};
-  uint32_t offset;  // in shared memory
+  uint32_t rank, offset;  // the block, and the place in its shared memory
 
   Box(Machine& m, Thread& t, const Operand& tensor, const Operand& place)
-      : offset(shared_address(m, t, place) & kOffsetMask) {
+      : rank(m.block_of(shared_address(m, t, place)).rank), offset(shared_address(m, t, place) & kOffsetMask) {
     std::memcpy(&map, reinterpret_cast<const void*>(bits(m, t, tensor.parts[0])), sizeof map);
     const auto& coordinates = tensor.parts[1].parts;
     if (map.mark != TensorMap::kMark || coordinates.size() != map.rank) throw std::runtime_error("TMA: tensor map");
@@ -52,7 +52,7 @@ bool load(Machine& m, Thread& t, const Instruction& i) {
   const auto& o = i.operands;
   const Box box(m, t, o[1], o[0]);
   const uint32_t barrier = shared_address(m, t, o[2]) & kOffsetMask;
-  const uint32_t to_blocks = multicast ? read<uint16_t>(m, t, o[3]) : 1u << t.block->rank;
+  const uint32_t to_blocks = multicast ? read<uint16_t>(m, t, o[3]) : 1u << box.rank;
   for (Block& block : m.blocks) {
     if (!(to_blocks >> block.rank & 1)) continue;
     const uint32_t base = (block.rank + 1) << kOffsetBits;
@@ -77,7 +77,7 @@ bool load(Machine& m, Thread& t, const Instruction& i) {
 
 bool store(Machine& m, Thread& t, const Instruction& i) {
   const Box box(m, t, i.operands[0], i.operands[1]);
-  const uint32_t base = (t.block->rank + 1) << kOffsetBits;
+  const uint32_t base = (box.rank + 1) << kOffsetBits;
   const auto leave = [&m, box, base] {
     box.for_each_element([&](uint32_t offset, uint8_t* to) {
       if (!to) return;

@@ -23,7 +23,7 @@ bool shuffle(Machine& m, Thread& t, const Instruction& i) {
     if (!(mask >> lane & 1)) continue;
     const uint32_t b = read<uint32_t>(m, lanes[lane], o[value + 1]);
     if (read<uint32_t>(m, lanes[lane], o[value + 2]) != 31) throw std::runtime_error("shfl: part of a warp");
-    const uint32_t source = butterfly ? lane ^ b : b & 31;
+    const uint32_t source = (butterfly ? lane ^ b : b) & 31;
     if (!(mask >> source & 1)) throw std::runtime_error("shfl: from a lane that takes no part");
     write<uint32_t>(lanes[lane], o[0], values[source]);
     if (has_predicate) write<uint64_t>(lanes[lane], o[1], 1);
