@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdlib>
@@ -14,7 +15,7 @@
 
 // One meeting for each warp of the block that runs.
 struct WarpMeeting {
-  std::barrier<> barrier{32};
+  Meeting of_warp{32};
   std::array<std::array<uint32_t, 4>, 32> a;
   std::array<std::array<uint32_t, 2>, 32> b;
   std::array<float, 32> values;
@@ -37,7 +38,7 @@ struct HostWarp {
     const unsigned lane = threadIdx.x % 32;
     std::copy(a, a + 4, meeting.a[lane].begin());
     std::copy(b, b + 2, meeting.b[lane].begin());
-    meeting.barrier.arrive_and_wait();
+    meeting.of_warp.arrive_and_wait();
     constexpr unsigned kPerRegister = 4 / sizeof(T);
     for (unsigned i = 0; i < 4; ++i) {
       const unsigned row = lane / 4 + 8 * (i / 2), col = 2 * (lane % 4) + i % 2;
@@ -51,7 +52,7 @@ struct HostWarp {
       sums[i] = static_cast<float>(sum);
       if (std::fabs(static_cast<double>(sums[i])) > std::fabs(sum)) sums[i] = std::nextafter(sums[i], 0.0f);
     }
-    meeting.barrier.arrive_and_wait();
+    meeting.of_warp.arrive_and_wait();
   }
 
   template <bool kTransposed>
@@ -59,27 +60,27 @@ struct HostWarp {
     WarpMeeting& meeting = warp_meetings[threadIdx.x / 32];
     const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     meeting.rows[lane] = static_cast<const uint16_t*>(row);
-    meeting.barrier.arrive_and_wait();
+    meeting.of_warp.arrive_and_wait();
     for (unsigned block = 0; block < 4; ++block) {
       const uint16_t* const* const rows = &meeting.rows[8 * block];
       const uint32_t low = kTransposed ? rows[2 * t][g] : rows[g][2 * t];
       const uint32_t high = kTransposed ? rows[2 * t + 1][g] : rows[g][2 * t + 1];
       blocks[block] = low | high << 16;
     }
-    meeting.barrier.arrive_and_wait();
+    meeting.of_warp.arrive_and_wait();
   }
 
   // No copy arrives before it is awaited. Until then the copy's place is NaN.
   static void copy_async(void* shared, const void* global, bool present) {
     if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) std::abort();
     std::memset(shared, 0xff, 16);
-    open_copies.push_back({shared, present ? global : nullptr});
+    copies().open.push_back({shared, present ? global : nullptr});
   }
-  static void commit_copies() { copies.push_back(std::move(open_copies)), open_copies.clear(); }
+  static void commit_copies() { copies().groups.push_back(std::exchange(copies().open, {})); }
   template <int kPending>
   static void await_copies() {
-    for (; copies.size() > kPending; copies.pop_front())
-      for (const Copy& copy : copies.front())
+    for (auto& groups = copies().groups; groups.size() > kPending; groups.pop_front())
+      for (const Copy& copy : groups.front())
         copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
   }
   static void prefetch(const void* global) { static_cast<void>(*static_cast<const volatile char*>(global)); }
@@ -88,9 +89,9 @@ struct HostWarp {
     WarpMeeting& meeting = warp_meetings[threadIdx.x / 32];
     const unsigned lane = threadIdx.x % 32;
     meeting.values[lane] = x;
-    meeting.barrier.arrive_and_wait();
+    meeting.of_warp.arrive_and_wait();
     const float other = meeting.values[lane ^ static_cast<unsigned>(bits)];
-    meeting.barrier.arrive_and_wait();
+    meeting.of_warp.arrive_and_wait();
     return other;
   }
 
@@ -99,14 +100,29 @@ struct HostWarp {
     void* to;
     const void* from;  // null for zeros
   };
-  static inline thread_local std::vector<Copy> open_copies;
-  struct Groups : std::deque<std::vector<Copy>> {
-    ~Groups() {
-      for (const std::vector<Copy>& group : *this)
-        if (!group.empty()) std::abort();
+  // A thread's copies; none may be left when its kernel ends.
+  struct Copies {
+    unsigned grid = 0;
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> groups;
+
+    bool empty() const {
+      return open.empty() &&
+             std::all_of(groups.begin(), groups.end(), [](const auto& group) { return group.empty(); });
+    }
+    ~Copies() {
+      if (!empty()) std::abort();
     }
   };
-  static inline thread_local Groups copies;
+  static Copies& copies() {
+    static std::array<Copies, std::tuple_size_v<decltype(warp_meetings)> * 32> of_threads;
+    Copies& mine = of_threads[threadIdx.x];
+    if (mine.grid != turns.grids) {
+      if (!mine.empty()) std::abort();
+      mine.grid = turns.grids, mine.groups.clear();
+    }
+    return mine;
+  }
 
   template <class T>
   static float element(uint32_t bits, unsigned which) {
