@@ -63,8 +63,10 @@ def test_kernels_on_the_host(name, tmp_path):
     )
 
 
-def run_ptx(name, folder, kernels, architecture, argument_lists, *flags):
-    """Link native/cuda/NAME.cpp and native/ptx with a file that includes `kernels`; run it once for each arguments."""
+def run_ptx(name, folder, kernels, architectures, argument_lists, *flags):
+    """Link native/cuda/NAME.cpp and native/ptx with a file that includes `kernels`; run it with each architecture's
+    PTX and each arguments. Returns the PTX files.
+    """
     home = toolkit_home()
     source = folder / "kernels.cu"
     source.write_text("".join(f'#include "{path}"\n' for path in kernels))
@@ -76,31 +78,33 @@ def run_ptx(name, folder, kernels, architecture, argument_lists, *flags):
         "-std=c++20",
         f"-I{ROOT / 'csrc'}",
     ]
-    nvcc += flags
-    nvcc += [f"-gencode=arch=compute_{architecture},code=compute_{architecture}", "--keep", "--keep-dir", str(folder)]
+    nvcc += [*flags, "--keep", "--keep-dir", str(folder)]
+    nvcc += [f"-gencode=arch=compute_{architecture},code=compute_{architecture}" for architecture in architectures]
     command = [*nvcc, "-c", str(source), "-o", str(folder / "kernels.o")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     for file in folder.iterdir():  # nvcc keeps hundreds of megabytes
-        if file.name not in ("kernels.o", "kernels.ptx"):
+        if file.name != "kernels.o" and file.suffix != ".ptx":
             file.unlink()
+    texts = sorted(folder.glob("*.ptx"))
+    assert len(texts) == len(architectures)
     compiler = [*find_compiler()[0].split(), "-O2", "-std=c++20", "-frounding-math", "-Wall", "-Wextra", "-Werror"]
     compiler += ["-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{NATIVE}", "-isystem", str(home / "include")]
     sources = [NATIVE / "cuda" / f"{name}.cpp", *sorted((NATIVE / "ptx").glob("*.cpp"))]
     program = folder / name
     subprocess.run([*compiler, *map(str, sources), str(folder / "kernels.o"), "-o", str(program)], check=True)
-    commands = [[str(program), *arguments, str(folder / "kernels.ptx")] for arguments in argument_lists]
+    commands = [[str(program), *arguments, str(text)] for text in texts for arguments in argument_lists]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
     outputs = [run.communicate()[0] for run in runs]
     for run, output in zip(runs, outputs, strict=True):
         assert run.returncode == 0, output
         assert re.match(r"[1-9]\d* launches", output)
+    return texts
 
 
-@pytest.mark.parametrize("architecture", ["80", "90a"])
-def test_launches_on_the_host(architecture, tmp_path):
+def test_launches_on_the_host(tmp_path):
     """Our own kernels as nvcc makes them, with what their launchers give them; see native/ptx."""
-    run_ptx("launches_test", tmp_path, [KERNELS / name for name in SOURCES], architecture, [[]])
+    run_ptx("launches_test", tmp_path, [KERNELS / name for name in SOURCES], ["80", "90a"], [[]])
 
 
 def test_hopper_kernels_on_the_host(tmp_path):
@@ -113,9 +117,10 @@ def test_hopper_kernels_on_the_host(tmp_path):
         KERNELS / "hopper/hopper.cpp",
         KERNELS / "elementwise/preactivation_grad.cu",
     ]
-    run_ptx("hopper_kernels_test", tmp_path, kernels, "90a", [["bf16"], ["f16"], ["f32"]], f"-I{cutlass}")
+    runs = [["bf16"], ["f16"], ["f32"]]
+    (kept,) = run_ptx("hopper_kernels_test", tmp_path, kernels, ["90a"], runs, f"-I{cutlass}")
     # And what it would say of kernels that lack a fence.
-    text, fence = (tmp_path / "kernels.ptx").read_text(), "fence.proxy.async.shared::cta;"
+    text, fence = kept.read_text(), "fence.proxy.async.shared::cta;"
     assert fence in text
     (tmp_path / "unfenced.ptx").write_text(text.replace(fence, ""))
     command = [str(tmp_path / "hopper_kernels_test"), "f32", str(tmp_path / "unfenced.ptx")]

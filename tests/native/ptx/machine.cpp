@@ -89,6 +89,15 @@ void Machine::check_global(const void* address, size_t bytes, bool writes) {
   latest = static_cast<size_t>(found - allowed.begin());
 }
 
+void Machine::check_parameter(const void* address, size_t bytes) const {
+  const auto* const begin = static_cast<const char*>(address);
+  for (size_t n = 0; n < parameter_bytes.size(); ++n) {
+    const auto* const from = static_cast<const char*>(parameters[n]);
+    if (begin >= from && begin + bytes <= from + parameter_bytes[n]) return;
+  }
+  throw std::runtime_error("a read beyond the parameter");
+}
+
 bool Machine::gathered(Thread& t, uint32_t first, uint32_t count, uint32_t mask) {
   if (!(mask >> t.lane() & 1)) throw std::runtime_error("a lane that is not in its mask");
   t.parked = true;
@@ -126,6 +135,7 @@ void Machine::complete_bytes(MBarrier& barrier, int32_t bytes) {
 void Machine::launch(const Kernel& kernel, Size3 grid_, Size3 cluster_, Size3 block_, size_t shared_bytes,
                      const void* const* parameters_) {
   grid = grid_, cluster = cluster_, block = block_, parameters = parameters_;
+  parameter_bytes = kernel.parameter_bytes;
   threads = block.x * block.y;
   if (grid.x % cluster.x != 0 || cluster.y != 1 || cluster.z != 1 || block.z != 1 || threads % 32 != 0)
     throw std::runtime_error("launch: grid, cluster and block do not fit");

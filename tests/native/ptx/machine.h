@@ -99,6 +99,7 @@ struct Machine {
   const uint8_t* shared_to_read_async(uint32_t address, size_t bytes);
   uint8_t* shared_to_write_async(uint32_t address, size_t bytes);
   void check_global(const void* address, size_t bytes, bool writes);
+  void check_parameter(const void* address, size_t bytes) const;
   // Whether all threads that `mask` names in each warp, among `count` threads from `first` on, have come to t's
   // instruction. If they have, the other threads go on with t.
   bool gathered(Thread& t, uint32_t first, uint32_t count, uint32_t mask = ~0u);
@@ -114,6 +115,7 @@ struct Machine {
   Size3 grid, cluster, block;
   uint32_t threads = 0;  // in a block
   const void* const* parameters = nullptr;
+  std::vector<uint32_t> parameter_bytes;
   uint32_t cluster_arrived = 0, cluster_phase = 0;
   uint64_t events = 0;  // how many events may have set a waiting thread on its way
 

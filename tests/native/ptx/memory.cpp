@@ -14,7 +14,7 @@ void* resolve(Machine& m, uint64_t address, size_t bytes, bool writes) {
     return m.shared(static_cast<uint32_t>(address), bytes);
   } else {
     void* const place = reinterpret_cast<void*>(address);
-    if (space == Space::global) m.check_global(place, bytes, writes);
+    space == Space::global ? m.check_global(place, bytes, writes) : m.check_parameter(place, bytes);
     return place;
   }
 }
@@ -24,7 +24,9 @@ template <class V, Space space, bool stores>
 bool access(Machine& m, Thread& t, const Instruction& i) {
   const Operand &values = i.operands[stores ? 1 : 0], &place = i.operands[stores ? 0 : 1];
   const size_t count = std::max<size_t>(1, values.parts.size());
-  if (space == Space::parameter && place.value + count * sizeof(V) > place.parts[0].bytes)
+  // The host may have put the next parameter right behind.
+  const Operand& base = place.parts[0];
+  if (base.kind == Operand::Kind::parameter && place.value + count * sizeof(V) > m.parameter_bytes[base.value])
     throw std::runtime_error("a read beyond the parameter");
   const uint64_t from = address(m, t, place);
   if (from % (count * sizeof(V)) != 0) throw std::runtime_error("a misaligned address");

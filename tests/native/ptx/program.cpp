@@ -26,7 +26,7 @@ class Parser {
       const std::string kernel_name = name();
       parameter_ = kernel_name + "_param_";
       shared_.clear();
-      read_parameters();
+      read_parameters(kernel);
       position_ = text_.find('{', position_) + 1;
       read_body(kernel);
       if (kernel.code.empty() || !ends(kernel.code.back())) fail("the kernel does not end with ret or a branch");
@@ -85,8 +85,7 @@ class Parser {
   static bool ends(const Instruction& i) { return i.guard < 0 && (i.branches || i.opcode == "ret"); }
 
   // (.param TYPE NAME, .param .align BYTES .b8 NAME[BYTES], …)
-  void read_parameters() {
-    parameter_bytes_.clear();
+  void read_parameters(Kernel& kernel) {
     if (!take('(') || take(')')) return;
     do {
       uint32_t bytes = 0;
@@ -98,12 +97,12 @@ class Parser {
           bytes = static_cast<uint32_t>(bits_of_number(word.substr(2))) / 8;
         }
       }
-      if (word != parameter_ + std::to_string(parameter_bytes_.size())) fail("unknown parameter " + word);
+      if (word != parameter_ + std::to_string(kernel.parameter_bytes.size())) fail("unknown parameter " + word);
       if (take('[')) {
         bytes *= static_cast<uint32_t>(bits_of_number(name()));
         expect(']');
       }
-      parameter_bytes_.push_back(bytes);
+      kernel.parameter_bytes.push_back(bytes);
     } while (take(','));
     expect(')');
   }
@@ -250,8 +249,7 @@ class Parser {
     } else if (word.rfind(parameter_, 0) == 0) {
       result.kind = Kind::parameter;
       result.value = bits_of_number(word.substr(parameter_.size()));
-      if (result.value >= parameter_bytes_.size()) fail("unknown parameter " + word);
-      result.bytes = parameter_bytes_[result.value];
+      if (result.value >= kernel_->parameter_bytes.size()) fail("unknown parameter " + word);
     } else if (word[0] == '%') {
       result.kind = Kind::special;
       result.name = word;
@@ -267,7 +265,6 @@ class Parser {
   }
 
   std::string text_, parameter_;
-  std::vector<uint32_t> parameter_bytes_;  // of the present kernel
   std::map<std::string, uint32_t> shared_;
   size_t position_ = 0, counted_ = 0;
   int line_ = 1;

@@ -14,7 +14,6 @@ struct Operand {
   // A register's or parameter's number, an immediate's bits, an address's offset, or the beginning of a shared
   // symbol.
   uint64_t value = 0;
-  uint32_t bytes = 0;  // of a parameter
   std::string name;  // of a special register
   std::vector<Operand> parts;  // a vector's parts; an address's base and, for a tensor, its coordinates
 };
@@ -38,6 +37,7 @@ struct Instruction {
 struct Kernel {
   std::vector<Instruction> code;
   uint32_t registers = 0;
+  std::vector<uint32_t> parameter_bytes;
   uint32_t shared_bytes = 0;  // without what the launch gives, which lies behind
 };
 

@@ -21,6 +21,9 @@ void accesses() {
   CHECK(holds(Lines{"st.global.u32 [%in], %r0;", {0}}.error(), "stray write"));
   const Lines beyond{"ld.param.u64 %r0, [k_param_1+8];", {0}};
   CHECK(holds(beyond.error(), "beyond the parameter"));
+  const std::string by_register = "mov.b64 %r1, k_param_1; ld.param.u64 %r0, [%r1";
+  CHECK(Lines({by_register + "]; st.global.u64 [%r0], %r0;", {}}).run()[0] != 0);
+  CHECK(holds(Lines{by_register + "+32];", {}}.error(), "beyond the parameter"));
   CHECK(holds(Lines{"ld.param.u64 %r0, [k_param_2];", {0}}.error(), "unknown parameter"));
 }
 
