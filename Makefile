@@ -77,8 +77,9 @@ $(SANITIZE)/%.o: %.cpp Makefile
 
 -include $(SANITIZE_OBJECTS:.o=.d)
 
-# The CUDA half without a GPU: compiled and linked for torch's CUDA build in an environment and a copy of its own, then
-# the tests of this package on that build. nvcc is all it needs; torch and its libraries take 5 GB.
+# The CUDA half without a GPU: a source distribution, compiled and linked for torch's CUDA build in an environment and a
+# folder of its own, then the tests that this build or the newer torch may change. nvcc is all it needs; torch and its
+# libraries take 5 GB.
 CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= 2.14.1
 CUDA_ARCHS ?= 8.0;9.0a+PTX
@@ -90,11 +91,13 @@ CUDA_TIMM = torchvision==0.29.1 timm==1.0.31
 cuda-build: $(CUDA_VENV)/.requirements
 	mkdir -p $(CUDA_COPY)
 	find $(CUDA_COPY) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
-	tar c --exclude=./build --exclude='./.venv*' --exclude=./.git --exclude='*.so' . | tar x -C $(CUDA_COPY)
+	rm -rf build/sdist
+	$(CUDA_BIN)/python -m build --sdist --no-isolation --outdir build/sdist . > /dev/null
+	tar xf build/sdist/*.tar.gz --strip-components=1 -C $(CUDA_COPY)
 	cd $(CUDA_COPY) && FASTLANE_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" NVCC_APPEND_FLAGS=-Xptxas=-v \
 	$(CUDA_BIN)/python -m pip install --verbose --no-build-isolation --no-deps --editable . > build.log 2>&1 || { tail -n 40 build.log; exit 1; }
 	cd $(CUDA_COPY) && $(CUDA_BIN)/python tests/support/ptxas_report.py build.log
-	cd $(CUDA_COPY) && $(CUDA_BIN)/fastlane info && $(CUDA_BIN)/python $(PYTEST)
+	cd $(CUDA_COPY) && $(CUDA_BIN)/fastlane info && $(CUDA_BIN)/python $(PYTEST) --other-torch
 
 $(CUDA_VENV)/.requirements: requirements.txt
 	$(PYTHON) -m venv $(CUDA_VENV)

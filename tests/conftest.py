@@ -33,13 +33,45 @@ def pytest_addoption(parser):
     parser.addoption(
         "--thorough", action="store_true", help="also run the tests marked thorough, as `make test-all` does"
     )
+    parser.addoption(
+        "--other-torch",
+        action="store_true",
+        help="leave out what neither torch's release nor its CUDA can change, as `make cuda-build` does",
+    )
+
+
+# Our own kernels once more, our build, our documentation, our programs in processes of their own.
+SAME_FOR_EVERY_TORCH = {
+    "test_bench_gelu.py",
+    "test_bench_models.py",
+    "test_bench_protocol.py",
+    "test_build_support.py",
+    "test_cli.py",
+    "test_cli_streams.py",
+    "test_cuda_host.py",
+    "test_docs.py",
+    "test_gemm_plan.py",
+    "test_gpu_script.py",
+    "test_guarded.py",
+    "test_include_rules.py",
+    "test_isa.py",
+    "test_layer_path.py",
+    "test_layer_process.py",
+    "test_mutation.py",
+    "test_packaging.py",
+    "test_process_faults.py",
+    "test_qemu.py",
+}
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--thorough"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("thorough")]
-    items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+    def is_wanted(item):
+        if config.getoption("--other-torch") and item.path.name in SAME_FOR_EVERY_TORCH:
+            return False
+        return config.getoption("--thorough") or not item.get_closest_marker("thorough")
+
+    left_out = [item for item in items if not is_wanted(item)]
+    items[:] = sorted(filter(is_wanted, items), key=lambda item: not item.get_closest_marker("longest"))
     config.hook.pytest_deselected(items=left_out)
 
 

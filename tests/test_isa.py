@@ -78,6 +78,7 @@ def test_a_set_that_is_not_there():
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.skipif(bool(FORCED), reason="this process itself runs a forced instruction set")
 @pytest.mark.parametrize("isa", [*ALL[1:], "none"])
 def test_numeric_tests(isa):

@@ -178,6 +178,7 @@ def test_inference_tensors_outside_inference_mode(path):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.skipif(FORCED == "library", reason="this process itself runs the other path")
 def test_numeric_tests_on_the_other_path():
     names = (
