@@ -36,9 +36,8 @@ uint64_t special(const Machine& m, const Thread& t, const std::string& name) {
 
 }  // namespace
 
-uint64_t bits(const Machine& m, const Thread& t, const Operand& operand) {
+uint64_t bits_of_no_register(const Machine& m, const Thread& t, const Operand& operand) {
   switch (operand.kind) {
-    case Operand::Kind::reg: return t.registers[operand.value];
     case Operand::Kind::immediate: return operand.value;
     case Operand::Kind::special: return special(m, t, operand.name);
     case Operand::Kind::parameter: return reinterpret_cast<uint64_t>(m.parameters[operand.value]);

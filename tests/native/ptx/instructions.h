@@ -20,7 +20,10 @@ void add_tensor_cores(Table& table);
 // Null if there is none.
 Handler handler_of(const std::string& opcode);
 
-uint64_t bits(const Machine& m, const Thread& t, const Operand& operand);
+uint64_t bits_of_no_register(const Machine& m, const Thread& t, const Operand& operand);
+inline uint64_t bits(const Machine& m, const Thread& t, const Operand& operand) {
+  return operand.kind == Operand::Kind::reg ? t.registers[operand.value] : bits_of_no_register(m, t, operand);
+}
 
 template <class V>
 V read(const Machine& m, const Thread& t, const Operand& operand) {

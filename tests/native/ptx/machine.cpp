@@ -84,7 +84,11 @@ void Machine::check_global(const void* address, size_t bytes, bool writes) {
     return begin >= from && begin + bytes <= from + range.bytes && (range.writable || !writes);
   };
   if (latest < allowed.size() && covers(allowed[latest])) return;
-  const auto found = std::find_if(allowed.begin(), allowed.end(), covers);
+  // Mostly the last range that begins no later; where ranges overlap, perhaps another one.
+  const auto begins_later = [](const void* place, const Range& range) { return std::less<>()(place, range.begin); };
+  const auto behind = std::upper_bound(allowed.begin(), allowed.end(), address, begins_later);
+  auto found = behind == allowed.begin() ? allowed.end() : behind - 1;
+  if (found == allowed.end() || !covers(*found)) found = std::find_if(allowed.begin(), allowed.end(), covers);
   if (found == allowed.end()) throw std::runtime_error(writes ? "stray write" : "stray read");
   latest = static_cast<size_t>(found - allowed.begin());
 }
@@ -136,12 +140,17 @@ void Machine::launch(const Kernel& kernel, Size3 grid_, Size3 cluster_, Size3 bl
                      const void* const* parameters_) {
   grid = grid_, cluster = cluster_, block = block_, parameters = parameters_;
   parameter_bytes = kernel.parameter_bytes;
+  loads.clear();
+  latest = 0;
+  const auto begins_before = [](const Range& a, const Range& b) { return std::less<>()(a.begin, b.begin); };
+  std::stable_sort(allowed.begin(), allowed.end(), begins_before);
   threads = block.x * block.y;
   if (grid.x % cluster.x != 0 || cluster.y != 1 || cluster.z != 1 || block.z != 1 || threads % 32 != 0)
     throw std::runtime_error("launch: grid, cluster and block do not fit");
   blocks.resize(cluster.x);
   for (Block& each : blocks) {
-    each.registers.resize(size_t{kernel.registers} * threads);
+    // Never smaller: a kernel has tens of megabytes of registers, and a launch may be one of hundreds.
+    each.registers.resize(std::max(each.registers.size(), size_t{kernel.registers} * threads));
     each.shared.resize(kSharedBase + dynamic_shared_offset(kernel) + shared_bytes);
   }
   for (uint32_t z = 0; z < grid.z; ++z)
@@ -160,7 +169,7 @@ void Machine::start_cluster(const Kernel& kernel, Size3 first) {
     each.running = threads;
     each.rank = rank, each.index = {first.x + rank, first.y, first.z};
     ++rank;
-    std::fill(each.registers.begin(), each.registers.end(), kPoison);
+    std::fill_n(each.registers.begin(), size_t{kernel.registers} * threads, kPoison);
     std::fill(each.shared.begin(), each.shared.end(), uint8_t{0xff});
     each.ordinary_stores.assign((each.shared.size() + 3) / 4, {});
     each.products.assign((threads + 127) / 128, {});

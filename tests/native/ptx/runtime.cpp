@@ -105,7 +105,8 @@ cudaError_t launch(const void* function, const Configuration& c, Size3 cluster, 
     return cudaErrorInvalidConfiguration;
   ++runtime().launches;
   runtime().kernels.insert(found->first);
-  Machine machine(runtime().seed++, runtime().allowed);
+  static Machine machine(0, {});  // keeps its memory
+  machine.random.seed(runtime().seed++), machine.allowed = runtime().allowed;
   machine.launch(found->second, size_of(c.grid), cluster, size_of(c.block), c.shared_bytes, arguments);
   return cudaSuccess;
 }
