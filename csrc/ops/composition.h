@@ -59,7 +59,7 @@ inline at::Tensor mlp_residual(const at::Tensor& x, const at::Tensor& fc1_weight
 inline at::Tensor preactivation_grad(const at::Tensor& grad_activated, const at::Tensor& z, Activation activation) {
   if (activation == Activation::quick_gelu) {
     const at::Tensor sigma = at::sigmoid(z * quick_gelu_constants::scale);
-    // Not 1.702 z times something: 1.702 z may overflow where z does not.
+    // No factor is 1.702 z, since 1.702 z may overflow where z does not.
     return grad_activated * (sigma + z * (sigma * (1 - sigma)) * quick_gelu_constants::scale);
   }
   return activation == Activation::none ? grad_activated

@@ -9,16 +9,19 @@ namespace fastlane {
 enum class ScratchSlot {
   packed_a,
   packed_b,
-  task_sums,
-  slab_sums,
-  block_sums,
-  column_sums,
+  packed_b_panel,  // one panel, beside the whole of A
+  task_sums,  // sums of a product that wait for the next step along k: a task's
+  slab_sums,  // the whole product's, from one slab to the next
+  block_sums,  // a block's, gathered from its passes
+  run_sums,  // of the columns, for each run of rows
+  column_sums,  // of the columns, for each chunk of rows
+  weight_sums,  // dW's, for each chunk of rows
   dz,
-  hidden,
-  packed_x,
+  hidden,  // an MLP's
   stack_layout,
   stack_rows,
   stack_slopes,
+  stack_gradients,
   count
 };
 

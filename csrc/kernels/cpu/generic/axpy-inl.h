@@ -210,7 +210,7 @@ class AxpyGemm {
   bool run() {
     if (p_.m == 0 || p_.n == 0) return true;
     const int64_t runs = p_.ends_in_gradient ? ceil_div(p_.m, kRunRows) : 0;
-    const Scratch run_sums(ScratchSlot::column_sums, bytes_of<C>(runs * p_.n));
+    const Scratch run_sums(ScratchSlot::run_sums, bytes_of<C>(runs * p_.n));
     const int64_t panel = AxpyColumns<T, P>::kPanel;
     for_columns(p_, p_.n >= panel * parallel_.threads ? panel : V::width, kTaskCols, parallel_,
                 [&](int64_t col, int64_t cols) { run_columns(col, cols, run_sums.as<C>()); });

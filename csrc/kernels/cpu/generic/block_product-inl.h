@@ -155,7 +155,7 @@ class WeightGrad {
     const bool a_in_place = reads_dense_rows<P>(a), b_in_place = reads_dense_rows<P>(b);
     const int64_t steps = steps_of<P>(rows);
     const Scratch packed_a(ScratchSlot::packed_a, bytes_of<Unit>(row_panels() * S::rows * steps + kPanelOverhang<P>));
-    const Scratch packed_b(ScratchSlot::packed_x, bytes_of<Unit>(S::cols * steps));
+    const Scratch packed_b(ScratchSlot::packed_b_panel, bytes_of<Unit>(S::cols * steps));
     for (int64_t j = 0; j < col_panels(); ++j) {
       const Panel b_panel =
           panel_of<S::cols, P>(b, j * S::cols, rows, b_in_place, packed_b.as<Unit>(), /*pack=*/true);

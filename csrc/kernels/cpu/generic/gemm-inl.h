@@ -70,7 +70,7 @@ class Gemm {
   // False if the product dropped a value (product-inl.h).
   bool run() {
     const int64_t runs = p_.ends_in_gradient ? ceil_div(p_.m, rows_of_run()) : 0;
-    const Scratch run_sums(ScratchSlot::column_sums, bytes_of<C>(runs * p_.n));
+    const Scratch run_sums(ScratchSlot::run_sums, bytes_of<C>(runs * p_.n));
     run_sums_ = run_sums.as<C>();
     run_product();
     if (p_.ends_in_gradient)

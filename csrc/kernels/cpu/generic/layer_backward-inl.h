@@ -2,7 +2,7 @@
 // and dW.
 //
 //   chunks of rows, one task each          sums of dW and db of its own; added in order at the end
-//     runs of kRunOfRows rows              dz: in L2
+//     blocks of kBlockRows rows            dz: in L2
 //       dgrad tiles, wgrad tiles
 #pragma once
 
@@ -60,7 +60,7 @@ class LayerBackward {
       });
 
     const int64_t column_sums_each = p_.db ? column_sums_size(p_.out_features) : 0;
-    const Scratch weight_sums(ScratchSlot::slab_sums, bytes_of<C>(chunks_.count * weight_grad_.sums()));
+    const Scratch weight_sums(ScratchSlot::weight_sums, bytes_of<C>(chunks_.count * weight_grad_.sums()));
     const Scratch column_sums(ScratchSlot::column_sums, bytes_of<double>(chunks_.count * column_sums_each));
     parallel_.for_each(chunks_.count, [&](int64_t chunk) {
       run_chunk(chunk, weight_sums.as<C>() + chunk * weight_grad_.sums(),
@@ -76,17 +76,17 @@ class LayerBackward {
   }
 
  private:
-  // A run is whole tiles of every instruction set, and whole chains.
-  static constexpr int64_t kRunOfRows = 192;
+  // A block is whole tiles of every instruction set, and whole chains.
+  static constexpr int64_t kBlockRows = 192;
 
   void run_chunk(int64_t chunk, C* weight_sums, double* column_sums) {
     if (column_sums) std::fill_n(column_sums, column_sums_size(p_.out_features), 0.0);
-    const Scratch dz_scratch(ScratchSlot::dz, bytes_of<T>(kRunOfRows * p_.out_features));
+    const Scratch dz_scratch(ScratchSlot::dz, bytes_of<T>(kBlockRows * p_.out_features));
     T* const dz = dz_scratch.as<T>();
     const int64_t begin = chunks_.begin(chunk), end = chunks_.end(chunk);
     if (begin == end) weight_grad_.clear(weight_sums);
-    for (int64_t row = begin; row < end; row += kRunOfRows) {
-      const int64_t rows = std::min(kRunOfRows, end - row);
+    for (int64_t row = begin; row < end; row += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, end - row);
       form_dz(row, rows, dz, column_sums);
       const Strips<T> dz_strips{dz, p_.out_features, 1, p_.out_features}, x_strips = this->x_strips(row);
       if (drops_any<P>(dz_strips, 0, p_.out_features, 0, rows)) dropped_ = true;
@@ -102,7 +102,7 @@ class LayerBackward {
     part.dy = {element<const T>(p_.dy, row, 0), p_.dy.row_stride};
     part.z = {element<const T>(p_.z, row, 0), p_.z.row_stride};
     if (p_.dx.data || p_.dweight.data) part.dz = {dz, p_.out_features};
-    PreActivationGrad<T, Act>(part, parallel_).run_rows(0, rows, column_sums);
+    PreActivationGrad<T, Act>(part, parallel_).compute_rows(0, rows, column_sums);
   }
 
   void run_dgrad(int64_t row, int64_t rows, const T* dz) const {

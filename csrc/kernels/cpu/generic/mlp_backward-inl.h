@@ -67,7 +67,7 @@ class MlpBackward {
     const int64_t weight_sums_each = fc1_grad_.sums() + fc2_grad_.sums();
     const int64_t fc1_columns = p_.dfc1_bias ? column_sums_size(p_.hidden) : 0;
     const int64_t columns_each = fc1_columns + (p_.dfc2_bias ? column_sums_size(p_.out_features) : 0);
-    const Scratch weight_sums(ScratchSlot::slab_sums, bytes_of<C>(chunks_.count * weight_sums_each));
+    const Scratch weight_sums(ScratchSlot::weight_sums, bytes_of<C>(chunks_.count * weight_sums_each));
     const Scratch column_sums(ScratchSlot::column_sums, bytes_of<double>(chunks_.count * columns_each));
     C* const weights = weight_sums.as<C>();
     double* const columns = column_sums.as<double>();
@@ -88,8 +88,8 @@ class MlpBackward {
   }
 
  private:
-  // A run is whole tiles of every instruction set, and whole chains.
-  static constexpr int64_t kRunOfRows = 192;
+  // A block is whole tiles of every instruction set, and whole chains.
+  static constexpr int64_t kBlockRows = 192;
 
   void pack(const SharedOperand<T, P>& weight) {
     parallel_.for_each(weight.panels(), [&](int64_t panel) {
@@ -101,14 +101,14 @@ class MlpBackward {
   }
 
   void run_chunk(int64_t chunk, C* weight_sums, double* fc1_columns, double* fc2_columns) {
-    const Scratch dz_scratch(ScratchSlot::dz, bytes_of<T>(kRunOfRows * p_.hidden)),
-        hidden_scratch(ScratchSlot::hidden, bytes_of<T>(kRunOfRows * p_.hidden));
+    const Scratch dz_scratch(ScratchSlot::dz, bytes_of<T>(kBlockRows * p_.hidden)),
+        hidden_scratch(ScratchSlot::hidden, bytes_of<T>(kBlockRows * p_.hidden));
     T *const dz = dz_scratch.as<T>(), *const hidden = hidden_scratch.as<T>();
     C* const fc2_sums = weight_sums + fc1_grad_.sums();
     const int64_t begin = chunks_.begin(chunk), end = chunks_.end(chunk);
     if (begin == end) fc1_grad_.clear(weight_sums), fc2_grad_.clear(fc2_sums);
-    for (int64_t row = begin; row < end; row += kRunOfRows) {
-      const int64_t rows = std::min(kRunOfRows, end - row);
+    for (int64_t row = begin; row < end; row += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, end - row);
       const bool first = row == begin;
       const T* const dy = element<const T>(p_.dy, row, 0);
       const Strips<T> dy_strips{dy, p_.out_features, 1, p_.dy.row_stride};
@@ -141,7 +141,7 @@ class MlpBackward {
     PreActivationGradProblem part;
     part.rows = rows, part.cols = p_.out_features, part.dtype = p_.dtype;
     part.dy = {element<const T>(p_.dy, row, 0), p_.dy.row_stride};
-    PreActivationGrad<T, NoActivation>(part, parallel_).run_rows(0, rows, columns);
+    PreActivationGrad<T, NoActivation>(part, parallel_).compute_rows(0, rows, columns);
   }
 
   void activate(int64_t row, int64_t rows, T* hidden) const {
@@ -158,7 +158,7 @@ class MlpBackward {
     part.rows = rows, part.cols = p_.hidden, part.dtype = p_.dtype, part.activation = p_.activation;
     part.dy = {dz, p_.hidden}, part.dz = {dz, p_.hidden};
     part.z = {element<const T>(p_.z, row, 0), p_.z.row_stride};
-    PreActivationGrad<T, Act>(part, parallel_).run_rows(0, rows, columns);
+    PreActivationGrad<T, Act>(part, parallel_).compute_rows(0, rows, columns);
   }
 
   void run_dgrad(int64_t row, int64_t rows, const T* dz) const {

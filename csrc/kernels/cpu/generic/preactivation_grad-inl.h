@@ -47,13 +47,13 @@ class PreActivationGrad {
     parallel_.for_each(chunks, [&](int64_t chunk) {
       double* const own = sums ? sums + chunk * chunk_sums : nullptr;
       if (own) std::fill_n(own, chunk_sums, 0.0);
-      run_rows(chunk * kChunkRows, std::min(p_.rows, (chunk + 1) * kChunkRows), own);
+      compute_rows(chunk * kChunkRows, std::min(p_.rows, (chunk + 1) * kChunkRows), own);
     });
     if (p_.db) store_column_sums(sums, chunks, chunk_sums, p_.cols, static_cast<T*>(p_.db));
   }
 
   // Adds the rows' column sums to `sums`.
-  void run_rows(int64_t row_begin, int64_t row_end, double* sums) const {
+  void compute_rows(int64_t row_begin, int64_t row_end, double* sums) const {
     for (int64_t col = 0; col < p_.cols; col += kStripCols)
       run_strip(row_begin, row_end, col, std::min(kStripCols, p_.cols - col), sums ? sums + col : nullptr);
   }

@@ -105,7 +105,7 @@ class StackBackward {
         total.sums * static_cast<int64_t>(sizeof(C)) + total.columns * static_cast<int64_t>(sizeof(double));
     const RowChunks chunks(p_.rows,
                            std::min(RowChunks::kMaxChunks, kMaxSumsBytes / std::max<int64_t>(1, chunk_bytes)));
-    const Scratch sums(ScratchSlot::slab_sums, bytes_of<C>(chunks.count * total.sums));
+    const Scratch sums(ScratchSlot::weight_sums, bytes_of<C>(chunks.count * total.sums));
     const Scratch columns(ScratchSlot::column_sums, bytes_of<double>(chunks.count * total.columns));
     parallel_.for_each(chunks.count, [&](int64_t chunk) {
       run_chunk(chunks.begin(chunk), chunks.end(chunk), sums.as<C>() + chunk * total.sums,
@@ -160,7 +160,7 @@ class StackBackward {
       const int64_t row = index * step, rows = std::min(step, p_.rows - row);
       double* const own_columns = columns.as<double>() + index * total.columns;
       std::fill_n(own_columns, total.columns, 0.0);
-      const Scratch work(ScratchSlot::dz, bytes_of<T>(rows * 3 * plan_.widest()));
+      const Scratch work(ScratchSlot::stack_gradients, bytes_of<T>(rows * 3 * plan_.widest()));
       const Block block{&memory, row, rows, work.as<T>(), own_columns};
       run_forward(block);
       for (int64_t i = p_.count - 1; i >= plan_.first_needed(); --i) {
@@ -262,11 +262,11 @@ class StackBackward {
     PreActivationGradProblem part;
     part.rows = block.rows, part.cols = l.out_features;
     part.dy = activated_grad(block, i), part.z = read_only(slope(block, i)), part.dz = dz(block, i);
-    PreActivationGrad<T, Slope, C>(part, parallel_).run_rows(0, block.rows, l.db ? columns : nullptr);
+    PreActivationGrad<T, Slope, C>(part, parallel_).compute_rows(0, block.rows, l.db ? columns : nullptr);
     if (!l.dprojection_bias) return;
     if (l.db) columns += column_sums_size(l.out_features);
     part.dy = read_only(output_grad(block, i)), part.dz = {};
-    PreActivationGrad<T, NoActivation>(part, parallel_).run_rows(0, block.rows, columns);
+    PreActivationGrad<T, NoActivation>(part, parallel_).compute_rows(0, block.rows, columns);
   }
 
   void run_dgrad(const Block& block, int64_t i) {
