@@ -30,6 +30,7 @@ def gelu_parts(z: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarray]:
     if activation == "quick_gelu":
         inner, slope = 1.702 * z, 1.702
     else:
+        assert activation == "gelu_tanh", activation
         inner = 2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)
         slope = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
     small = np.exp(-np.abs(inner)) / (1 + np.exp(-np.abs(inner)))
@@ -53,6 +54,7 @@ def activation_in_many_digits(z, activation: str):
         return z * mpmath.erfc(-z / mpmath.sqrt(2)) / 2
     if activation == "quick_gelu":
         return z / (1 + mpmath.exp(-mpmath.mpf("1.702") * z))
+    assert activation == "gelu_tanh", activation
     u = mpmath.sqrt(2 / mpmath.pi) * (z + mpmath.mpf("0.044715") * z**3)
     return z / (1 + mpmath.exp(-2 * u))
 

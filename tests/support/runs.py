@@ -17,7 +17,7 @@ CUDA_PATHS = {"": ("fused", "library", "hopper"), "fused": ("fused", "hopper"), 
 def eager_activation(z, activation):
     if activation == "quick_gelu":
         return z * torch.sigmoid(1.702 * z)
-    return z if activation == "none" else F.gelu(z, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return z if activation == "none" else F.gelu(z, approximate={"gelu": "none", "gelu_tanh": "tanh"}[activation])
 
 
 def eager_layer(x, weight, bias=None, residual=None, *, activation="gelu", concat=False):
