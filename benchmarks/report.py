@@ -33,6 +33,7 @@ LABELS = {
     "linear": "F.linear alone",
     "onednn_linear": "oneDNN linear alone",
     "onednn": "oneDNN",
+    "onnxruntime": "ONNX Runtime",
 }
 RIVALS = tuple(LABELS)
 COLOURS = {
@@ -41,6 +42,7 @@ COLOURS = {
     "linear": "#7b5ea7",
     "onednn_linear": "#e6a117",
     "onednn": "#d55e00",
+    "onnxruntime": "#8c8c00",
 }
 TICKS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
 FACTS = ("cpu", "cores", "isa", "torch", "fastlane_ext", "commit", "date", "quiet_cores")
@@ -159,6 +161,11 @@ def _version(document: Document) -> str:
     return f"fastlane_ext {document['fastlane_ext']}{commit}"
 
 
+def _rivals_in(rows: Sequence[Document]) -> list[str]:
+    """The rivals that these results know: ONNX Runtime came later than the others."""
+    return [name for name in RIVALS if any(name in row["results"] for row in rows)]
+
+
 def markdown(document: Document) -> str:
     """The table: for each case and mode every rival's time over the fused time, bold where a rival takes less."""
     facts = f"{document['cpu']}, {document['cores']} cores, {document['isa']}; torch {document['torch']}, "
@@ -171,15 +178,16 @@ def markdown(document: Document) -> str:
     counts = [row.get("runs", 1) for row in document["rows"]]
     fewest, most = min(counts), max(counts)
     runs = f", and of {most if fewest == most else f'{fewest} to {most}'} runs" if most > 1 else ""
+    rivals = _rivals_in(document["rows"])
     lines = [
         f"{facts}; {str(document['date'])[:10]}. Times of the fused op; for the others, how many times that "
         "long they take (bold: less than once, the fused op loses). Medians of interleaved "
         f"samples{runs}.",
         "",
         "| case | dtype | threads | mode | fused | "
-        + " | ".join(LABELS[name] for name in RIVALS)
+        + " | ".join(LABELS[name] for name in rivals)
         + " | part of the limit | peak memory, eager → fused |",
-        "|---|---|---|---|" + "---:|" * (len(RIVALS) + 3),
+        "|---|---|---|---|" + "---:|" * (len(rivals) + 3),
     ]
     for row in document["rows"]:
         fused = row["results"]["fused"]
@@ -190,7 +198,7 @@ def markdown(document: Document) -> str:
             str(row["threads"]),
             row["mode"],
             seconds(fused["median_s"]) if "median_s" in fused else "–",
-            *(_ratio(row, name) for name in RIVALS),
+            *(_ratio(row, name) for name in rivals),
             _part_of_limit(row),
             " → ".join("–" if peak is None else size(peak) for peak in peaks),
         ]

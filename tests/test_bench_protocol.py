@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from fastlane_ext import reference
-from fastlane_ext.bench import contestants, machine, protocol, suites
+from fastlane_ext.bench import contestants, machine, onnx_runtime, protocol, suites
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import report
@@ -190,7 +193,8 @@ def test_network_contestants_compute_the_same(shortcut: str) -> None:
     by_name = {contestant.name: contestant for contestant in field}
     assert tuple(by_name) == contestants.NAMES
     assert by_name["compile"].forward == contestants.NO_COMPILE
-    for name in ("eager", "onednn", "fused"):
+    runtime = () if shortcut in ("projection", "concat") else ("onnxruntime",)
+    for name in ("eager", "onednn", *runtime, "fused"):
         assert not isinstance(by_name[name].forward, protocol.Skipped), by_name[name].forward
     filled = []
     leaves = by_name["fused"].leaves
@@ -225,6 +229,51 @@ def test_linear_alone_is_the_product_with_its_bias(name: str) -> None:
         pytest.skip(call.reason)
     x, weight, bias, residual = by_name["eager"].leaves
     torch.testing.assert_close(call(), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_onnx_runtime_times_itself_and_its_answer_is_compared() -> None:
+    field = contestants.layer_contestants(4, 8, 6, torch.float32, compiled=False)
+    runtime = next(c for c in field if c.name == "onnxruntime").forward
+    assert isinstance(runtime, onnx_runtime.OnnxRuntime) and isinstance(runtime, protocol.TimesItself)
+    x, weight, bias, residual = field[0].leaves
+    torch.testing.assert_close(runtime(), reference.linear_gelu_residual(x, weight, bias, residual))
+    process = runtime._process
+    race = protocol.Race({"onnxruntime": runtime}, min_sample=1e-4, clock=lambda: 0.0)  # the process has its own clock
+    race.warm_up()
+    race.round()
+    timing = race.results()["onnxruntime"]
+    assert isinstance(timing, protocol.Timing) and timing.median > 0
+    chain = [onnx_runtime.Link(weight, bias, gelu=False, adds="residual")]
+    linear = onnx_runtime.OnnxRuntime(chain, {"x": x, "residual": residual})
+    torch.testing.assert_close(linear(), torch.nn.functional.linear(x, weight, bias) + residual)
+    linear._process.kill()
+    with pytest.raises((RuntimeError, BrokenPipeError)):
+        linear()
+    del field, runtime, race
+    gc.collect()
+    assert process.returncode == 0
+
+
+def test_another_process_of_ours_is_no_neighbour() -> None:
+    with machine.Neighbours() as none:
+        pass
+    spin = "import time\nwhile time.process_time() < 0.6: pass\nprint(1, flush=True); input()"
+    before = machine._seconds_of_live_children()
+    child = subprocess.Popen([sys.executable, "-c", spin], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "1\n" and none.cores is not None
+    assert machine._seconds_of_live_children() >= before + 0.5
+    child.communicate("\n")
+    assert machine._seconds_of_live_children() < before + 0.5
+
+
+def test_onnx_runtime_that_is_missing_or_refuses_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(2, 3), torch.randn(4, 3)
+    link = onnx_runtime.Link(weight, None)
+    assert onnx_runtime.runtime_of([link], {"x": x.bfloat16()}) == onnx_runtime.NO_DTYPE
+    refused = onnx_runtime.runtime_of([replace(link, adds="nothing")], {"x": x})
+    assert isinstance(refused, protocol.Skipped) and refused.reason.startswith("ONNX Runtime ended: ")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert onnx_runtime.runtime_of([link], {"x": x}) == onnx_runtime.MISSING
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 """The contestants: eager, ``torch.compile``, ``F.linear`` alone, oneDNN with a packed weight, alone and with
-GELU and shortcut, and the fused op.
+GELU and shortcut, ONNX Runtime, and the fused op.
 
 Each contestant has a forward (to be called without grad) and a step (forward and backward). A contestant that does not
 exist for a case is a ``Skipped`` with its reason.
@@ -7,7 +7,7 @@ exist for a case is a ``Skipped`` with its reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,15 @@ from torch import Tensor, nn
 import fastlane_ext
 from fastlane_ext import reference
 
+from .onnx_runtime import Link, runtime_of
 from .protocol import Call, Skipped, reason_of
 
-NAMES = ("eager", "compile", "linear", "onednn_linear", "onednn", "fused")
+NAMES = ("eager", "compile", "linear", "onednn_linear", "onednn", "onnxruntime", "fused")
 _LINEAR_ALONE = ("linear", "onednn_linear")
 NO_COMPILE = Skipped("left out by --no-compile")
 _NO_BACKWARD = Skipped("an inference op: it has no backward")
 _NO_CHAIN = Skipped("the layers' inputs grow: bare linear layers do not chain")
+_NO_LINKS = Skipped("the ONNX graph of this shortcut is not built here")
 
 # The largest difference from eager that rounding can explain, relative to eager's largest output.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -75,6 +77,10 @@ def onednn_contestants(
     ]
 
 
+def onnx_contestant(chain: Sequence[Link] | Skipped, inputs: Mapping[str, Tensor]) -> Contestant:
+    return Contestant("onnxruntime", runtime_of(chain, inputs), _NO_BACKWARD)
+
+
 def layer_contestants(
     rows: int,
     in_features: int,
@@ -122,6 +128,8 @@ def layer_contestants(
         out += onednn_contestants(packed, packed)
     else:
         out += onednn_contestants(lambda: packed(x, bias, "none"), lambda: packed(x, bias, "gelu") + residual)
+    inputs = {"x": x} if same else {"x": x, "residual": residual}
+    out.append(onnx_contestant([Link(weight, bias, adds="h" if same else "residual")], inputs))
     out.append(contestant("fused", lambda: fused(x, weight, bias, residual), leaves, backward))
     return out
 
@@ -161,6 +169,18 @@ def _onednn_network(model: reference.ResidualNetwork, x: Tensor) -> list[Contest
         return h
 
     return onednn_contestants(_NO_CHAIN if model.shortcut == "concat" else chain, forward)
+
+
+def _onnx_network(model: reference.ResidualNetwork, x: Tensor) -> Contestant:
+    if model.shortcut not in ("identity", "none"):
+        return onnx_contestant(_NO_LINKS, {"x": x})
+    layers: list[Any] = list(model.layers)
+    adds = [
+        "h" if model.shortcut == "identity" and layer[0].in_features == layer[0].out_features else None
+        for layer in layers
+    ]
+    chain = [Link(layer[0].weight, layer[0].bias, adds=added) for layer, added in zip(layers, adds, strict=True)]
+    return onnx_contestant(chain, {"x": x})
 
 
 def network_contestants(
@@ -209,6 +229,7 @@ def network_contestants(
 
         out.append(contestant("linear", chain, [p for m in linears for p in m.parameters()], backward))
     out += _onednn_network(eager, x)
+    out.append(_onnx_network(eager, x))
     out.append(contestant("fused", lambda: fused(x), fused_parameters, backward))
     return out
 

@@ -19,11 +19,13 @@ from fastlane_ext import reference
 
 from . import contestants
 from .contestants import NO_COMPILE, Contestant
+from .onnx_runtime import Link
 from .protocol import Skipped
 
 _AS_WITHOUT_LINEARS = Skipped("as in the row without linears=True")
 NO_TRANSFORMERS = Skipped("transformers is not installed; pip install transformers")
 _NO_PACKED_MODEL = Skipped("a whole model: nobody packs its weights beforehand")
+_NO_EXPORT = Skipped("a whole model: its export is not measured here")
 _NO_CHAIN = Skipped("a whole model is more than a chain of linear layers")
 
 
@@ -67,6 +69,8 @@ def mlp_contestants(
             lambda: run2(run1(x, fc1.bias, "none"), fc2.bias, "none"),
             lambda: x + run2(run1(x, fc1.bias, "gelu"), fc2.bias, "none"),
         )
+    chain = [Link(fc1.weight, fc1.bias), Link(fc2.weight, fc2.bias, gelu=False, adds="x")]
+    out.append(contestants.onnx_contestant(chain, {"x": x}))
     out.append(contestants.contestant("fused", lambda: fused(x), [x, *fused.parameters()], backward))
     return out
 
@@ -141,6 +145,7 @@ def model_contestants(
         compile_contestant,
         Contestant("linear", _NO_CHAIN, _NO_CHAIN),
         *contestants.onednn_contestants(_NO_PACKED_MODEL, _NO_PACKED_MODEL),
+        Contestant("onnxruntime", _NO_EXPORT, _NO_EXPORT),
         model_contestant("fused", fused, fused),
     ]
 

@@ -186,7 +186,7 @@ class Prepared:
         peaks = {}
         for contestant in self.contestants:
             call = contestant.forward if mode == FORWARD else contestant.step
-            if isinstance(call, protocol.Skipped):
+            if isinstance(call, protocol.Skipped | protocol.TimesItself):
                 continue
             with torch.set_grad_enabled(mode == STEP):
                 peaks[contestant.name] = protocol.peak_memory(call)
