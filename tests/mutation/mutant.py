@@ -17,5 +17,5 @@ class Mutant:
     def switch(self, number: int) -> str:
         """The expression that is true while mutant ``number`` is chosen."""
         if self.file.endswith(".py"):
-            return f'(__import__("os").environ.get("FASTLANE_MUTANT") == "{number}")'
+            return f"(_mutant.NUMBER == {number})"
         return f"(fastlane_mutant == {number})"

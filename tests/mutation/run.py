@@ -27,6 +27,14 @@ SWITCH = """// Which mutant is the chosen one.
 #include <cstdlib>
 inline const int fastlane_mutant = std::getenv("FASTLANE_MUTANT") ? std::atoi(std::getenv("FASTLANE_MUTANT")) : 0;
 """
+# The same for the Python half: a constant of a module, which torch.compile can trace.
+PYTHON_SWITCH = """\"\"\"Which mutant is the chosen one.\"\"\"
+
+import os
+
+NUMBER = int(os.environ.get("FASTLANE_MUTANT", "0"))
+"""
+PYTHON_IMPORT = "from fastlane_ext import _mutant\n"
 # After the nearest file, these in order: what is fast and catches much comes first.
 TEST_FILES = [
     "test_layer_accuracy.py",
@@ -57,7 +65,10 @@ def mutated_sources():
         found = text.count(mutant.text)
         if found != 1:
             sys.exit(f"{mutant.file}: mutant {mutant.name!r}: its text is there {found} times, expected 1; adapt it")
-        texts[mutant.file] = text.replace(mutant.text, mutant.broken.replace("MUTANT", mutant.switch(number)))
+        text = text.replace(mutant.text, mutant.broken.replace("MUTANT", mutant.switch(number)))
+        if mutant.file.endswith(".py") and PYTHON_IMPORT not in text:
+            text = re.sub(r"^(?=import |from (?!__future__))", PYTHON_IMPORT, text, count=1, flags=re.MULTILINE)
+        texts[mutant.file] = text
     return texts
 
 
@@ -79,6 +90,7 @@ def copy_sources():
             text = mutated.get(relative.as_posix())
             write_if_changed(COPY / relative, text.encode() if text is not None else source.read_bytes())
     write_if_changed(COPY / "mutant.h", SWITCH.encode())
+    write_if_changed(COPY / "fastlane_ext" / "_mutant.py", PYTHON_SWITCH.encode())
 
 
 def build():
