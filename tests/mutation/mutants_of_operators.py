@@ -91,6 +91,6 @@ MUTANTS = [
         "csrc/python/plan_call.cpp",
         "case Role::dropout: return !is_active(dict);",
         "case Role::dropout: return MUTANT || !is_active(dict);",
-        "test_fuse.py",
+        "test_fuse_changes.py",
     ),
 ]
