@@ -49,7 +49,6 @@ SAME_FOR_EVERY_TORCH = {
     "test_cli.py",
     "test_cli_streams.py",
     "test_cuda_host.py",
-    "test_docs.py",
     "test_gemm_plan.py",
     "test_gpu_script.py",
     "test_guarded.py",

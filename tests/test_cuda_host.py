@@ -38,7 +38,7 @@ def test_launches_on_the_host(tmp_path):
     run_ptx("launches_test", tmp_path, [KERNELS / name for name in SOURCES], ["80", "90a"], [[]])
 
 
-@pytest.mark.thorough  # `make cuda-build` asks the same of every kernel in less time
+@pytest.mark.thorough  # `make cuda-build` asks the same of every kernel, for 8.0 and 9.0a
 @pytest.mark.parametrize("source", SOURCES)
 def test_kernels_compile_without_spills(source, tmp_path):
     """What ptxas says of every kernel: no spilled register. The Hopper kernels: test_cuda_build.py."""

@@ -25,7 +25,8 @@ inline at::Tensor activated(const at::Tensor& z, Activation activation) {
 }
 // Writes act(z) to `out`, which may be z; its rows may be apart.
 inline void activate_into(at::Tensor& out, const at::Tensor& z, Activation activation) {
-  // Where gelu_out calls oneDNN, as for float32, it writes elsewhere if the rows of the result are apart (torch 2.13).
+  // Where gelu_out calls oneDNN, as for float32, it writes elsewhere if the rows of the result are apart
+  // (torch 2.13).
   if (out.is_contiguous() && activation != Activation::quick_gelu) {
     at::gelu_out(out, z, approximate(activation));
   } else {

@@ -246,12 +246,15 @@ def copy_bandwidth(bytes_moved: int, threads: int) -> float:
 def _seconds_of_live_children() -> float:
     """The processor time of children that nobody has waited for yet; `os.times` counts the others."""
     ticks = 0
-    for children in Path("/proc/self/task").glob("*/children"):
-        for child in children.read_text().split():
-            # The name, in parentheses, may hold anything; after it come the fields from the third on.
-            with suppress(OSError):  # has just ended
-                fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
-                ticks += int(fields[11]) + int(fields[12])
+    children: list[str] = []
+    for thread in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # the thread has just ended
+            children += thread.read_text().split()
+    for child in children:
+        # The name, in parentheses, may hold anything; after it come the fields from the third on.
+        with suppress(OSError):
+            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .protocol import Skipped
+from .protocol import Skipped, reason_of
 
 MISSING = Skipped("onnx or onnxruntime is not installed; pip install onnx onnxruntime")
 NO_DTYPE = Skipped("ONNX Runtime's CPU kernels have GELU in float32 alone")
@@ -89,28 +90,31 @@ class OnnxRuntime:
         for name, tensor in rows.items():
             np.save(self._folder / f"{name}.npy", tensor.numpy())
         program = Path(__file__).with_name("onnx_process.py")
-        self._process = subprocess.Popen(
-            [sys.executable, str(program), folder.name, str(torch.get_num_threads())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        self._words = self._folder / "stderr.txt"
+        with self._words.open("w") as words:  # a pipe would fill up, and nobody reads it meanwhile
+            self._process = subprocess.Popen(
+                [sys.executable, str(program), folder.name, str(torch.get_num_threads())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=words,
+                text=True,
+            )
         self._end = weakref.finalize(self, _end, self._process, folder)
         self.version = self._answer()
 
     def _answer(self) -> str:
-        assert self._process.stdout is not None and self._process.stderr is not None
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            words = self._process.stderr.read().strip().splitlines()
+            words = self._words.read_text(errors="replace").strip().splitlines()
             raise RuntimeError(f"ONNX Runtime ended: {words[-1] if words else 'no message'}")
         return line.strip()
 
     def _ask(self, request: str) -> str:
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{request}\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # the answer is missing then
+            self._process.stdin.write(f"{request}\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def __call__(self) -> Tensor:
@@ -126,10 +130,12 @@ class OnnxRuntime:
 
 
 def _end(process: subprocess.Popen[str], folder: tempfile.TemporaryDirectory[str]) -> None:
-    for stream in (process.stdin, process.stdout, process.stderr):
-        if stream is not None:
-            stream.close()
+    process.kill()  # it may be in the middle of a sample
     process.wait()
+    for stream in (process.stdin, process.stdout):
+        with suppress(OSError):
+            if stream is not None:
+                stream.close()
     folder.cleanup()
 
 
@@ -143,5 +149,5 @@ def runtime_of(chain: Sequence[Link] | Skipped, inputs: Mapping[str, Tensor]) ->
         return NO_DTYPE
     try:
         return OnnxRuntime(chain, inputs)
-    except (OSError, RuntimeError, ValueError) as error:
-        return Skipped(str(error).splitlines()[0])
+    except Exception as error:  # a broken installation may raise anything, and so may a model of more than 2 GB
+        return Skipped(reason_of(error))

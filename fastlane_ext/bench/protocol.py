@@ -1,4 +1,4 @@
-"""One way to measure: contestants take turns in one process and report median and quartiles.
+"""One way to measure: contestants take turns and report median and quartiles.
 
 Turns spread a machine's slow moments over all contestants alike, so that ratios are reliable where absolute times are
 not. Every round has another order, drawn from a fixed seed: a contestant with its own copy of the weight pushes the

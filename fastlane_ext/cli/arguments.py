@@ -210,8 +210,8 @@ def parser() -> argparse.ArgumentParser:
     p = command(
         "bench",
         _bench,
-        "time the fused layer, networks and models against eager, torch.compile, F.linear and oneDNN",
-        "Contestants take turns in one process; medians and quartiles, peak memory, and which part of the "
+        "time the fused layer, networks and models against eager, torch.compile, oneDNN and ONNX Runtime",
+        "Contestants take turns; medians and quartiles, peak memory, and which part of the "
         "machine's own limit was reached. All shapes take many minutes; --quick takes one or two.",
     )
     suites = ("layer", "networks", "mlps", "models", "all")

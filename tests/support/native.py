@@ -68,7 +68,7 @@ def run_ptx(name, folder, kernels, architectures, argument_lists, *flags):
     subprocess.run([*compiler, *map(str, sources), str(folder / "kernels.o"), "-o", str(program)], check=True)
     commands = [[str(program), *arguments, str(text)] for text in texts for arguments in argument_lists]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-    outputs = [run.communicate()[0] for run in runs]
+    outputs = [run.communicate(timeout=1800)[0] for run in runs]  # only ends what hangs
     for run, output in zip(runs, outputs, strict=True):
         assert run.returncode == 0, output
         assert re.match(r"[1-9]\d* launches", output)

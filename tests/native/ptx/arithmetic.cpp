@@ -40,8 +40,9 @@ Handler compare(F f) {
 }
 
 // What ftz does to operands and results.
-float without_denormals(float x) {
-  return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
+template <class R>
+R without_denormals(R x) {
+  return std::fabs(x) < std::numeric_limits<R>::min() ? std::copysign(R{0}, x) : x;
 }
 
 // PTX says that −0 is less than +0, and that a NaN loses against a number.
@@ -114,8 +115,10 @@ void add_floats(Table& table, const std::string& type) {
 void add_conversions(Table& table) {
   table["rcp.approx.ftz.f32"] = unary<float>([](float a) { return without_denormals(1 / without_denormals(a)); });
   // For double only the upper half of the bits is given.
-  table["rcp.approx.ftz.f64"] =
-      unary<double>([](double a) { return std::bit_cast<double>(std::bit_cast<uint64_t>(1 / a) >> 32 << 32); });
+  table["rcp.approx.ftz.f64"] = unary<double>([](double a) {
+    const double exact = without_denormals(1 / without_denormals(a));
+    return std::bit_cast<double>(std::bit_cast<uint64_t>(exact) >> 32 << 32);
+  });
   table["ex2.approx.ftz.f32"] = unary<float>([](float a) { return without_denormals(std::exp2(a)); });
   table["fma.rm.f32"] = ternary<float>([](float a, float b, float c) { return fma_rounded_down(a, b, c); });
   table["cvt.f64.f32"] = compute<double, float>([](float a) { return a; });

@@ -192,13 +192,15 @@ bool Machine::run(const Kernel& kernel, Thread& t, uint64_t instructions) {
       continue;
     }
     try {
-      if (!skipped && !i.execute(*this, t, i)) return false;
+      const bool goes_on = skipped || i.execute(*this, t, i);
+      if (!goes_on || t.yields) t.waited_at = events;
+      if (!goes_on) return false;
     } catch (const std::exception& error) {
       throw std::runtime_error(where(kernel, t) + ": " + error.what());
     }
     ++t.next;
   }
-  return instructions == 0 && !t.done && !t.parked && !t.yields;
+  return instructions == 0 && !t.done && !t.parked && t.waited_at != events;
 }
 
 void Machine::finish_a_load() {

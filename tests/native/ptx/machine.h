@@ -39,6 +39,7 @@ struct Thread {
   bool done = false, parked = false, yields = false;
   uint32_t cluster_phase = 0;  // the phase when it arrived at the cluster's barrier
   uint32_t proxy_fences = 0;  // how many fence.proxy.async it has passed
+  uint64_t waited_at = ~uint64_t{0};  // the machine's number of events when it last waited in vain
   Pending stores;  // by TMA
   Pending copies;  // by cp.async
 
@@ -122,7 +123,7 @@ struct Machine {
  private:
   void start_cluster(const Kernel& kernel, Size3 first);
   void run_cluster(const Kernel& kernel);
-  // Whether t could go on: so many instructions were run, and t waits for nobody.
+  // Whether t computes: so many instructions were run, and t has not waited in vain since the last event.
   bool run(const Kernel& kernel, Thread& t, uint64_t instructions);
   void finish_a_load();
   void complete_phase(MBarrier& barrier);

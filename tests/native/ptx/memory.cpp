@@ -64,7 +64,7 @@ bool block_barrier(Machine& m, Thread& t, const Instruction& i) {
   const uint32_t which = read<uint32_t>(m, t, o[0]);
   const uint32_t count = o.size() > 1 ? read<uint32_t>(m, t, o[1]) : m.threads;
   if (which >= 16) throw std::runtime_error("bar.sync: no such barrier");
-  if (count % 32 != 0) throw std::runtime_error("bar.sync: a count that is no multiple of 32");
+  if (count == 0 || count % 32 != 0) throw std::runtime_error("bar.sync: a count that is no multiple of 32");
   auto& waiting = t.block->waiting[which];
   if (waiting.size() + 1 < count) {
     t.parked = true;

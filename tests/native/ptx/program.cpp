@@ -1,6 +1,8 @@
 #include "program.h"
 
+#include <algorithm>
 #include <cctype>
+#include <cerrno>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -29,7 +31,10 @@ class Parser {
       read_parameters(kernel);
       position_ = text_.find('{', position_) + 1;
       read_body(kernel);
-      if (kernel.code.empty() || !ends(kernel.code.back())) fail("the kernel does not end with ret or a branch");
+      const auto leaves = [&](const Instruction& i) { return i.branches && i.target >= kernel.code.size(); };
+      if (kernel.code.empty() || !ends(kernel.code.back()) ||
+          std::any_of(kernel.code.begin(), kernel.code.end(), leaves))
+        fail("the kernel does not end with ret or a branch");
       kernels[kernel_name] = std::move(kernel);
     }
     return kernels;
@@ -77,8 +82,9 @@ class Parser {
     const bool of_float = text.rfind("0f", 0) == 0 || text.rfind("0d", 0) == 0;
     const std::string digits = of_float ? text.substr(2) : text.substr(text[0] == '-');
     char* end = nullptr;
+    errno = 0;
     const uint64_t size = std::strtoull(digits.c_str(), &end, of_float ? 16 : 0);
-    if (digits.empty() || *end != '\0') fail("not a number: " + text);
+    if (digits.empty() || *end != '\0' || errno != 0) fail("not a number: " + text);
     return text[0] == '-' ? 0 - size : size;
   }
 

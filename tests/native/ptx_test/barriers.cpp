@@ -33,6 +33,7 @@ void of_a_block() {
   CHECK(runs_that_are_right(exchange("")) < 20);
   CHECK(holds(exchange("bar.sync 16;").error(), "no such barrier"));
   CHECK(holds(exchange("bar.sync 0, 40;").error(), "no multiple of 32"));
+  CHECK(holds(exchange("bar.sync 1, 0;").error(), "no multiple of 32"));
   // One warp waits for more than will come.
   Lines alone = exchange("setp.lt.u32 %p1, %r70, 32; @%p1 bar.sync 1, 64;");
   CHECK(holds(alone.error(), "deadlock") && holds(alone.error(), "bar.sync"));
@@ -71,6 +72,20 @@ void mbarriers() {
   CHECK(holds(hand_over(0, arrives).error(), "mbarrier.init: count"));
   // One arrival that announces bytes which never come.
   CHECK(holds(hand_over(1, "@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 %r4, [%r0], 16;").error(), "deadlock"));
+  // Nor does a thread compute that polls with work in between, which 20 additions stand for.
+  std::string polls = "$L__poll:\n";
+  for (int n = 0; n < 20; ++n) polls += "add.s32 %r6, %r6, 1; ";
+  polls += "mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r0], 0; @!%p3 bra $L__poll;";
+  CHECK(holds(hand_over(33, polls).error(), "deadlock"));
+  // An arrival more than the count, within one phase that bytes keep open.
+  CHECK(holds(hand_over(1, "@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 %r4, [%r0], 16; @%p0 " + arrives).error(),
+              "more arrivals than its count"));
+  // Each phase takes the whole count anew.
+  CHECK(holds(hand_over(32, stores + arrives + "\n@%p0 " + arrives +
+                                "\n$L__second:\nmbarrier.try_wait.parity.shared::cta.b64 "
+                                "%p3, [%r0], 1; @!%p3 bra $L__second;")
+                  .error(),
+              "deadlock"));
   // The phase after the next: a thread that waits for parity 1 passes at once, as the first phase's predecessor.
   CHECK(hand_over(32, stores + "mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r0], 1; @%p3 " + arrives).run()[40] ==
         7);

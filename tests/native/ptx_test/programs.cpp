@@ -24,7 +24,9 @@ void refusals() {
   CHECK(holds(error_of_body("bra nowhere;"), "no label nowhere"));
   CHECK(holds(error_of_body("add.s32 %r0, %r1, 12x;"), "line 4: not a number: 12x"));
   CHECK(holds(error_of_body("add.s32 %r0, %r1 2;"), "expected ;"));
+  CHECK(holds(error_of_body("add.s32 %r0, %r1, 0x1ffffffffffffffff;"), "line 4: not a number"));
   CHECK(holds(error_of(".entry k()\n{\n.reg .b32 %r<4>;\nadd.s32 %r0, %r1, 2;\n}\n"), "does not end"));
+  CHECK(holds(error_of(".entry k()\n{\nbra over;\nret;\nover:\n}\n"), "does not end"));
 }
 
 void syntax() {
