@@ -208,8 +208,10 @@ class Bump(nn.Module):
 
 
 class Step(nn.Module):
+    """The probe's grid has 4.960 and 5.061, where the step is less than any rounding."""
+
     def forward(self, x):
-        return F.gelu(x) + torch.tanh((x - 5.05) * 900.0) - torch.tanh((x - 5.0501) * 900.0)
+        return F.gelu(x) + torch.tanh((x - 5.01) * 900.0) - torch.tanh((x - 5.0101) * 900.0)
 
 
 class Pole(nn.Module):
