@@ -40,7 +40,7 @@ def pytest_addoption(parser):
     )
 
 
-# Our own kernels once more, our build, our documentation, our programs in processes of their own.
+# Files, and single tests: our own kernels once more, our build, the command line, the benchmarks.
 SAME_FOR_EVERY_TORCH = {
     "test_bench_gelu.py",
     "test_bench_models.py",
@@ -53,19 +53,18 @@ SAME_FOR_EVERY_TORCH = {
     "test_gpu_script.py",
     "test_guarded.py",
     "test_include_rules.py",
-    "test_isa.py",
-    "test_layer_path.py",
-    "test_layer_process.py",
     "test_mutation.py",
+    "test_numeric_tests",
+    "test_numeric_tests_on_the_other_path",
     "test_packaging.py",
-    "test_process_faults.py",
     "test_qemu.py",
 }
 
 
 def pytest_collection_modifyitems(config, items):
     def is_wanted(item):
-        if config.getoption("--other-torch") and item.path.name in SAME_FOR_EVERY_TORCH:
+        names = {item.path.name, getattr(item, "originalname", "")}
+        if config.getoption("--other-torch") and names & SAME_FOR_EVERY_TORCH:
             return False
         return config.getoption("--thorough") or not item.get_closest_marker("thorough")
 

@@ -75,8 +75,8 @@ def model_of(chain: Sequence[Link], inputs: Mapping[str, Tensor]) -> bytes:
 class OnnxRuntime:
     """A chain as a call whose result is a tensor. `timed` asks the process how long calls took there.
 
-    ``threads`` is torch's number when the contestant is made. Raises RuntimeError, with the process's last words, if
-    the process ends.
+    The process gets as many threads as torch has when the contestant is made. Raises RuntimeError, with the process's
+    last words, if the process ends.
     """
 
     def __init__(self, chain: Sequence[Link], inputs: Mapping[str, Tensor]) -> None:
@@ -99,7 +99,7 @@ class OnnxRuntime:
                 stderr=words,
                 text=True,
             )
-        self._end = weakref.finalize(self, _end, self._process, folder)
+        weakref.finalize(self, _end, self._process, folder)
         self.version = self._answer()
 
     def _answer(self) -> str:

@@ -20,7 +20,7 @@
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
-// Of the thread whose turn it is.
+// The kernels read these; pass_on sets them for the thread that goes on.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 

@@ -39,7 +39,7 @@ Handler compare(F f) {
   return compute<uint64_t, V, V>(f);
 }
 
-// What ftz does to operands and results.
+// An instruction with ftz replaces each denormal operand and result by a zero of the same sign.
 template <class R>
 R without_denormals(R x) {
   return std::fabs(x) < std::numeric_limits<R>::min() ? std::copysign(R{0}, x) : x;

@@ -80,12 +80,17 @@ void mbarriers() {
   // An arrival more than the count, within one phase that bytes keep open.
   CHECK(holds(hand_over(1, "@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 %r4, [%r0], 16; @%p0 " + arrives).error(),
               "more arrivals than its count"));
-  // Each phase takes the whole count anew.
-  CHECK(holds(hand_over(32, stores + arrives + "\n@%p0 " + arrives +
-                                "\n$L__second:\nmbarrier.try_wait.parity.shared::cta.b64 "
-                                "%p3, [%r0], 1; @!%p3 bra $L__second;")
-                  .error(),
-              "deadlock"));
+  // Each phase takes the count anew.
+  std::string phases =
+      "mov.u64 %r0, memory; setp.eq.s32 %p0, %r70, 0; @%p0 mbarrier.init.shared::cta.b64 [%r0], 32; bar.sync 0;\n";
+  for (const std::string parity : {"0", "1", "0"}) {
+    const std::string label = "$L__phase" + std::to_string(phases.size());
+    phases += arrives + "\n" + label + ":\nmbarrier.try_wait.parity.shared::cta.b64 %p3, [%r0], " + parity +
+              "; @!%p3 bra " + label + ";\n";
+  }
+  Lines three_phases{kEachThread + phases + "st.global.u64 [%r71], 3;", {}};
+  three_phases.out_words = 32, three_phases.shared_bytes = 16;
+  CHECK(three_phases.run() == Words(32, 3));
   // The phase after the next: a thread that waits for parity 1 passes at once, as the first phase's predecessor.
   CHECK(hand_over(32, stores + "mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r0], 1; @%p3 " + arrives).run()[40] ==
         7);

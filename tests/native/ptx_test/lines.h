@@ -25,7 +25,7 @@ struct Lines {
   uint64_t seed = 1;
   std::vector<Range> memory = {};  // beside `in` and `out`
 
-  // What the lines leave in `out`, which begins as zeros.
+  // Runs the lines and returns the words at `%out`, which are zeros before.
   Words run() const {
     const std::string kernel =
         ".extern .shared .align 16 .b8 memory[];\n.visible .entry k(.param .u64 k_param_0, .param .u64 "
@@ -58,7 +58,7 @@ struct Lines {
 
 inline bool holds(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
-// What an opcode makes of operands, each of which is given as bits.
+// These lines apply an opcode to operands, each given as bits, and store the result at `%out`.
 inline Lines lines_of(const std::string& opcode, const Words& operands) {
   std::string load, call = opcode + " %r9";
   for (size_t n = 0; n < operands.size(); ++n) {

@@ -47,7 +47,7 @@ void shared_memory() {
   CHECK(both.run()[0] == 32);
 }
 
-// What nobody wrote is NaN in each kind of float.
+// A register or shared memory that nobody wrote holds NaN, read as any kind of float.
 void poison() {
   Lines unwritten{
       "st.global.u64 [%out], %r5; mov.u64 %r0, memory; ld.shared.u64 %r1, [%r0];\n"

@@ -16,7 +16,7 @@ double product(size_t m, size_t n, size_t depth) {
   return sum;
 }
 
-// What wgmma multiplies: A of 64 rows at the beginning of shared memory, B of 128 rows 8 KiB behind.
+// The operands of a wgmma: A has 64 rows and begins where shared memory does; B has 128 rows and begins 8 KiB later.
 struct Operands {
   static constexpr size_t kBytes = 24 << 10, kOfB = 8 << 10;
   size_t element_bytes = 2, depth = 16;

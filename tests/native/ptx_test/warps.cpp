@@ -52,7 +52,7 @@ void matrices() {
     const Words transposed =
         each_lane(rows + "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%r10, %r11, %r12, %r13}, [%r3];" + take)
             .run();
-    // What stmatrix stores, ldmatrix loads.
+    // ldmatrix loads the same matrices after stmatrix has stored them.
     const Words again =
         each_lane(rows + plain + halves +
                   "stmatrix.sync.aligned.x4.m8n8.shared.b16 [%r3], {%r10, %r11, %r12, %r13}; bar.sync 0;\n"
