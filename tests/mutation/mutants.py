@@ -125,8 +125,8 @@ MUTANTS = [
     Mutant(
         "the pass over a library product reads the first rows again",
         KERNELS + "generic/epilogue-inl.h",
-        "element<const T>(p.product, row, 0), p.product",
-        "element<const T>(p.product, MUTANT ? 0 : row, 0), p.product",
+        "element<const T>(p.product, row, 0),",
+        "element<const T>(p.product, MUTANT ? 0 : row, 0),",
         "test_layer_accuracy.py",
         path="library",
     ),
@@ -340,8 +340,8 @@ MUTANTS = [
     Mutant(
         "the MLP activates the first rows again",
         KERNELS + "generic/mlp_backward-inl.h",
-        "finish<T, Act>(epilogue, {0, 0, rows, p_.hidden}, element<const T>(p_.z, row, 0),",
-        "finish<T, Act>(epilogue, {0, 0, rows, p_.hidden}, element<const T>(p_.z, MUTANT ? 0 : row, 0),",
+        "finish<T>(epilogue, {0, 0, rows, p_.hidden}, element<const T>(p_.z, row, 0),",
+        "finish<T>(epilogue, {0, 0, rows, p_.hidden}, element<const T>(p_.z, MUTANT ? 0 : row, 0),",
         "test_mlp.py",
     ),
     Mutant(

@@ -194,7 +194,7 @@ class AxpyColumns {
   Scratch packed_a_;
 };
 
-template <class T, class Act, class P>
+template <class T, class P>
 class AxpyGemm {
   using C = typename P::C;
   using V = typename P::V;
@@ -245,9 +245,9 @@ class AxpyGemm {
       const Region region{row, col, std::min(kRunRows, p_.m - row), cols};
       const C* const sums = total + row * stride;
       if (p_.ends_in_gradient) {
-        finish_gradient<T, Act>(p_.gradient, region, sums, stride, run_sums + row / kRunRows * p_.n);
+        finish_gradient<T>(p_.gradient, region, sums, stride, run_sums + row / kRunRows * p_.n);
       } else {
-        finish<T, Act>(p_.epilogue, region, sums, stride);
+        finish<T>(p_.epilogue, region, sums, stride);
       }
     }
   }

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "kernels/cpu/generic/activation-inl.h"
 #include "kernels/cpu/generic/epilogue-inl.h"
 #include "kernels/cpu/generic/pack-inl.h"
 #include "kernels/cpu/generic/tile-inl.h"
@@ -65,7 +64,7 @@ class SharedOperand {
 };
 
 // a b with the epilogue `e`, whose matrices have these rows from `row` on.
-template <class Act, class P, class T>
+template <class P, class T>
 void multiply_block(const Strips<T>& a, const SharedOperand<T, P>& b, const Epilogue& e, int64_t row) {
   using C = typename P::C;
   using S = TileShape<C>;
@@ -78,10 +77,10 @@ void multiply_block(const Strips<T>& a, const SharedOperand<T, P>& b, const Epil
     for (int64_t j = 0; j < b.panels(); ++j) {
       alignas(64) C tile[S::size];
       multiply_tile<P>(steps, a_panel, b.panel(j), tile, nothing_ahead);
-      finish<T, Act>(e,
-                     {row + i, j * S::cols, std::min<int64_t>(S::rows, a.count - i),
-                      std::min<int64_t>(S::cols, b.columns() - j * S::cols)},
-                     tile, S::cols);
+      finish<T>(e,
+                {row + i, j * S::cols, std::min<int64_t>(S::rows, a.count - i),
+                 std::min<int64_t>(S::cols, b.columns() - j * S::cols)},
+                tile, S::cols);
     }
   }
 }
@@ -143,9 +142,8 @@ class WeightGrad {
     Epilogue store;
     store.out = dweight_;
     const int64_t row = tile_index % row_panels() * S::rows, col = tile_index / row_panels() * S::cols;
-    finish<T, NoActivation>(
-        store, {row, col, std::min<int64_t>(S::rows, rows_ - row), std::min<int64_t>(S::cols, cols_ - col)}, tile,
-        S::cols);
+    finish<T>(store, {row, col, std::min<int64_t>(S::rows, rows_ - row), std::min<int64_t>(S::cols, cols_ - col)},
+              tile, S::cols);
   }
 
   // Calls f with the operands of every tile and the tile's number.

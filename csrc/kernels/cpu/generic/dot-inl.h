@@ -26,7 +26,7 @@ constexpr int64_t kDotMaxRows = P::V::width == 1  ? 0
                                 : P::V::width < 8 ? 16
                                                   : 24;
 
-template <class T, class Act, class P>
+template <class T, class P>
 class DotGemm {
   using C = typename P::C;
   using V = typename P::V;
@@ -65,7 +65,7 @@ class DotGemm {
              : left == 2 ? dot_rows<std::min(2, kMaxRows)>(i, col + j, block, stride)
                          : dot_rows<1>(i, col + j, block, stride);
       }
-    finish<T, Act>(p_.epilogue, {0, col, p_.m, cols}, sums, stride);
+    finish<T>(p_.epilogue, {0, col, p_.m, cols}, sums, stride);
   }
 
   // The next W rows of B are fetched ahead into L2, since the hardware does not foresee them. Three tiles of rows ask

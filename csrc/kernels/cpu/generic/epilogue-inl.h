@@ -107,8 +107,8 @@ FASTLANE_INLINE void finish_gradient_columns(const GradientEpilogue& e, const Re
 // `sums` holds the region's sums row by row; rows lie `stride` apart. `row_sums` has n elements and gets out's column
 // sums over these rows; see column_sums-inl.h.
 template <class T, class Act, class S>
-void finish_gradient(const GradientEpilogue& e, const Region& region, const S* sums, int64_t stride,
-                     compute_t<T>* row_sums) {
+__attribute__((noinline)) void finish_gradient_as(const GradientEpilogue& e, const Region& region, const S* sums,
+                                                  int64_t stride, compute_t<T>* row_sums) {
   constexpr int64_t width = VecOf<compute_t<T>>::type::width;
   int64_t col = 0;
   for (; col + 2 * width <= region.cols; col += 2 * width)
@@ -117,8 +117,15 @@ void finish_gradient(const GradientEpilogue& e, const Region& region, const S* s
     finish_gradient_columns<Act, 1, T>(e, region, sums, stride, col, std::min(width, region.cols - col), row_sums);
 }
 
+template <class T, class S>
+void finish_gradient(const GradientEpilogue& e, const Region& region, const S* sums, int64_t stride,
+                     compute_t<T>* row_sums) {
+  with_activation<T>(e.activation,
+                     [&](auto act) { finish_gradient_as<T, decltype(act)>(e, region, sums, stride, row_sums); });
+}
+
 template <class T, class Act, class S>
-void finish(const Epilogue& e, const Region& region, const S* sums, int64_t stride) {
+__attribute__((noinline)) void finish_as(const Epilogue& e, const Region& region, const S* sums, int64_t stride) {
   constexpr int64_t width = VecOf<compute_t<T>>::type::width;
   const auto* bias = e.bias ? static_cast<const T*>(e.bias) + region.col : nullptr;
   const FinishRows<T, S> rows{sums,
@@ -142,6 +149,11 @@ void finish(const Epilogue& e, const Region& region, const S* sums, int64_t stri
                                          std::min(width, region.cols - col));
   };
   rows.slope ? finish_rows(std::true_type{}) : finish_rows(std::false_type{});
+}
+
+template <class T, class S>
+void finish(const Epilogue& e, const Region& region, const S* sums, int64_t stride) {
+  with_activation<T>(e.activation, [&](auto act) { finish_as<T, decltype(act)>(e, region, sums, stride); });
 }
 
 // For sums that lie column by column: calls finish_rows(part, sums, stride) with each part's sums row by row. Beyond
@@ -170,12 +182,10 @@ template <class T>
 void run_epilogue(const EpilogueProblem& p, Parallel parallel) {
   constexpr int64_t kTaskRows = 4;
   if (p.m * p.n < kSerialElements) parallel.threads = 1;
-  with_activation<T>(p.epilogue.activation, [&](auto act) {
-    parallel.for_each(ceil_div(p.m, kTaskRows), [&](int64_t task) {
-      const int64_t row = task * kTaskRows;
-      finish<T, decltype(act)>(p.epilogue, {row, 0, std::min(kTaskRows, p.m - row), p.n},
-                               element<const T>(p.product, row, 0), p.product.row_stride);
-    });
+  parallel.for_each(ceil_div(p.m, kTaskRows), [&](int64_t task) {
+    const int64_t row = task * kTaskRows;
+    finish<T>(p.epilogue, {row, 0, std::min(kTaskRows, p.m - row), p.n}, element<const T>(p.product, row, 0),
+              p.product.row_stride);
   });
 }
 

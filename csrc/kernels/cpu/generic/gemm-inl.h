@@ -18,7 +18,6 @@
 #include <cstdint>
 #include <utility>
 
-#include "kernels/cpu/generic/activation-inl.h"
 #include "kernels/cpu/generic/axpy-inl.h"
 #include "kernels/cpu/generic/column_sums-inl.h"
 #include "kernels/cpu/generic/dot-inl.h"
@@ -53,7 +52,7 @@ inline TaskGrid task_grid(int64_t row_panels, int64_t col_panels, int64_t max_ro
 // Where part i of `total`, cut evenly, begins.
 inline int64_t even_cut(int64_t total, int64_t parts, int64_t i) { return total * i / parts; }
 
-template <class T, class Act, class P>
+template <class T, class P>
 class Gemm {
   using C = typename P::C;
   using Unit = typename P::Unit;
@@ -267,9 +266,9 @@ class Gemm {
   void finish_group(const C* sums, const Region& region) const {
     const auto finish_rows = [&](const Region& part, const C* part_sums, int64_t stride) {
       if (p_.ends_in_gradient) {
-        finish_gradient<T, Act>(p_.gradient, part, part_sums, stride, run_sums_ + part.row / rows_of_run() * p_.n);
+        finish_gradient<T>(p_.gradient, part, part_sums, stride, run_sums_ + part.row / rows_of_run() * p_.n);
       } else {
-        finish<T, Act>(p_.epilogue, part, part_sums, stride);
+        finish<T>(p_.epilogue, part, part_sums, stride);
       }
     };
     plan_.transposed ? finish_transposed(region, sums, S::cols, finish_rows) : finish_rows(region, sums, S::cols);
@@ -313,9 +312,9 @@ template <class T, class P>
 GemmPlan plan_product(const GemmProblem& p, const Parallel& parallel) {
   GemmPlan plan;
   plan.facts = facts_of<T, P>(p);
-  if (DotGemm<T, NoActivation, P>::suits(p)) {
+  if (DotGemm<T, P>::suits(p)) {
     plan.method = GemmMethod::inner_products, plan.threads = few_rows_threads(p, parallel);
-  } else if (AxpyGemm<T, NoActivation, P>::suits(p, parallel.threads)) {
+  } else if (AxpyGemm<T, P>::suits(p, parallel.threads)) {
     plan.method = GemmMethod::axpy, plan.threads = few_rows_threads(p, parallel);
   } else {
     plan = plan_tiles(plan.facts, parallel.caches, parallel.threads);
@@ -324,17 +323,17 @@ GemmPlan plan_product(const GemmProblem& p, const Parallel& parallel) {
   return plan;
 }
 
-template <class T, class Act, class P>
+template <class T, class P>
 bool run_product(const GemmProblem& p, const Parallel& parallel) {
   const GemmPlan plan = plan_product<T, P>(p, parallel);
   switch (plan.method) {
-    case GemmMethod::inner_products: return DotGemm<T, Act, P>(p, parallel).run();
+    case GemmMethod::inner_products: return DotGemm<T, P>(p, parallel).run();
     case GemmMethod::axpy:
-      if (p.m <= kAxpyMaxUnpairedRows) return AxpyGemm<T, Act, WideningProduct<T>>(p, parallel).run();
-      return AxpyGemm<T, Act, P>(p, parallel).run();
+      if (p.m <= kAxpyMaxUnpairedRows) return AxpyGemm<T, WideningProduct<T>>(p, parallel).run();
+      return AxpyGemm<T, P>(p, parallel).run();
     case GemmMethod::tiles: break;
   }
-  return Gemm<T, Act, P>(p, plan, parallel).run();
+  return Gemm<T, P>(p, plan, parallel).run();
 }
 
 template <class T>
@@ -343,10 +342,7 @@ void run_gemm(const GemmProblem& p, const Parallel& parallel) {
     if (p.ends_in_gradient) std::fill_n(static_cast<T*>(p.gradient.column_sums), p.n, T{});
     return;
   }
-  with_activation<T>(p.ends_in_gradient ? p.gradient.activation : p.epilogue.activation, [&](auto act) {
-    using Act = decltype(act);
-    exact_product<T>([&](auto product) { return run_product<T, Act, decltype(product)>(p, parallel); });
-  });
+  exact_product<T>([&](auto product) { return run_product<T, decltype(product)>(p, parallel); });
 }
 
 template <class T>

@@ -10,7 +10,6 @@
 #include <atomic>
 #include <cstdint>
 
-#include "kernels/cpu/generic/activation-inl.h"
 #include "kernels/cpu/generic/block_product-inl.h"
 #include "kernels/cpu/generic/column_sums-inl.h"
 #include "kernels/cpu/generic/pack-inl.h"
@@ -25,7 +24,7 @@
 
 FASTLANE_BEGIN_TARGET
 
-template <class T, class Act, class P>
+template <class T, class P>
 class LayerBackward {
   using C = typename P::C;
   using Unit = typename P::Unit;
@@ -102,13 +101,13 @@ class LayerBackward {
     part.dy = {element<const T>(p_.dy, row, 0), p_.dy.row_stride};
     part.z = {element<const T>(p_.z, row, 0), p_.z.row_stride};
     if (p_.dx.data || p_.dweight.data) part.dz = {dz, p_.out_features};
-    PreActivationGrad<T, Act>(part, parallel_).compute_rows(0, rows, column_sums);
+    form_preactivation_grad<T>(part, 0, rows, column_sums);
   }
 
   void run_dgrad(int64_t row, int64_t rows, const T* dz) const {
     Epilogue dgrad;
     dgrad.addend = p_.shortcut_grad, dgrad.out = p_.dx;
-    multiply_block<NoActivation>(Strips<T>{dz, rows, p_.out_features, 1}, weight_, dgrad, row);
+    multiply_block(Strips<T>{dz, rows, p_.out_features, 1}, weight_, dgrad, row);
   }
 
   // Each feature is a strip; rows are the steps.
@@ -127,14 +126,9 @@ class LayerBackward {
 
 template <class T>
 bool run_layer_backward(const LayerBackwardProblem& p, const Parallel& parallel) {
-  bool done = false;
-  with_activation<T>(p.activation, [&](auto act) {
-    using Act = decltype(act);
-    done = LayerBackward<T, Act, product_t<T>>::suits(p, parallel.caches);
-    if (!done) return;
-    exact_product<T>([&](auto product) { return LayerBackward<T, Act, decltype(product)>(p, parallel).run(); });
-  });
-  return done;
+  if (!LayerBackward<T, product_t<T>>::suits(p, parallel.caches)) return false;
+  exact_product<T>([&](auto product) { return LayerBackward<T, decltype(product)>(p, parallel).run(); });
+  return true;
 }
 
 FASTLANE_END_TARGET

@@ -6,7 +6,6 @@
 #include <atomic>
 #include <cstdint>
 
-#include "kernels/cpu/generic/activation-inl.h"
 #include "kernels/cpu/generic/block_product-inl.h"
 #include "kernels/cpu/generic/column_sums-inl.h"
 #include "kernels/cpu/generic/epilogue-inl.h"
@@ -23,7 +22,7 @@
 
 FASTLANE_BEGIN_TARGET
 
-template <class T, class Act, class P>
+template <class T, class P>
 class MlpBackward {
   using C = typename P::C;
   using Unit = typename P::Unit;
@@ -141,30 +140,30 @@ class MlpBackward {
     PreActivationGradProblem part;
     part.rows = rows, part.cols = p_.out_features, part.dtype = p_.dtype;
     part.dy = {element<const T>(p_.dy, row, 0), p_.dy.row_stride};
-    PreActivationGrad<T, NoActivation>(part, parallel_).compute_rows(0, rows, columns);
+    form_preactivation_grad<T>(part, 0, rows, columns);
   }
 
   void activate(int64_t row, int64_t rows, T* hidden) const {
     Epilogue epilogue;
-    epilogue.out = {hidden, p_.hidden};
-    finish<T, Act>(epilogue, {0, 0, rows, p_.hidden}, element<const T>(p_.z, row, 0), p_.z.row_stride);
+    epilogue.activation = p_.activation, epilogue.out = {hidden, p_.hidden};
+    finish<T>(epilogue, {0, 0, rows, p_.hidden}, element<const T>(p_.z, row, 0), p_.z.row_stride);
   }
 
   void form_dz(int64_t row, int64_t rows, const T* dy, T* dz, double* columns) const {
     Epilogue dgrad;
     dgrad.out = {dz, p_.hidden};
-    multiply_block<NoActivation>(Strips<T>{dy, rows, p_.dy.row_stride, 1}, fc2_weight_, dgrad, 0);
+    multiply_block(Strips<T>{dy, rows, p_.dy.row_stride, 1}, fc2_weight_, dgrad, 0);
     PreActivationGradProblem part;
     part.rows = rows, part.cols = p_.hidden, part.dtype = p_.dtype, part.activation = p_.activation;
     part.dy = {dz, p_.hidden}, part.dz = {dz, p_.hidden};
     part.z = {element<const T>(p_.z, row, 0), p_.z.row_stride};
-    PreActivationGrad<T, Act>(part, parallel_).compute_rows(0, rows, columns);
+    form_preactivation_grad<T>(part, 0, rows, columns);
   }
 
   void run_dgrad(int64_t row, int64_t rows, const T* dz) const {
     Epilogue dgrad;
     dgrad.addend = p_.shortcut_grad, dgrad.out = p_.dx;
-    multiply_block<NoActivation>(Strips<T>{dz, rows, p_.hidden, 1}, fc1_weight_, dgrad, row);
+    multiply_block(Strips<T>{dz, rows, p_.hidden, 1}, fc1_weight_, dgrad, row);
   }
 
   const MlpBackwardProblem& p_;
@@ -177,14 +176,9 @@ class MlpBackward {
 
 template <class T>
 bool run_mlp_backward(const MlpBackwardProblem& p, const Parallel& parallel) {
-  bool done = false;
-  with_activation<T>(p.activation, [&](auto act) {
-    using Act = decltype(act);
-    done = MlpBackward<T, Act, product_t<T>>::suits(p, parallel.caches);
-    if (!done) return;
-    exact_product<T>([&](auto product) { return MlpBackward<T, Act, decltype(product)>(p, parallel).run(); });
-  });
-  return done;
+  if (!MlpBackward<T, product_t<T>>::suits(p, parallel.caches)) return false;
+  exact_product<T>([&](auto product) { return MlpBackward<T, decltype(product)>(p, parallel).run(); });
+  return true;
 }
 
 FASTLANE_END_TARGET

@@ -34,26 +34,10 @@ class PreActivationGrad {
   using V = typename VecOf<C>::type;
 
  public:
-  PreActivationGrad(const PreActivationGradProblem& problem, const Parallel& parallel)
-      : p_(problem), parallel_(parallel) {
-    if (p_.rows * p_.cols < kSerialElements) parallel_.threads = 1;
-  }
-
-  void run() const {
-    const int64_t chunks = ceil_div(p_.rows, kChunkRows);
-    const int64_t chunk_sums = column_sums_size(p_.cols);
-    const Scratch column_sums(ScratchSlot::column_sums, bytes_of<double>(p_.db ? chunks * chunk_sums : 0));
-    double* const sums = p_.db ? column_sums.as<double>() : nullptr;
-    parallel_.for_each(chunks, [&](int64_t chunk) {
-      double* const own = sums ? sums + chunk * chunk_sums : nullptr;
-      if (own) std::fill_n(own, chunk_sums, 0.0);
-      compute_rows(chunk * kChunkRows, std::min(p_.rows, (chunk + 1) * kChunkRows), own);
-    });
-    if (p_.db) store_column_sums(sums, chunks, chunk_sums, p_.cols, static_cast<T*>(p_.db));
-  }
+  explicit PreActivationGrad(const PreActivationGradProblem& problem) : p_(problem) {}
 
   // Adds the rows' column sums to `sums`.
-  void compute_rows(int64_t row_begin, int64_t row_end, double* sums) const {
+  __attribute__((noinline)) void compute_rows(int64_t row_begin, int64_t row_end, double* sums) const {
     for (int64_t col = 0; col < p_.cols; col += kStripCols)
       run_strip(row_begin, row_end, col, std::min(kStripCols, p_.cols - col), sums ? sums + col : nullptr);
   }
@@ -84,12 +68,27 @@ class PreActivationGrad {
   }
 
   const PreActivationGradProblem& p_;
-  Parallel parallel_;
 };
 
+// dz of the rows [row_begin, row_end), whose column sums are added to `sums`, if given.
 template <class T>
-void run_preactivation_grad(const PreActivationGradProblem& p, const Parallel& parallel) {
-  with_activation<T>(p.activation, [&](auto act) { PreActivationGrad<T, decltype(act)>(p, parallel).run(); });
+void form_preactivation_grad(const PreActivationGradProblem& p, int64_t row_begin, int64_t row_end, double* sums) {
+  with_activation<T>(
+      p.activation, [&](auto act) { PreActivationGrad<T, decltype(act)>(p).compute_rows(row_begin, row_end, sums); });
+}
+
+template <class T>
+void run_preactivation_grad(const PreActivationGradProblem& p, Parallel parallel) {
+  if (p.rows * p.cols < kSerialElements) parallel.threads = 1;
+  const int64_t chunks = ceil_div(p.rows, kChunkRows), chunk_sums = column_sums_size(p.cols);
+  const Scratch column_sums(ScratchSlot::column_sums, bytes_of<double>(p.db ? chunks * chunk_sums : 0));
+  double* const sums = p.db ? column_sums.as<double>() : nullptr;
+  parallel.for_each(chunks, [&](int64_t chunk) {
+    double* const own = sums ? sums + chunk * chunk_sums : nullptr;
+    if (own) std::fill_n(own, chunk_sums, 0.0);
+    form_preactivation_grad<T>(p, chunk * kChunkRows, std::min(p.rows, (chunk + 1) * kChunkRows), own);
+  });
+  if (p.db) store_column_sums(sums, chunks, chunk_sums, p.cols, static_cast<T*>(p.db));
 }
 
 FASTLANE_END_TARGET

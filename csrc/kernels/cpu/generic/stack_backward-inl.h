@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/cpu/generic/activation-inl.h"
 #include "kernels/cpu/generic/block_product-inl.h"
@@ -34,14 +33,12 @@
 
 FASTLANE_BEGIN_TARGET
 
-template <class T, class Act, class P>
+template <class T, class P>
 class StackBackward {
   using C = typename P::C;
   using Unit = typename P::Unit;
   using Plan = StackBackwardPlan<T, P>;
   using Grad = typename Plan::Grad;
-  static constexpr bool kHasSlope = !std::is_same_v<Act, NoActivation>;
-  using Slope = std::conditional_t<kHasSlope, GivenSlope, NoActivation>;
 
  public:
   StackBackward(const StackProblem& problem, const Parallel& parallel)
@@ -96,7 +93,8 @@ class StackBackward {
     // bits would depend on it.
     return kMaxBlockRows * row_bytes <= parallel_.caches.last / 2 ? kMaxBlockRows : kRowsStep;
   }
-  static int64_t slopes_size(int64_t outputs) { return kHasSlope ? outputs : 0; }
+  bool has_slopes() const { return p_.activation != Activation::none; }
+  int64_t slopes_size(int64_t outputs) const { return has_slopes() ? outputs : 0; }
 
   // Cuts the rows into chunks, each with its own sums.
   void run_chunks() {
@@ -184,7 +182,7 @@ class StackBackward {
     return {m.h + m.rows * plan_.at(i - 1).h + (block.row - m.row) * features, features};
   }
   RowMajor slope(const Block& block, int64_t i) const {
-    if (!kHasSlope) return {};
+    if (!has_slopes()) return {};
     const Memory& m = *block.memory;
     const int64_t features = plan_.layer(i).out_features;
     return {m.slopes + m.rows * plan_.at(i).outputs + (block.row - m.row) * features, features};
@@ -222,10 +220,11 @@ class StackBackward {
       const bool projects = reads.output && l.projection.data;
       if (projects || reads.forms_z) look(along_features(h, l.in_features), block.rows);
       Epilogue e;
+      e.activation = p_.activation;
       if (projects) {
-        e.bias = l.projection_bias, e.out = {block.work, l.out_features};
-        multiply_block<NoActivation>(h_strips, plan_.operands(i).projection_forward, e, 0);
-        e = {};
+        Epilogue projected;
+        projected.bias = l.projection_bias, projected.out = {block.work, l.out_features};
+        multiply_block(h_strips, plan_.operands(i).projection_forward, projected, 0);
         e.addend = {block.work, l.out_features};
       } else if (reads.output && l.adds_input) {
         e.addend = h;
@@ -233,11 +232,11 @@ class StackBackward {
       if (reads.slope) e.slope = slope(block, i);
       e.out = {const_cast<T*>(element<const T>(next, 0, p_.concat ? l.in_features : 0)), next.row_stride};
       if (!reads.forms_z) {
-        finish<T, Act>(e, {0, 0, block.rows, l.out_features}, element<const T>(l.z, block.row, 0), l.z.row_stride);
+        finish<T>(e, {0, 0, block.rows, l.out_features}, element<const T>(l.z, block.row, 0), l.z.row_stride);
         continue;
       }
       e.bias = l.bias;
-      multiply_block<Act>(h_strips, plan_.operands(i).weight_forward, e, 0);
+      multiply_block(h_strips, plan_.operands(i).weight_forward, e, 0);
     }
   }
 
@@ -262,11 +261,15 @@ class StackBackward {
     PreActivationGradProblem part;
     part.rows = block.rows, part.cols = l.out_features;
     part.dy = activated_grad(block, i), part.z = read_only(slope(block, i)), part.dz = dz(block, i);
-    PreActivationGrad<T, Slope, C>(part, parallel_).compute_rows(0, block.rows, l.db ? columns : nullptr);
+    if (has_slopes()) {
+      PreActivationGrad<T, GivenSlope, C>(part).compute_rows(0, block.rows, l.db ? columns : nullptr);
+    } else {
+      form_preactivation_grad<T>(part, 0, block.rows, l.db ? columns : nullptr);
+    }
     if (!l.dprojection_bias) return;
     if (l.db) columns += column_sums_size(l.out_features);
     part.dy = read_only(output_grad(block, i)), part.dz = {};
-    PreActivationGrad<T, NoActivation>(part, parallel_).compute_rows(0, block.rows, columns);
+    form_preactivation_grad<T>(part, 0, block.rows, columns);
   }
 
   void run_dgrad(const Block& block, int64_t i) {
@@ -279,12 +282,12 @@ class StackBackward {
     e.out = output_grad(block, i - 1);
     if (l.projection.data) {
       look(along_features(grad, l.out_features), block.rows);
-      multiply_block<NoActivation>(along_rows(grad, block.rows), o.projection, e, 0);
+      multiply_block(along_rows(grad, block.rows), o.projection, e, 0);
       e.addend = read_only(e.out);
     } else if (l.adds_input || p_.concat) {
       e.addend = grad;
     }
-    multiply_block<NoActivation>(along_rows(dz, block.rows), o.weight, e, 0);
+    multiply_block(along_rows(dz, block.rows), o.weight, e, 0);
   }
 
   // Calls f with each gradient that is needed and its two operands.
@@ -340,10 +343,7 @@ class StackBackward {
 
 template <class T>
 void run_stack_backward(const StackProblem& p, const Parallel& parallel) {
-  with_activation<T>(p.activation, [&](auto act) {
-    using Act = decltype(act);
-    exact_product<T>([&](auto product) { return StackBackward<T, Act, decltype(product)>(p, parallel).run(); });
-  });
+  exact_product<T>([&](auto product) { return StackBackward<T, decltype(product)>(p, parallel).run(); });
 }
 
 FASTLANE_END_TARGET

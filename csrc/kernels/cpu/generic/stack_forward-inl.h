@@ -6,7 +6,6 @@
 #include <atomic>
 #include <cstdint>
 
-#include "kernels/cpu/generic/activation-inl.h"
 #include "kernels/cpu/generic/block_product-inl.h"
 #include "kernels/cpu/generic/dot-inl.h"
 #include "kernels/cpu/generic/pack-inl.h"
@@ -81,7 +80,7 @@ void walk_forward(const StackProblem& p, int64_t row, int64_t rows, T* work, Mul
   }
 }
 
-template <class T, class Act, class P>
+template <class T, class P>
 class StackForward {
   using Unit = typename P::Unit;
   using S = TileShape<typename P::C>;
@@ -144,11 +143,7 @@ class StackForward {
   void multiply(const GemmProblem& g, int64_t i, bool is_projection) {
     const Strips<T> a{static_cast<const T*>(g.a.data), g.m, g.a.row_stride, 1};
     if (drops_any<P>(a, 0, g.m, 0, g.k)) dropped_ = true;
-    if (is_projection) {
-      multiply_block<NoActivation>(a, projection(i), g.epilogue, 0);
-    } else {
-      multiply_block<Act>(a, weight(i), g.epilogue, 0);
-    }
+    multiply_block(a, is_projection ? projection(i) : weight(i), g.epilogue, 0);
   }
 
   const StackProblem& p_;
@@ -168,29 +163,24 @@ bool suits_inner_products(const StackProblem& p) {
 }
 
 // For few rows: inner products of rows of h with rows of W, with nothing packed.
-template <class T, class Act, class P>
+template <class T, class P>
 bool run_few_rows(const StackProblem& p, const Parallel& parallel) {
   const Scratch work(ScratchSlot::stack_rows, bytes_of<T>(3 * p.rows * widest_output(p)));
   bool dropped = false;
-  walk_forward(p, 0, p.rows, work.as<T>(), [&](const GemmProblem& g, int64_t, bool is_projection) {
-    dropped |=
-        is_projection ? !DotGemm<T, NoActivation, P>(g, parallel).run() : !DotGemm<T, Act, P>(g, parallel).run();
+  walk_forward(p, 0, p.rows, work.as<T>(), [&](const GemmProblem& g, int64_t, bool /*is_projection*/) {
+    dropped |= !DotGemm<T, P>(g, parallel).run();
   });
   return !dropped;
 }
 
-template <class T, class Act, class P>
+template <class T, class P>
 bool run_stack_rows(const StackProblem& p, const Parallel& parallel) {
-  return suits_inner_products<P>(p) ? run_few_rows<T, Act, P>(p, parallel)
-                                    : StackForward<T, Act, P>(p, parallel).run();
+  return suits_inner_products<P>(p) ? run_few_rows<T, P>(p, parallel) : StackForward<T, P>(p, parallel).run();
 }
 
 template <class T>
 void run_stack_forward(const StackProblem& p, const Parallel& parallel) {
-  with_activation<T>(p.activation, [&](auto act) {
-    using Act = decltype(act);
-    exact_product<T>([&](auto product) { return run_stack_rows<T, Act, decltype(product)>(p, parallel); });
-  });
+  exact_product<T>([&](auto product) { return run_stack_rows<T, decltype(product)>(p, parallel); });
 }
 
 FASTLANE_END_TARGET
