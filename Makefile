@@ -6,7 +6,7 @@ BUILD_INPUTS = setup.py build_support.py pyproject.toml $(shell find csrc -type 
 CXX_SOURCES = $(shell find csrc tests/native benchmarks -name '*.h' -o -name '*.cpp' \
 	-o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo demo-plan test test-all mutants lint format docs sanitize cuda-build bench bench-gelu build-cost report clean
+.PHONY: demo demo-plan test test-all mutants lint format docs sanitize sweep-aarch64 cuda-build bench bench-gelu build-cost report clean
 
 # A fresh machine needs Python 3.10+, its headers and a C++ compiler; everything else is installed here. Five epochs are
 # enough for the picture, which does not show torch.compile.
@@ -76,6 +76,39 @@ $(SANITIZE)/%.o: %.cpp Makefile
 	$(CXX) $(SANITIZE_FLAGS) -MMD -MP -c $< -o $@
 
 -include $(SANITIZE_OBJECTS:.o=.d)
+
+# The kernels of 64-bit Arm, cross-compiled and emulated. The emulated CPU records its results, and this machine checks
+# them. Debian: apt install g++-aarch64-linux-gnu qemu-user. All cases take the better part of an hour a set;
+# SWEEP="0 99999 17" takes every 17th.
+AARCH64 = build/aarch64
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+QEMU_AARCH64 ?= qemu-aarch64
+SWEEP ?= 0 99999
+SWEEP_FLAGS = -std=c++17 -O2 -ffp-contract=off -pthread -Wall -Wextra -Wno-psabi -Icsrc
+SWEEP_SOURCES = $(wildcard csrc/kernels/cpu/*.cpp csrc/kernels/cpu/isa/*.cpp tests/native/cpu/*.cpp)
+AARCH64_OBJECTS = $(patsubst %.cpp,$(AARCH64)/%.o,$(SWEEP_SOURCES))
+CHECKER_OBJECTS = $(patsubst %.cpp,$(AARCH64)/checker/%.o,$(filter-out csrc/kernels/cpu/isa/%,$(SWEEP_SOURCES)) \
+	$(wildcard tests/native/checker/*.cpp))
+sweep-aarch64:
+	@for tool in $(AARCH64_CXX) $(QEMU_AARCH64); do command -v $$tool > /dev/null || { echo "sweep-aarch64: $$tool was \
+	not found; install g++-aarch64-linux-gnu and qemu-user, or set AARCH64_CXX and QEMU_AARCH64" >&2; exit 1; }; done
+	@$(MAKE) --no-print-directory -j2 $(AARCH64)/sweep $(AARCH64)/checker/sweep
+	$(QEMU_AARCH64) $(AARCH64)/sweep --isas | xargs -P 2 -I isa sh -c "FASTLANE_CPU_ISA=isa $(QEMU_AARCH64) \
+	$(AARCH64)/sweep --write $(AARCH64)/isa.record $(SWEEP) && $(AARCH64)/checker/sweep --read $(AARCH64)/isa.record $(SWEEP)"
+
+$(AARCH64)/sweep: $(AARCH64_OBJECTS)
+	$(AARCH64_CXX) -static -pthread $^ -o $@
+$(AARCH64)/checker/sweep: $(CHECKER_OBJECTS)
+	$(CXX) -pthread $^ -o $@
+
+$(AARCH64)/checker/%.o: %.cpp Makefile
+	@mkdir -p $(dir $@)
+	$(CXX) $(SWEEP_FLAGS) -MMD -MP -c $< -o $@
+$(AARCH64)/%.o: %.cpp Makefile
+	@mkdir -p $(dir $@)
+	$(AARCH64_CXX) $(SWEEP_FLAGS) -MMD -MP -c $< -o $@
+
+-include $(AARCH64_OBJECTS:.o=.d) $(CHECKER_OBJECTS:.o=.d)
 
 # The CUDA half without a GPU: a source distribution, compiled and linked for torch's CUDA build in an environment and a
 # folder of its own, then the tests that this build or the newer torch may change. nvcc is all it needs; torch and its

@@ -39,10 +39,10 @@ def build_info() -> dict[str, Any]:
 
 
 def cpu_isa() -> str:
-    """The kernel set this process runs: ``"avx512_bf16"``, ``"avx512"``, ``"avx2"`` or ``"scalar"``, or ``"none"``.
+    """The kernel set this process runs, such as ``"avx512_bf16"``, ``"avx512"``, ``"avx2"``, ``"neon"`` or ``"none"``.
 
     With ``"none"`` torch's own operators run, at eager's speed, with eager's rounding and memory. This happens where
-    there are no vector kernels for the CPU, as on Arm. FASTLANE_CPU_ISA=none chooses ``"none"`` anywhere, and
+    there are no vector kernels for the CPU. FASTLANE_CPU_ISA=none chooses ``"none"`` anywhere, and
     FASTLANE_CPU_ISA=scalar forces the slow scalar kernels. `build_info` gives the reason for the choice.
 
     Raises RuntimeError if FASTLANE_CPU_ISA names a kernel set that is unknown or that this machine does not support.

@@ -58,6 +58,7 @@ VECTORS = ["avx512", "avx2", "scalar"]
     [
         ("", VECTORS, "avx512", "the best set that this CPU runs"),
         ("", ["avx2", "scalar"], "avx2", "the best set that this CPU runs"),
+        ("", ["neon", "scalar"], "neon", "the best set that this CPU runs"),
         ("", ["scalar"], "none", "no vector kernels for this CPU"),
         ("none", VECTORS, "none", "FASTLANE_CPU_ISA asks for it"),
         ("scalar", ["scalar"], "scalar", "FASTLANE_CPU_ISA asks for it"),

@@ -18,9 +18,9 @@ KERNELS = ROOT / "csrc" / "kernels"
 
 
 def test_intrinsics_live_in_the_vector_headers_only():
-    intrinsic = re.compile(r"\b_mm(256|512)?_\w+\(")
+    intrinsic = re.compile(r"\b(_mm(256|512)?_\w+|v\w+_[sufp]\d\d)\(")
     found = {path.name for path in KERNELS.rglob("*") if path.is_file() and intrinsic.search(path.read_text())}
-    assert found == {"vec_avx2.h", "vec_avx512.h", "vec_avx512_bf16.h"}
+    assert found == {"vec_avx2.h", "vec_avx512.h", "vec_avx512_bf16.h", "vec_neon.h"}
 
 
 def test_there_is_one_operator_library():

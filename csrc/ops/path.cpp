@@ -53,9 +53,15 @@ bool is_outer_product(const LayerShape& shape) {
   return shape.rows == 1 && shape.in_features * shape.out_features >= 128 * 128;
 }
 
+// No Arm CPU has been measured. The library's product with one pass of ours should not lose to eager there.
+bool is_measured() {
+  static const bool measured = chosen_isa().isa != "neon";
+  return measured;
+}
+
 bool fuses(bool library_wins) {
   const std::optional<Path> forced = forced_path();
-  return forced ? forced == Path::fused : !library_wins;
+  return forced ? forced == Path::fused : is_measured() && !library_wins;
 }
 
 std::atomic<int64_t> hopper_tile_cols = 0;

@@ -19,7 +19,7 @@ from .output import progress
 
 EPILOG = """\
 Exit status: 0 if all went well, 1 if something that was checked does not hold, 2 for a
-mistake in the call or a missing extra. FASTLANE_CPU_ISA=scalar|avx2|avx512|avx512_bf16 forces a kernel set,
+mistake in the call or a missing extra. FASTLANE_CPU_ISA=scalar|neon|avx2|avx512|avx512_bf16 forces a kernel set,
 FASTLANE_CPU_ISA=none torch's own operators, as on a CPU without vector kernels of ours,
 FASTLANE_PATH=fused|library forces our own products or the library's, FASTLANE_DISABLE=1 runs eager PyTorch,
 FASTLANE_STRICT=1 raises where a call would leave the fused path. Each is read once, when a process first needs it.

@@ -38,6 +38,7 @@ constexpr Candidate kCandidates[] = {
     {"avx512_bf16", avx512_bf16_kernels, cpu_has_avx512_bf16},
     {"avx512", avx512_kernels, cpu_has_avx512},
     {"avx2", avx2_kernels, cpu_has_avx2},
+    {"neon", neon_kernels, always},
     {"scalar", scalar_kernels, always},
 };
 

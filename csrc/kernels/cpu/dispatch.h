@@ -49,6 +49,7 @@ const KernelTable* scalar_kernels();
 const KernelTable* avx2_kernels();
 const KernelTable* avx512_kernels();
 const KernelTable* avx512_bf16_kernels();
+const KernelTable* neon_kernels();
 
 // No kernels of ours: torch's own operators run.
 constexpr const char* kNoIsa = "none";

@@ -1,21 +1,31 @@
 // A case of the sweep: what it draws, its calls with one thread and with three, and the check of its results.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "kernels/cpu/dispatch.h"
 #include "operands.h"
+#include "record.h"
 #include "reference.h"
 
 namespace sweep {
 
 constexpr int kActivations = static_cast<int>(kActivationNames.size());
 constexpr int64_t kThreads[] = {1, 3};
+
+// A result of a case, by the number of threads.
+struct Result {
+  std::string name;
+  std::array<Operand, 2> of_run;  // without memory if absent
+};
 
 enum class Kind { normal, integers, denormals, one_denormal };
 constexpr const char* kKinds[] = {"normal", "integers", "denormals", "one_denormal"};
@@ -35,6 +45,7 @@ struct Case {
   Real roundoff;  // the computation's; 0 where integers leave nothing to round
   CachesChoice caches;
   std::string title, text;
+  std::vector<Result> results;
 
   Case(const char* function, int64_t case_number)
       : number(case_number),
@@ -42,7 +53,9 @@ struct Case {
         dtype(static_cast<DType>(case_number % 4)),
         format(format_of(dtype)),
         activation(static_cast<Activation>(case_number / 4 % kActivations)) {
-    const CachesChoice choices[] = {{"machine", fastlane::caches()},
+    // What is recorded must not depend on the CPU's own caches: they decide what a kernel declines.
+    const bool recorded = record.writes() || record.reads();
+    const CachesChoice choices[] = {{"machine", recorded ? Caches{} : fastlane::caches()},
                                     {"tiny", {1 << 10, 4 << 10, 8 << 10}},
                                     {"huge", {16 << 20, 64 << 20, 1 << 30}}};
     caches = choices[rng.below(3)];
@@ -76,8 +89,10 @@ struct Case {
     o.fill([&](int64_t, int64_t) -> Real {
       switch (values) {
         case Kind::integers: return static_cast<Real>(rng.below(7) - 3);
-        case Kind::one_denormal:
-          return (rng.one_in(2) ? 1 : -1) * (Real{1.5} + rng.uniform() / 2) * format.min_normal;
+        case Kind::one_denormal: {
+          const Real sign = rng.one_in(2) ? 1 : -1;
+          return sign * (1.5 + rng.uniform() / 2) * format.min_normal;
+        }
         default: return rng.normal() * scale;
       }
     });
@@ -101,10 +116,15 @@ struct LargestError {
   std::string where;
 };
 inline LargestError largest;
+inline int64_t declined = 0;
 
 [[noreturn]] inline void fail(const Case& c, const std::string& what) {
   std::printf("%s: %s\n", c.line().c_str(), what.c_str());
   std::exit(1);
+}
+
+inline std::string place(const std::string& name, int64_t row, int64_t col) {
+  return name + "[" + std::to_string(row) + "," + std::to_string(col) + "]";
 }
 
 // A result, once for each number of threads. Leading dimension and alignment may differ, the bits must not.
@@ -113,36 +133,23 @@ class Output {
   Output(Case& c, const char* name, int64_t rows, int64_t cols, bool present) : case_(c), name_(name) {
     for (Operand& o : operands_)
       o = present ? c.operand(name, rows, cols, layout(c.rng.below(2), rows, cols, c.rng)) : c.absent(name);
+    c.results.push_back({name, {operands_[0], operands_[1]}});
   }
 
   const Operand& of_run(size_t run) const { return operands_[run]; }
   bool present() const { return operands_[0].memory != nullptr; }
 
-  void check_untouched() const {
-    for (const Operand& o : operands_)
-      if (present() && std::any_of(o.memory->begin(), o.memory->end(), [](char byte) { return byte != '\xff'; }))
-        fail(case_, name_ + ": written by a kernel that says it did nothing");
-  }
-
   void check(const Approx& expected) const {
     if (!present()) return;
-    for (const Operand& o : operands_)
-      if (!o.gaps_untouched()) fail(case_, name_ + ": written outside of its elements");
-    const Operand &first = operands_[0], &second = operands_[1];
-    for (int64_t i = 0; i < first.rows; ++i)
-      for (int64_t j = 0; j < first.cols; ++j) {
-        const auto element = static_cast<size_t>(i * first.cols + j);
+    const Operand& o = operands_[0];
+    for (int64_t i = 0; i < o.rows; ++i)
+      for (int64_t j = 0; j < o.cols; ++j) {
+        const auto element = static_cast<size_t>(i * o.cols + j);
         check_element(i, j, expected.value[element], expected.error[element]);
-        if (std::memcmp(first.at(i, j), second.at(i, j), static_cast<size_t>(case_.format.size)) != 0)
-          fail(case_, at(i, j) + ": other bits with 3 threads than with 1");
       }
   }
 
  private:
-  std::string at(int64_t row, int64_t col) const {
-    return name_ + "[" + std::to_string(row) + "," + std::to_string(col) + "]";
-  }
-
   void check_element(int64_t row, int64_t col, Real expected, Real tolerance) const {
     const Real got = operands_[0].read(row, col);
     const Real rounding = case_.format.roundoff * std::fabs(expected) + case_.format.min_denormal / 2;
@@ -151,7 +158,7 @@ class Output {
       char numbers[160];
       std::snprintf(numbers, sizeof numbers, ": got %.9Lg, expected %.9Lg, off by %.3Lg, tolerance %.3Lg", got,
                     expected, std::fabs(got - expected), tolerance + rounding);
-      fail(case_, at(row, col) + numbers);
+      fail(case_, place(name_, row, col) + numbers);
     }
     if (error > largest.error * tolerance) largest = {error / tolerance, case_.title + ", " + name_};
   }
@@ -173,18 +180,55 @@ inline void run_on_three(int64_t tasks, Parallel::Body body, void* context) {
   third.join();
 }
 
-// Each call has its own thread, whose work memory starts empty and ends where this call's need ends.
-template <class Call>
-void run_twice(const Case& c, Call call) {
-  running = &c;
-  for (size_t run = 0; run < 2; ++run) {
-    Parallel parallel;
-    parallel.threads = kThreads[run];
-    parallel.run = run_on_three;
-    parallel.caches = c.caches.caches;
-    std::thread([&] { call(run, parallel); }).join();
+// What needs no expected values: a kernel that declined wrote nothing; others wrote their elements alone, and the
+// same bits with any number of threads.
+inline void check_writes(const Case& c, bool did_nothing) {
+  for (const Result& result : c.results) {
+    const auto& [first, second] = result.of_run;
+    if (first.memory == nullptr) continue;
+    for (const Operand& o : result.of_run) {
+      const Memory& m = *o.memory;
+      if (did_nothing && std::any_of(m.begin(), m.end(), [](char byte) { return byte != '\xff'; }))
+        fail(c, result.name + ": written by a kernel that says it did nothing");
+      if (!o.gaps_untouched()) fail(c, result.name + ": written outside of its elements");
+    }
+    for (int64_t i = 0; i < first.rows; ++i)
+      for (int64_t j = 0; j < first.cols; ++j)
+        if (std::memcmp(first.at(i, j), second.at(i, j), static_cast<size_t>(c.format.size)) != 0)
+          fail(c, place(result.name, i, j) + ": other bits with 3 threads than with 1");
   }
-  running = nullptr;
+}
+
+// Calls the kernel with one thread and with three; the call returns false if the kernel declines. Each call has its
+// own thread, whose work memory starts empty and ends where this call's need ends. Returns whether to compare the
+// results with expected values.
+template <class Call>
+bool run_twice(const Case& c, Call call) {
+  bool done[2] = {true, true};
+  if (!record.reads()) {
+    running = &c;
+    for (size_t run = 0; run < 2; ++run) {
+      Parallel parallel;
+      parallel.threads = kThreads[run];
+      parallel.run = run_on_three;
+      parallel.caches = c.caches.caches;
+      std::thread([&] { done[run] = call(run, parallel); }).join();
+    }
+    running = nullptr;
+    if (done[0] != done[1]) fail(c, "one number of threads was declined, the other was not");
+    check_writes(c, !done[0]);
+  }
+  if (record.reads() || record.writes()) {
+    record.pass_label(c.text);
+    record.pass(done, 1);
+    for (const Result& result : c.results) {
+      const Operand& o = result.of_run[0];
+      for (int64_t i = 0; done[0] && o.memory != nullptr && i < o.rows; ++i)
+        for (int64_t j = 0; j < o.cols; ++j) record.pass(o.at(i, j), static_cast<size_t>(c.format.size));
+    }
+  }
+  declined += !done[0];
+  return done[0] && !record.writes();
 }
 
 }  // namespace sweep

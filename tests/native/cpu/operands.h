@@ -29,10 +29,14 @@ class Rng {
 
   int64_t below(int64_t count) { return static_cast<int64_t>(engine_() % static_cast<uint64_t>(count)); }
   bool one_in(int64_t count) { return below(count) == 0; }
-  // [−1, 1)
-  Real uniform() { return std::ldexp(static_cast<Real>(engine_() >> 11), -52) - 1; }
+  // Both are computed in double, so that every CPU draws the same numbers. uniform() is in [−1, 1).
+  double uniform() { return static_cast<double>(engine_() >> 11) * 0x1p-52 - 1; }
   // Nearly normal, of variance 1 and never beyond 3.5: no case overflows by chance.
-  Real normal() { return (uniform() + uniform() + uniform() + uniform()) * std::sqrt(Real{0.75}); }
+  double normal() {
+    const uint64_t a = engine_(), b = engine_();
+    const uint64_t sum = (a >> 32) + (a & 0xffffffff) + (b >> 32) + (b & 0xffffffff);
+    return (static_cast<double>(sum) * 0x1p-31 - 4) * 0.86602540378443865;  // √0.75
+  }
   template <class T, size_t N>
   T pick(const T (&choices)[N]) {
     return choices[below(N)];

@@ -1,16 +1,21 @@
 // Every function of the kernel table over awkward sizes, layouts and formats, against reference.h; meant to run under
 // AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`). A case depends on its number alone:
 //
-//   sweep             all cases, on the instruction set that FASTLANE_CPU_ISA names or the best one
-//   sweep FROM [TO]   this case, or the cases from FROM up to TO
-//   sweep --isas      the instruction sets of this machine
+//   sweep                          all cases, on the instruction set that FASTLANE_CPU_ISA names or the best one
+//   sweep FROM [TO [STEP]]         this case, or the cases from FROM up to TO, each or every STEP-th
+//   sweep --write RECORD [FROM …]  the same, but the results go to a file (record.h)
+//   sweep --read RECORD [FROM …]   the same, but the results come from that file
+//   sweep --isas                   the instruction sets of this machine
 #include <sanitizer/common_interface_defs.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <exception>
 #include <string>
+#include <vector>
 
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/schedule.h"
@@ -31,14 +36,16 @@ namespace sweep {
 namespace {
 
 // Cases are numbered function by function. gemm and layer_backward meet every pair of layouts in every format with
-// every activation: 13 · 13 · 4 · 3.
-constexpr int64_t kGemmCases = 2028, kPreactivationGradCases = 804, kLayerBackwardCases = 2028, kEpilogueCases = 804;
+// every activation.
+constexpr int64_t kAllCombinations = kLayouts * kLayouts * 4 * kActivations;
+constexpr int64_t kGemmCases = kAllCombinations, kPreactivationGradCases = 804;
+constexpr int64_t kLayerBackwardCases = kAllCombinations, kEpilogueCases = 804;
 constexpr int64_t kFirstLayerBackward = kGemmCases + kPreactivationGradCases;
 constexpr int64_t kFirstEpilogue = kFirstLayerBackward + kLayerBackwardCases;
 constexpr int64_t kStackCases = 804;
 constexpr int64_t kFirstStackForward = kFirstEpilogue + kEpilogueCases;
 constexpr int64_t kFirstStackBackward = kFirstStackForward + kStackCases;
-constexpr int64_t kFirstGradientGemm = kFirstStackBackward + kStackCases, kGradientGemmCases = 2028;
+constexpr int64_t kFirstGradientGemm = kFirstStackBackward + kStackCases, kGradientGemmCases = kAllCombinations;
 constexpr int64_t kFirstMlpBackward = kFirstGradientGemm + kGradientGemmCases, kMlpBackwardCases = 804;
 constexpr int64_t kFirstMlpForward = kFirstMlpBackward + kMlpBackwardCases, kMlpForwardCases = 804;
 constexpr int64_t kCases = kFirstMlpForward + kMlpForwardCases;
@@ -98,11 +105,13 @@ void gemm_case(int64_t number) {
   GemmProblem p;
   p.m = m, p.n = n, p.k = k, p.dtype = c.dtype, p.a = a.matrix(), p.b = b.matrix();
   p.epilogue.activation = c.activation, p.epilogue.bias = bias.data, p.epilogue.addend = addend.row_major();
-  run_twice(c, [&](size_t run, const Parallel& parallel) {
+  const bool checks = run_twice(c, [&](size_t run, const Parallel& parallel) {
     GemmProblem own = p;
     own.epilogue.z = z.of_run(run).mutable_row_major(), own.epilogue.out = out.of_run(run).mutable_row_major();
     kernels().gemm(own, parallel);
+    return true;
   });
+  if (!checks) return;
 
   Approx expected = product(Approx(a), Approx(b).transposed(), c.roundoff);
   add(expected, bias, c.roundoff);
@@ -134,12 +143,14 @@ void gradient_gemm_case(int64_t number) {
   p.gradient.activation = c.activation, p.gradient.preactivation = z.row_major();
   if (which == 1) p.a_activation = c.activation;
   if (which == 2) p.b_activation = c.activation;
-  run_twice(c, [&](size_t run, const Parallel& parallel) {
+  const bool checks = run_twice(c, [&](size_t run, const Parallel& parallel) {
     GemmProblem own_problem = p;
     (with_gradient ? own_problem.gradient.out : own_problem.epilogue.out) = out.of_run(run).mutable_row_major();
     own_problem.gradient.column_sums = sums.of_run(run).data;
     kernels().gemm(own_problem, parallel);
+    return true;
   });
+  if (!checks) return;
 
   // 16-bit activations may be rounded, and denormal ones may be taken for zero.
   const auto multiplied = [&](const Operand& operand, Activation activation) {
@@ -171,7 +182,7 @@ void preactivation_grad_case(int64_t number) {
   PreActivationGradProblem p;
   p.rows = rows, p.cols = cols, p.dtype = c.dtype, p.activation = c.activation;
   p.dy = dy.row_major(), p.z = z.row_major();
-  run_twice(c, [&](size_t run, const Parallel& parallel) {
+  const bool checks = run_twice(c, [&](size_t run, const Parallel& parallel) {
     PreActivationGradProblem own = p;
     Operand own_dz = dz.of_run(run);
     own.dz = own_dz.mutable_row_major(), own.db = db.of_run(run).data;
@@ -180,7 +191,9 @@ void preactivation_grad_case(int64_t number) {
       own.dy = own_dz.row_major();
     }
     kernels().preactivation_grad(own, parallel);
+    return true;
   });
+  if (!checks) return;
 
   const Approx expected = preactivation_grad(Approx(dy), Approx(z), c.activation, c.format, c.roundoff);
   dz.check(expected);
@@ -199,7 +212,7 @@ bool draw_scheduled(Case& c) {
   return scheduled;
 }
 
-bool layer_backward_case(int64_t number) {
+void layer_backward_case(int64_t number) {
   Case c("layer_backward", number);
   constexpr int64_t fixed = sizeof kBackwardShapes / sizeof *kBackwardShapes;
   const int64_t own = number - kFirstLayerBackward;
@@ -242,19 +255,15 @@ bool layer_backward_case(int64_t number) {
   p.dy = dy.row_major(), p.z = z.row_major(), p.x = x.matrix(), p.weight = weight.matrix();
   p.shortcut_grad = shortcut.row_major(), p.dweight_transposed = transposed;
   const bool scheduled = draw_scheduled(c);
-  bool done[2];
-  run_twice(c, [&](size_t run, const Parallel& parallel) {
+  const bool checks = run_twice(c, [&](size_t run, const Parallel& parallel) {
     LayerBackwardProblem own = p;
     own.dx = dx.of_run(run).mutable_row_major(), own.dweight = dweight.of_run(run).mutable_row_major();
     own.db = db.of_run(run).data;
-    done[run] = scheduled || kernels().layer_backward(own, parallel);
-    if (scheduled) layer_backward(kernels(), own, parallel);
+    if (!scheduled) return kernels().layer_backward(own, parallel);
+    layer_backward(kernels(), own, parallel);
+    return true;
   });
-  if (done[0] != done[1]) fail(c, "one number of threads was declined, the other was not");
-  if (!done[0]) {
-    for (const Output* output : {&dx, &db, &dweight}) output->check_untouched();
-    return false;
-  }
+  if (!checks) return;
 
   Approx dz = preactivation_grad(Approx(dy), Approx(z), c.activation, c.format, c.roundoff);
   db.check(column_sums(dz, c.roundoff));
@@ -268,7 +277,6 @@ bool layer_backward_case(int64_t number) {
     const Approx expected = product(dz.transposed(), Approx(x).transposed(), c.roundoff);
     dweight.check(transposed ? expected.transposed() : expected);
   }
-  return true;
 }
 
 // The hidden activations, rounded as they are stored.
@@ -301,11 +309,13 @@ void mlp_forward_case(int64_t number) {
   p.dtype = c.dtype, p.activation = c.activation;
   p.x = x.matrix(), p.fc1_weight = w1.matrix(), p.fc2_weight = w2.matrix();
   p.fc1_bias = b1.data, p.fc2_bias = b2.data, p.residual = residual.row_major();
-  run_twice(c, [&](size_t run, const Parallel& parallel) {
+  const bool checks = run_twice(c, [&](size_t run, const Parallel& parallel) {
     MlpProblem own = p;
     own.z = z.of_run(run).mutable_row_major(), own.y = y.of_run(run).mutable_row_major();
     mlp_forward(kernels(), own, parallel);
+    return true;
   });
+  if (!checks) return;
 
   Approx expected = product(Approx(x), Approx(w1), c.roundoff);
   add(expected, b1, c.roundoff);
@@ -316,7 +326,7 @@ void mlp_forward_case(int64_t number) {
   y.check(expected);
 }
 
-bool mlp_backward_case(int64_t number) {
+void mlp_backward_case(int64_t number) {
   Case c("mlp_backward", number);
   c.kind = Kind::normal, c.roundoff = c.format.compute_roundoff;
   auto [rows, hidden, in] = draw_shape(c.rng);
@@ -348,20 +358,16 @@ bool mlp_backward_case(int64_t number) {
   p.fc2_weight = w2.matrix();
   p.shortcut_grad = shortcut.row_major(), p.dfc1_transposed = transposed1, p.dfc2_transposed = transposed2;
   const bool scheduled = draw_scheduled(c);
-  bool done[2];
-  run_twice(c, [&](size_t run, const Parallel& parallel) {
+  const bool checks = run_twice(c, [&](size_t run, const Parallel& parallel) {
     MlpBackwardProblem own = p;
     own.dx = dx.of_run(run).mutable_row_major(), own.dfc1_weight = dw1.of_run(run).mutable_row_major();
     own.dfc2_weight = dw2.of_run(run).mutable_row_major();
     own.dfc1_bias = db1.of_run(run).data, own.dfc2_bias = db2.of_run(run).data;
-    done[run] = scheduled || kernels().mlp_backward(own, parallel);
-    if (scheduled) mlp_backward(kernels(), own, parallel);
+    if (!scheduled) return kernels().mlp_backward(own, parallel);
+    mlp_backward(kernels(), own, parallel);
+    return true;
   });
-  if (done[0] != done[1]) fail(c, "one number of threads was declined, the other was not");
-  if (!done[0]) {
-    for (const Output* output : {&dx, &db1, &db2, &dw1, &dw2}) output->check_untouched();
-    return false;
-  }
+  if (!checks) return;
   const auto stored = [&](const Approx& gradient, bool transposed) {
     return transposed ? gradient.transposed() : gradient;
   };
@@ -371,7 +377,7 @@ bool mlp_backward_case(int64_t number) {
     const Approx activations = hidden_activations(Approx(z), c);
     dw2.check(stored(product(exact_dy.transposed(), activations.transposed(), c.roundoff), transposed2));
   }
-  if (!has_dz) return true;
+  if (!has_dz) return;
   Approx dz = rounded(product(exact_dy, Approx(w2).transposed(), c.roundoff), c.format);
   dz = preactivation_grad(dz, Approx(z), c.activation, c.format, c.roundoff);
   db1.check(column_sums(dz, c.roundoff));
@@ -382,7 +388,6 @@ bool mlp_backward_case(int64_t number) {
     dx.check(expected);
   }
   if (has_dw1) dw1.check(stored(product(dz.transposed(), Approx(x).transposed(), c.roundoff), transposed1));
-  return true;
 }
 
 // The product lies in memory of its own, or in the memory of z or of the result.
@@ -402,7 +407,7 @@ void epilogue_case(int64_t number) {
   EpilogueProblem p;
   p.m = m, p.n = n, p.dtype = c.dtype;
   p.epilogue.activation = c.activation, p.epilogue.bias = bias.data, p.epilogue.addend = addend.row_major();
-  run_twice(c, [&](size_t run, const Parallel& parallel) {
+  const bool checks = run_twice(c, [&](size_t run, const Parallel& parallel) {
     EpilogueProblem own = p;
     own.epilogue.z = z.of_run(run).mutable_row_major(), own.epilogue.out = out.of_run(run).mutable_row_major();
     const Operand& shared = z.present() ? z.of_run(run) : out.of_run(run);
@@ -411,7 +416,9 @@ void epilogue_case(int64_t number) {
         for (int64_t j = 0; j < n; ++j) write(shared.at(i, j), c.dtype, product.read(i, j));
     own.product = in_place ? shared.row_major() : product.row_major();
     kernels().epilogue(own, parallel);
+    return true;
   });
+  if (!checks) return;
 
   Approx expected{product};
   add(expected, bias, c.roundoff);
@@ -421,42 +428,58 @@ void epilogue_case(int64_t number) {
   out.check(expected);
 }
 
-// False where the kernel declined.
-bool run_case(int64_t number) {
-  if (number >= kFirstLayerBackward && number < kFirstEpilogue) return layer_backward_case(number);
-  if (number >= kFirstMlpBackward && number < kFirstMlpForward) return mlp_backward_case(number);
+void run_case(int64_t number) {
   const auto run = number < kGemmCases            ? gemm_case
                    : number < kFirstLayerBackward ? preactivation_grad_case
+                   : number < kFirstEpilogue      ? layer_backward_case
                    : number < kFirstStackForward  ? epilogue_case
                    : number < kFirstStackBackward ? stack_forward_case
                    : number < kFirstGradientGemm  ? stack_backward_case
                    : number < kFirstMlpBackward   ? gradient_gemm_case
+                   : number < kFirstMlpForward    ? mlp_backward_case
                                                   : mlp_forward_case;
   run(number);
-  return true;
 }
 
 void print_running_case() {
   if (running != nullptr) std::fprintf(stderr, "%s\n", running->line().c_str());
 }
 
-int run(int argc, char** argv) {
-  const std::string argument = argc > 1 ? argv[1] : "";
-  if (argument == "--isas") {
+// The name of the set that computes the results.
+std::string open_record(const std::string& path, bool writes) {
+  constexpr size_t kNameBytes = 16;
+  char name[kNameBytes] = {};
+  record.open(path, writes ? Record::Mode::write : Record::Mode::read);
+  if (writes) std::snprintf(name, kNameBytes, "%s", kernels().isa);
+  record.pass(name, kNameBytes);
+  return {name, strnlen(name, kNameBytes)};
+}
+
+int run(std::vector<std::string> arguments) {
+  if (arguments == std::vector<std::string>{"--isas"}) {
     for (const std::string& isa : supported_isas()) std::puts(isa.c_str());
     return 0;
   }
-  const char* const isa = kernels().isa;
+  std::string isa = kernels().isa;
+  if (arguments.size() >= 2 && (arguments[0] == "--write" || arguments[0] == "--read")) {
+    isa = open_record(arguments[1], arguments[0] == "--write");
+    arguments.erase(arguments.begin(), arguments.begin() + 2);
+  }
   if (&__sanitizer_set_death_callback != nullptr) __sanitizer_set_death_callback(print_running_case);
-  const bool some = !argument.empty();
-  const int64_t begin = some ? std::stoll(argument) : 0, end = argc > 2 ? std::stoll(argv[2])
-                                                               : some   ? begin + 1
-                                                                        : kCases;
-  int64_t declined = 0;
-  for (int64_t number = begin; number < end; ++number) declined += !run_case(number);
+  const auto number = [&](size_t i, int64_t otherwise) {
+    return arguments.size() > i ? int64_t{std::stoll(arguments[i])} : otherwise;
+  };
+  const int64_t begin = number(0, 0), end = number(1, arguments.empty() ? kCases : begin + 1), step = number(2, 1);
+  int64_t cases = 0;
+  for (int64_t i = begin; i < std::min(end, kCases); i += step, ++cases) run_case(i);
+  record.close();
+  if (record.writes()) {
+    std::printf("%s: %lld cases recorded\n", isa.c_str(), static_cast<long long>(cases));
+    return 0;
+  }
   std::printf(
       "%s: %lld cases, %lld of them declined; largest error beyond the last rounding: %.2Lf of its tolerance (%s)\n",
-      isa, static_cast<long long>(end - begin), static_cast<long long>(declined), largest.error,
+      isa.c_str(), static_cast<long long>(cases), static_cast<long long>(declined), largest.error,
       largest.where.c_str());
   return 0;
 }
@@ -468,7 +491,7 @@ extern "C" void __ubsan_on_report() { sweep::print_running_case(); }
 
 int main(int argc, char** argv) {
   try {
-    return sweep::run(argc, argv);
+    return sweep::run({argv + 1, argv + argc});
   } catch (const std::exception& error) {
     std::fprintf(stderr, "sweep: %s\n", error.what());
     return 2;

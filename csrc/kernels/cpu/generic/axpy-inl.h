@@ -157,7 +157,7 @@ class AxpyColumns {
       for (int v = 0; v < kColVecs; ++v) lanes[v] = lanes_at(v);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const V ai = P::broadcast(a + i);
+        const auto ai = P::broadcast(a + i);
 #pragma GCC unroll 8
         for (int v = 0; v < kColVecs; ++v) acc[i][v] = P::multiply_add(ai, lanes[v], acc[i][v]);
       }

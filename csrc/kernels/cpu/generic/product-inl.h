@@ -28,8 +28,11 @@ struct WideningProduct {
   static constexpr bool drops_denormals = false;
 
   static FASTLANE_INLINE V lanes(const Unit* p) { return load(p); }
-  static FASTLANE_INLINE V broadcast(const void* p) { return V::set(*static_cast<const Unit*>(p)); }
-  static FASTLANE_INLINE V multiply_add(V a, V b, V sum) { return fma(a, b, sum); }
+  static FASTLANE_INLINE auto broadcast(const void* p) { return every_lane(static_cast<const Unit*>(p)); }
+  template <class Factor>
+  static FASTLANE_INLINE V multiply_add(Factor a, V b, V sum) {
+    return fma(a, b, sum);
+  }
 
   static FASTLANE_INLINE void store_units(Unit* p, V a) { store(p, a); }
   // V::width units that follow each other along k.

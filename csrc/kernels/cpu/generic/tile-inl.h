@@ -136,7 +136,7 @@ __attribute__((noinline)) void multiply_tile(int64_t steps, const Panel& a_panel
         lanes[j] = P::lanes(reinterpret_cast<const typename P::Unit*>(b) + j * V::width);
 #pragma GCC unroll 16
       for (int i = 0; i < S::rows; ++i) {
-        const V ai = P::broadcast(a[i / 3] + i % 3 * row_stride);
+        const auto ai = P::broadcast(a[i / 3] + i % 3 * row_stride);
 #pragma GCC unroll 4
         for (int j = 0; j < S::vecs; ++j) acc[i][j] = P::multiply_add(ai, lanes[j], acc[i][j]);
       }

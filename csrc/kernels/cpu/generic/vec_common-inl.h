@@ -67,6 +67,12 @@ FASTLANE_ON_BLOCKS(select_negative)
 #undef FASTLANE_ON_BLOCKS
 #undef FASTLANE_OPERATOR_ON_BLOCKS
 
+// A factor of every lane, for fma. A set may have a type of its own for these factors.
+template <class E>
+FASTLANE_INLINE typename VecOf<E>::type every_lane(const E* p) {
+  return VecOf<E>::type::set(*p);
+}
+
 template <class T>
 struct ComputeOf {
   using type = float;

@@ -2,8 +2,9 @@
 // namespace, so the linker cannot pick one of its inline functions for code that runs on an older CPU. Headers are
 // included outside a region.
 //
-// An ISA file names its set before it includes anything: FASTLANE_TARGET_AVX2, FASTLANE_TARGET_AVX512 or
-// FASTLANE_TARGET_AVX512_BF16. Without a name, as in an editor, the set is scalar.
+// An ISA file names its set before it includes anything: FASTLANE_TARGET_AVX2, FASTLANE_TARGET_AVX512,
+// FASTLANE_TARGET_AVX512_BF16 or FASTLANE_TARGET_NEON, whose instructions every 64-bit Arm CPU has. Without a name,
+// as in an editor, the set is scalar.
 #pragma once
 
 #if defined(FASTLANE_TARGET_AVX512_BF16)
@@ -16,7 +17,11 @@
 
 #define FASTLANE_PRAGMA(text) _Pragma(#text)
 
-#if !defined(FASTLANE_TARGET)
+#if defined(FASTLANE_TARGET_NEON) && !defined(__clang__)
+// GCC's first scheduler takes more registers for loads than a tile leaves, and would keep sums in memory.
+#define FASTLANE_PUSH_TARGET FASTLANE_PRAGMA(GCC push_options) FASTLANE_PRAGMA(GCC optimize("no-schedule-insns"))
+#define FASTLANE_POP_TARGET FASTLANE_PRAGMA(GCC pop_options)
+#elif !defined(FASTLANE_TARGET)
 #define FASTLANE_PUSH_TARGET
 #define FASTLANE_POP_TARGET
 #elif defined(__clang__)

@@ -7,6 +7,8 @@
 #include "kernels/cpu/isa/vec_avx512.h"
 #elif defined(FASTLANE_TARGET_AVX2)
 #include "kernels/cpu/isa/vec_avx2.h"
+#elif defined(FASTLANE_TARGET_NEON)
+#include "kernels/cpu/isa/vec_neon.h"
 #else
 #include "kernels/cpu/isa/vec_scalar.h"
 #endif
