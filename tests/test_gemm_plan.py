@@ -134,6 +134,25 @@ def test_a_trace_of_each_product():
     assert run_python(TRACED) == ""
 
 
+@pytest.mark.own_kernels
+def test_the_caches_of_another_machine():
+    """With caches this small no block of 300 × 64 stays in L2, as the plan for these caches says."""
+    small = plan(300, 33, 64, isa=library.cpu_isa(), caches=(512, 1024, 2048))
+    traced = run_python(TRACED, FASTLANE_TRACE="plan", FASTLANE_CACHES="512,1024,2048")
+    assert f"tasks of up to {small['task_row_panels']} tiles of rows" in traced
+    assert traced != run_python(TRACED, FASTLANE_TRACE="plan")
+
+
+WRONG_CACHES = ["32768", "32768,524288", "1,2,3,4", "0,1,2", "3,2,1", "a,b,c", "1;2;3", "1,2,3K", "-1,2,3"]
+
+
+@pytest.mark.parametrize("caches", WRONG_CACHES)
+def test_wrong_caches(caches):
+    code = "import json, torch, fastlane_ext as fl\ntry: fl.linear_gelu_residual(torch.ones(1, 1), torch.ones(1, 1))"
+    code += "\nexcept ValueError as error: print(json.dumps(str(error)))"
+    assert f"FASTLANE_CACHES: got '{caches}', expected bytes of" in run_python(code, FASTLANE_CACHES=caches)
+
+
 def test_a_wrong_trace():
     code = "import json, torch, fastlane_ext as fl\ntry: fl.linear_gelu_residual(torch.ones(1, 1), torch.ones(1, 1))"
     code += "\nexcept ValueError as error: print(json.dumps(str(error)))"

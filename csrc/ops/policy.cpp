@@ -8,6 +8,8 @@
 #include <mutex>
 #include <utility>
 
+#include "kernels/cpu/caches.h"
+
 namespace fastlane::policy {
 namespace {
 
@@ -24,6 +26,15 @@ void check_trace() {
   const std::string value = text ? text : "";
   TORCH_CHECK_VALUE(value.empty() || value == "plan", "FASTLANE_TRACE: got '", value,
                     "', expected plan; unset it to print nothing");
+}
+
+void check_caches() {
+  const char* const text = std::getenv("FASTLANE_CACHES");
+  const std::string value = text ? text : "";
+  TORCH_CHECK_VALUE(
+      value.empty() || parse_caches(value), "FASTLANE_CACHES: got '", value,
+      "', expected bytes of L1, L2 and the last level, such as 32768,524288,33554432; unset it to ask the "
+      "system");
 }
 
 using Counts = std::array<std::atomic<int64_t>, kPaths>;
@@ -45,7 +56,7 @@ void add_to(Counts& calls, Path path) {
 const char* why_disabled() {
   static const bool by_variable = is_set("FASTLANE_DISABLE");
   // Wrong values raise at the first call.
-  static const bool is_valid = (is_set("FASTLANE_STRICT"), check_trace(), true);
+  static const bool is_valid = (is_set("FASTLANE_STRICT"), check_trace(), check_caches(), true);
   static_cast<void>(is_valid);
   if (by_variable) return "FASTLANE_DISABLE is set";
   return disabled_blocks > 0 ? "fastlane_ext.disabled() is active" : nullptr;
