@@ -21,6 +21,10 @@
 // GCC's first scheduler takes more registers for loads than a tile leaves, and would keep sums in memory.
 #define FASTLANE_PUSH_TARGET FASTLANE_PRAGMA(GCC push_options) FASTLANE_PRAGMA(GCC optimize("no-schedule-insns"))
 #define FASTLANE_POP_TARGET FASTLANE_PRAGMA(GCC pop_options)
+#elif !defined(FASTLANE_TARGET) && !defined(__clang__)
+// The scalar set is for checks, not for speed: GCC compiles it in three quarters of the time, and no slower code.
+#define FASTLANE_PUSH_TARGET FASTLANE_PRAGMA(GCC push_options) FASTLANE_PRAGMA(GCC optimize("O2"))
+#define FASTLANE_POP_TARGET FASTLANE_PRAGMA(GCC pop_options)
 #elif !defined(FASTLANE_TARGET)
 #define FASTLANE_PUSH_TARGET
 #define FASTLANE_POP_TARGET
