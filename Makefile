@@ -66,7 +66,8 @@ sanitize:
 	@echo 'int main() {}' | $(CXX) $(SANITIZERS) -x c++ - -o $(SANITIZE)/probe || { echo "sanitize: $(CXX) cannot \
 	compile or link with $(SANITIZERS); install g++ with libasan and libubsan, or set CXX" >&2; exit 1; }
 	@$(MAKE) --no-print-directory -j2 $(SANITIZE)/sweep
-	$(SANITIZE)/sweep --isas | xargs -P 2 -I isa env FASTLANE_CPU_ISA=isa $(SANITIZE)/sweep
+	isas=$$($(SANITIZE)/sweep --isas) && test -n "$$isas" && printf '%s\n' $$isas | \
+	xargs -P 2 -I isa env FASTLANE_CPU_ISA=isa $(SANITIZE)/sweep
 
 $(SANITIZE)/sweep: $(SANITIZE_OBJECTS)
 	$(CXX) $(SANITIZE_FLAGS) $^ -o $@
@@ -93,8 +94,9 @@ sweep-aarch64:
 	@for tool in $(AARCH64_CXX) $(QEMU_AARCH64); do command -v $$tool > /dev/null || { echo "sweep-aarch64: $$tool was \
 	not found; install g++-aarch64-linux-gnu and qemu-user, or set AARCH64_CXX and QEMU_AARCH64" >&2; exit 1; }; done
 	@$(MAKE) --no-print-directory -j2 $(AARCH64)/sweep $(AARCH64)/checker/sweep
-	$(QEMU_AARCH64) $(AARCH64)/sweep --isas | xargs -P 2 -I isa sh -c "FASTLANE_CPU_ISA=isa $(QEMU_AARCH64) \
-	$(AARCH64)/sweep --write $(AARCH64)/isa.record $(SWEEP) && $(AARCH64)/checker/sweep --read $(AARCH64)/isa.record $(SWEEP)"
+	@isas=$$($(QEMU_AARCH64) $(AARCH64)/sweep --isas) && test -n "$$isas" && printf '%s\n' $$isas | xargs -P 2 -n 1 sh -c '\
+	FASTLANE_CPU_ISA=$$0 $(QEMU_AARCH64) $(AARCH64)/sweep --write $(AARCH64)/$$0.record $(SWEEP) && \
+	FASTLANE_CPU_ISA= $(AARCH64)/checker/sweep --read $(AARCH64)/$$0.record $(SWEEP)'
 
 $(AARCH64)/sweep: $(AARCH64_OBJECTS)
 	$(AARCH64_CXX) -static -pthread $^ -o $@

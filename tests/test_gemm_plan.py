@@ -112,8 +112,8 @@ def test_the_text_names_every_choice():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="isa: got 'neon'"):
-        plan(1, 1, 1, isa="neon")
+    with pytest.raises(ValueError, match="isa: got 'abacus'"):
+        plan(1, 1, 1, isa="abacus")
     with pytest.raises(ValueError, match="dtype: got 'int8'"):
         plan(1, 1, 1, dtype="int8")
 

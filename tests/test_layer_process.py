@@ -353,10 +353,10 @@ for use in (fl.cpu_isa, lambda: fl.linear_gelu_residual(torch.ones(2, 2), torch.
         messages.append(str(error))
 print(json.dumps([messages, fl.build_info()["supported_isas"]]))
 """
-    messages, supported = run_python(code, FASTLANE_CPU_ISA="neon")
+    messages, supported = run_python(code, FASTLANE_CPU_ISA="abacus")
     assert len(messages) == 3
     for message in messages:
-        assert "FASTLANE_CPU_ISA: got 'neon'" in message and ", ".join(supported) in message
+        assert "FASTLANE_CPU_ISA: got 'abacus'" in message and ", ".join(supported) in message
 
 
 IMPORT = """

@@ -53,15 +53,16 @@ bool is_outer_product(const LayerShape& shape) {
   return shape.rows == 1 && shape.in_features * shape.out_features >= 128 * 128;
 }
 
-// No Arm CPU has been measured. The library's product with one pass of ours should not lose to eager there.
-bool is_measured() {
+// No Arm CPU has been measured. So the library computes products there, and one pass of ours follows; together they
+// should be no slower than eager.
+bool isa_is_measured() {
   static const bool measured = chosen_isa().isa != "neon";
   return measured;
 }
 
 bool fuses(bool library_wins) {
   const std::optional<Path> forced = forced_path();
-  return forced ? forced == Path::fused : is_measured() && !library_wins;
+  return forced ? forced == Path::fused : isa_is_measured() && !library_wins;
 }
 
 std::atomic<int64_t> hopper_tile_cols = 0;

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <locale>
 #include <sstream>
+#include <string>
 
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -10,7 +12,6 @@
 #include <unistd.h>
 
 #include <fstream>
-#include <string>
 #endif
 
 namespace fastlane {
@@ -61,16 +62,19 @@ Caches ask_with_defaults() {
 const Caches& caches() {
   static const Caches sizes = [] {
     const char* const text = std::getenv("FASTLANE_CACHES");
-    return parse_caches(text ? text : "").value_or(ask_with_defaults());
+    const std::optional<Caches> given = parse_caches(text ? text : "");
+    return given ? *given : ask_with_defaults();
   }();
   return sizes;
 }
 
 std::optional<Caches> parse_caches(const std::string& text) {
   std::istringstream in(text);
+  in.imbue(std::locale::classic());
   Caches sizes;
   char first = 0, second = 0;
-  if (!(in >> sizes.l1 >> first >> sizes.l2 >> second >> sizes.last) || in.peek() != EOF) return std::nullopt;
+  if (!(in >> sizes.l1 >> first >> sizes.l2 >> second >> sizes.last) || in.peek() != std::char_traits<char>::eof())
+    return std::nullopt;
   const bool ordered = 0 < sizes.l1 && sizes.l1 <= sizes.l2 && sizes.l2 <= sizes.last;
   if (first != ',' || second != ',' || !ordered) return std::nullopt;
   return sizes;

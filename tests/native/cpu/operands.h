@@ -29,7 +29,8 @@ class Rng {
 
   int64_t below(int64_t count) { return static_cast<int64_t>(engine_() % static_cast<uint64_t>(count)); }
   bool one_in(int64_t count) { return below(count) == 0; }
-  // Both are computed in double, so that every CPU draws the same numbers. uniform() is in [−1, 1).
+  // Both are computed in double, as the scales of operands are, so that every CPU draws the same numbers. uniform()
+  // is in [−1, 1).
   double uniform() { return static_cast<double>(engine_() >> 11) * 0x1p-52 - 1; }
   // Nearly normal, of variance 1 and never beyond 3.5: no case overflows by chance.
   double normal() {

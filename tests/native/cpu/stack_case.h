@@ -57,7 +57,7 @@ struct DrawnStack {
 
     const auto draw = [&](const char* name, const DrawnLayer& l) {
       const int64_t choice = c.rng.below(rows_of_weights ? 2 : kLayouts);
-      return c.input(name, l.out, l.in, layout(choice, l.out, l.in, c.rng), 1 / std::sqrt(static_cast<Real>(l.in)));
+      return c.input(name, l.out, l.in, layout(choice, l.out, l.in, c.rng), 1 / std::sqrt(static_cast<double>(l.in)));
     };
     const auto draw_bias = [&](const char* name, const DrawnLayer& l) {
       return c.rng.one_in(2) ? c.absent(name) : c.input(name, 1, l.out, {"rows", l.out, 1}, 1);

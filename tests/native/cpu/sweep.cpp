@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -86,14 +87,15 @@ void gemm_case(int64_t number) {
   const bool steps = is_fixed && k > 8000;
   const int64_t a_layout = steps ? 4 : number % kLayouts, b_layout = steps ? 5 : number / kLayouts % kLayouts;
 
-  const Real terms = std::sqrt(static_cast<Real>(std::max<int64_t>(1, k)));
+  const double terms = std::sqrt(static_cast<double>(std::max<int64_t>(1, k)));
   Kind kinds[2] = {Kind::normal, Kind::normal};
-  Real scales[2] = {1, 2 / terms}, sum_scale = 1;
+  double scales[2] = {1, 2 / terms}, sum_scale = 1;
   if (c.kind == Kind::denormals || c.kind == Kind::one_denormal) {
     const int64_t small = c.rng.below(2);
-    sum_scale = std::ldexp(Real{1}, -3);
+    sum_scale = 0x1p-3;
     kinds[small] = c.kind == Kind::one_denormal ? c.kind : Kind::normal;
-    scales[small] = c.format.min_normal, scales[1 - small] = sum_scale / c.format.min_normal / terms;
+    const auto least = static_cast<double>(c.format.min_normal);
+    scales[small] = least, scales[1 - small] = sum_scale / least / terms;
   }
   const Operand a = c.input("a", m, k, layout(a_layout, m, k, c.rng), scales[0], kinds[0]);
   const Operand b = c.input("b", k, n, layout(b_layout, k, n, c.rng), scales[1], kinds[1]);
@@ -131,7 +133,7 @@ void gradient_gemm_case(int64_t number) {
   c.describe("m", m), c.describe("n", n), c.describe("k", k);
   const Operand a = c.input("a", m, k, layout(own % kLayouts, m, k, c.rng), 1);
   const Operand b = c.input("b", k, n, layout(own / kLayouts % kLayouts, k, n, c.rng),
-                            2 / std::sqrt(static_cast<Real>(std::max<int64_t>(1, k))));
+                            2 / std::sqrt(static_cast<double>(std::max<int64_t>(1, k))));
   const int64_t which = c.rng.below(3);
   const bool with_gradient = which == 0 || c.rng.one_in(2), has_z = with_gradient && c.activation != Activation::none;
   const Operand z = has_z ? c.input("z", m, n, row_layout(m, n, c.rng), 2) : c.absent("z");
@@ -460,9 +462,9 @@ int run(std::vector<std::string> arguments) {
     for (const std::string& isa : supported_isas()) std::puts(isa.c_str());
     return 0;
   }
-  std::string isa = kernels().isa;
+  isa_of_results = kernels().isa;
   if (arguments.size() >= 2 && (arguments[0] == "--write" || arguments[0] == "--read")) {
-    isa = open_record(arguments[1], arguments[0] == "--write");
+    isa_of_results = open_record(arguments[1], arguments[0] == "--write");
     arguments.erase(arguments.begin(), arguments.begin() + 2);
   }
   if (&__sanitizer_set_death_callback != nullptr) __sanitizer_set_death_callback(print_running_case);
@@ -470,16 +472,18 @@ int run(std::vector<std::string> arguments) {
     return arguments.size() > i ? int64_t{std::stoll(arguments[i])} : otherwise;
   };
   const int64_t begin = number(0, 0), end = number(1, arguments.empty() ? kCases : begin + 1), step = number(2, 1);
+  if (step < 1 || begin < 0 || begin >= kCases)
+    throw std::runtime_error("expected FROM below " + std::to_string(kCases) + " and STEP from 1 on");
   int64_t cases = 0;
   for (int64_t i = begin; i < std::min(end, kCases); i += step, ++cases) run_case(i);
   record.close();
   if (record.writes()) {
-    std::printf("%s: %lld cases recorded\n", isa.c_str(), static_cast<long long>(cases));
+    std::printf("%s: %lld cases recorded\n", isa_of_results.c_str(), static_cast<long long>(cases));
     return 0;
   }
   std::printf(
       "%s: %lld cases, %lld of them declined; largest error beyond the last rounding: %.2Lf of its tolerance (%s)\n",
-      isa.c_str(), static_cast<long long>(cases), static_cast<long long>(declined), largest.error,
+      isa_of_results.c_str(), static_cast<long long>(cases), static_cast<long long>(declined), largest.error,
       largest.where.c_str());
   return 0;
 }

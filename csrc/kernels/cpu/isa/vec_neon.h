@@ -34,7 +34,7 @@ FASTLANE_INLINE VecF operator/(VecF a, VecF b) { return {vdivq_f32(a.v, b.v)}; }
 FASTLANE_INLINE VecF fma(VecF a, VecF b, VecF c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 FASTLANE_INLINE VecF multiply_subtract(VecF a, VecF b, VecF c) { return {vfmaq_f32(vnegq_f32(c.v), a.v, b.v)}; }
 FASTLANE_INLINE VecF negated_multiply_add(VecF a, VecF b, VecF c) { return {vfmsq_f32(c.v, a.v, b.v)}; }
-// min and max return the second operand where either is NaN. Arm's own instructions return NaN or the number.
+// min and max return the second operand where either is NaN. Arm's fmin returns NaN, and fminnm the number.
 FASTLANE_INLINE VecF min(VecF a, VecF b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
 FASTLANE_INLINE VecF max(VecF a, VecF b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
 FASTLANE_INLINE VecF abs(VecF a) { return {vabsq_f32(a.v)}; }
@@ -88,8 +88,8 @@ FASTLANE_INLINE void store(Half* p, VecF a) {
   vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(a.v)));
 }
 
-// A factor of every lane stays one number: a multiply-add reads it from lane 0 of a register, while to fill all lanes
-// would cost a vector instruction. The empty assembly keeps the compiler from filling them.
+// A factor of every lane stays one number: a multiply-add reads it from lane 0 of a register. Filling all lanes would
+// cost a vector instruction; the empty assembly keeps the compiler from that.
 struct EveryLaneF {
   float x;
 };
@@ -125,7 +125,7 @@ FASTLANE_INLINE void transpose(VecD (&r)[2]) {
   r[0].v = first;
 }
 
-// 24 accumulators, 3 vectors of B, and numbers of A: all 32 registers.
+// 24 accumulators, 3 vectors of B, and 5 registers for numbers of A.
 constexpr int kTileRows = 8;
 constexpr int kTileVecs = 3;
 
