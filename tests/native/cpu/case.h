@@ -33,6 +33,16 @@ constexpr const char* kKinds[] = {"normal", "integers", "denormals", "one_denorm
 // The set that computes, or computed, the results.
 inline std::string isa_of_results;
 
+// Opens the record, which begins with the name of the set that computes the results. Returns this name.
+inline std::string open_record(const std::string& path, bool writes) {
+  constexpr size_t kNameBytes = 16;
+  char name[kNameBytes] = {};
+  record.open(path, writes ? Record::Mode::write : Record::Mode::read);
+  if (writes) std::snprintf(name, kNameBytes, "%s", kernels().isa);
+  record.pass(name, kNameBytes);
+  return {name, strnlen(name, kNameBytes)};
+}
+
 struct CachesChoice {
   const char* name;
   Caches caches;
@@ -56,7 +66,8 @@ struct Case {
         dtype(static_cast<DType>(case_number % 4)),
         format(format_of(dtype)),
         activation(static_cast<Activation>(case_number / 4 % kActivations)) {
-    // What is recorded must not depend on the CPU's own caches: they decide what a kernel declines.
+    // The sizes of the caches decide which problems a kernel declines. A record is read on another CPU, so its cases
+    // take default sizes in place of the CPU's own.
     const bool recorded = record.writes() || record.reads();
     const CachesChoice choices[] = {
         recorded ? CachesChoice{"default", {}} : CachesChoice{"machine", fastlane::caches()},
@@ -184,8 +195,8 @@ inline void run_on_three(int64_t tasks, Parallel::Body body, void* context) {
   third.join();
 }
 
-// What needs no expected values: a kernel that declined wrote nothing; others wrote their elements alone, and the
-// same bits with any number of threads.
+// Fails if a kernel that declined wrote anything, if another kernel wrote beyond its elements, or if the bits of one
+// thread and of three differ. No expected values are needed.
 inline void check_writes(const Case& c, bool did_nothing) {
   for (const Result& result : c.results) {
     const auto& [first, second] = result.of_run;

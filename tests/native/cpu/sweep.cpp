@@ -447,16 +447,6 @@ void print_running_case() {
   if (running != nullptr) std::fprintf(stderr, "%s\n", running->line().c_str());
 }
 
-// The name of the set that computes the results.
-std::string open_record(const std::string& path, bool writes) {
-  constexpr size_t kNameBytes = 16;
-  char name[kNameBytes] = {};
-  record.open(path, writes ? Record::Mode::write : Record::Mode::read);
-  if (writes) std::snprintf(name, kNameBytes, "%s", kernels().isa);
-  record.pass(name, kNameBytes);
-  return {name, strnlen(name, kNameBytes)};
-}
-
 int run(std::vector<std::string> arguments) {
   if (arguments == std::vector<std::string>{"--isas"}) {
     for (const std::string& isa : supported_isas()) std::puts(isa.c_str());
