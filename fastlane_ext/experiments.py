@@ -27,7 +27,7 @@ HEADINGS = {"without": "=== Gradients WITHOUT shortcuts ===", "with": "=== Gradi
 
 @dataclass(frozen=True)
 class Block:
-    """A part of an experiment: a heading, the lines below it, the values that the lines show, fused against eager."""
+    """A part of an experiment: a heading, the lines below it, and the values of the fused run and of eager's."""
 
     heading: str
     lines: list[str]
@@ -96,12 +96,14 @@ def projection(
         return ShortcutDemo(torch.randn(10, sizes[0]), *made)
 
 
-def _compare_pair(make: Callable[..., ShortcutDemo], style: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def _compare_pair(
+    make: Callable[..., ShortcutDemo], style: str, show_eager: bool, options: Mapping[str, Any]
+) -> dict[str, Any]:
     pairs = fused, eager = make(**options), make(**options, eager=True)
     blocks, reports = {}, {}
     for key, model, twin in zip(HEADINGS, fused[1:], eager[1:], strict=True):
         lines = io.StringIO()
-        print_gradients(model, fused.x, style=style, file=lines)
+        print_gradients(twin if show_eager else model, fused.x, style=style, file=lines)
         reports[f"{key} shortcuts"] = report = gradient_report(model, fused.x)
         means = {row.name: row.mean_abs for row in gradient_report(twin, eager.x).rows}
         weights = [row for row in report.rows if "weight" in row.name]
@@ -220,25 +222,25 @@ class _Experiment:
 
 
 def _pair(make: Callable[..., ShortcutDemo]) -> Callable[..., dict[str, Any]]:
-    return lambda style, **options: _compare_pair(make, style, options)
+    return lambda style, eager, **options: _compare_pair(make, style, eager, options)
 
 
 EXPERIMENTS = {
     "example": _Experiment(
         "one network without, one with identity shortcuts, both from one seed",
-        {"sizes": (1, 64, 64, 64, 64, 1), "seed": 42, "activation": "gelu", "style": "lines"},
+        {"sizes": (1, 64, 64, 64, 64, 1), "seed": 42, "activation": "gelu", "style": "lines", "eager": False},
         "sizes {sizes}, identity shortcuts where sizes are equal, {activation}, seed {seed}",
         _pair(example),
     ),
     "published": _Experiment(
         "the published table: seed 123 for each, tanh GELU, a given input",
-        {"style": "lines"},
+        {"style": "lines", "eager": False},
         "sizes 3, 3, 3, 3, 3, 1, identity shortcuts where sizes are equal, gelu_tanh, seed 123 for each",
         _pair(published),
     ),
     "projection": _Experiment(
         "layers of different sizes, with learned projections as shortcuts",
-        {"sizes": (128, 64, 32, 16, 8, 1), "seed": 0, "activation": "gelu", "style": "table"},
+        {"sizes": (128, 64, 32, 16, 8, 1), "seed": 0, "activation": "gelu", "style": "table", "eager": False},
         "sizes {sizes}, projections where sizes differ, {activation}, seed {seed}",
         _pair(projection),
     ),
@@ -264,7 +266,8 @@ def run(name: str = "example", **options: Any) -> Result:
     Args:
         name: a key of ``EXPERIMENTS``.
         options: the options in the experiment's ``defaults``, from ``sizes`` (the input size, then each layer's),
-            ``seed``, ``activation`` and ``style`` (as in `print_gradients`). None means the default.
+            ``seed``, ``activation``, ``style`` (as in `print_gradients`) and ``eager`` (True: the lines show eager's
+            gradients). None means the default.
 
     Raises:
         TypeError, ValueError: one line; also for an option that this experiment does not have.

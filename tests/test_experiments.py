@@ -110,6 +110,23 @@ def test_the_demo_is_the_example() -> None:
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", FIGURES)
+def test_eager_lines(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--eager`` prints what the plain script prints on this machine, and nothing else changes."""
+    argv = ["gradients", "--experiment", name]
+    fused = run_json([*argv, "--json"], capsys)[1]
+    eager = run_json([*argv, "--eager", "--json"], capsys)[1]
+    assert eager["ok"] and eager["path"]["fused"]["backward"] > 0
+    for key in FIGURES[name]:
+        assert eager["blocks"][key]["eager"] == fused["blocks"][key]["eager"]
+        assert eager["blocks"][key]["parameters"] == fused["blocks"][key]["parameters"]
+        weights = [mean for parameter, mean in eager["blocks"][key]["eager"].items() if parameter.endswith("weight")]
+        shown = [float(line.split()[-1]) for line in eager["blocks"][key]["lines"] if line[-1:].isdigit()]
+        assert shown == pytest.approx(weights, rel=5e-7, abs=5e-7 if name == "projection" else 0)
+    assert cli.main([*argv, "--eager"]) == 0
+    assert "; the lines show eager's gradients\n" in capsys.readouterr().out
+
+
 def test_worked() -> None:
     steps = experiments.run("worked").blocks["steps"]
     gelu = [z * 0.5 * math.erfc(-z / math.sqrt(2)) for z in (2.0, -0.5, -1.5)]
@@ -207,6 +224,7 @@ def test_picture(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
         (["worked", "--seed", "1"], "--seed: got 1, expected none"),
         (["worked", "--style", "full"], "--style: got 'full', expected none"),
         (["any-rank", "--style", "full"], "--style: got 'full', expected none"),
+        (["worked", "--eager"], "--eager: got True, expected none for the experiment worked"),
         (["other"], "--experiment"),
     ],
 )
