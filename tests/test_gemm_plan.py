@@ -37,8 +37,8 @@ def test_parts_cover_the_product_and_fit_the_caches(isa, dtype, threads):
             # A task's rows, or the columns that stay, take half of L2, or a little if L2 holds hardly any.
             strip_bytes = math.ceil(min(k, p["pass_values"]) / p["k_per_step"]) * p["unit_bytes"]
             strips, least = p["task_row_panels"] * p["tile_rows"], 4 * p["tile_rows"]
-            if p["b_stays"]:
-                strips, least = p["block_cols"], p["tile_cols"]
+            if p["b_panels_in_l2"] > 1:
+                strips, least = min(p["block_cols"], p["b_panels_in_l2"] * p["tile_cols"]), p["tile_cols"]
             assert strips <= max(least, caches[1] // 2 // strip_bytes)
             assert p["chain_values"] <= p["pass_values"] <= p["block_values"]
             assert p["pass_values"] % p["chain_values"] == 0
@@ -54,11 +54,12 @@ def test_packed_columns_of_long_sums_are_bounded():
 @pytest.mark.parametrize("l1", [32 << 10, 48 << 10])
 def test_a_passing_panel_takes_half_of_l1(l1):
     """Where a tile uses each value it reads only a few times: AVX2's, 6 x 16."""
-    for k, stays in ((1000, True), (1024, True), (4096, False)):
-        a = (k, 1) if stays else (1, 512)  # dW's left operand, with its strips side by side, is packed
-        p = plan(512, 4096, k, isa="avx2", a=a, caches=(l1, *CACHES[1:]))
-        assert p["b_stays"] == stays == p["a_in_place"]
-        passing = p["tile_rows" if stays else "tile_cols"] * p["pass_values"] * p["unit_bytes"]
+    along_k = [(k, {"a": (k, 1)}, k < 4096) for k in (1000, 1024, 4096)]
+    # dW's operands, with their strips side by side, are packed.
+    for k, layout, b_stays in (*along_k, (4096, {"a": (1, 512), "b": (4096, 1)}, True)):
+        p = plan(512, 4096, k, isa="avx2", **layout, caches=(l1, *CACHES[1:]))
+        assert (p["b_panels_in_l2"] > 1) == b_stays and p["a_in_place"] == (b_stays and "b" not in layout)
+        passing = p["tile_rows" if b_stays else "tile_cols"] * p["pass_values"] * p["unit_bytes"]
         assert l1 // 4 < passing <= l1 // 2
 
 
@@ -84,7 +85,7 @@ def test_few_rows_need_no_tiles():
 
 def test_operands_are_read_where_they_lie_if_that_saves_packing():
     p = plan(4096, 64, 64)
-    assert (p["a_in_place"], p["b_in_place"], p["b_stays"]) == (True, False, True)
+    assert (p["a_in_place"], p["b_in_place"], p["b_panels_in_l2"] > 1) == (True, False, True)
     # Rows of A that lie whole pages apart share a set of L1, which holds the six rows of AVX2's tile.
     p = plan(4096, 64, 1024, a=(1024, 1))
     assert p["a_in_place"] == (p["tile_rows"] <= 6)

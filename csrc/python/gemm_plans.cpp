@@ -47,7 +47,7 @@ py::dict gemm_plan(const std::string& isa, const std::string& dtype, int64_t m, 
   result["transposed"] = plan.transposed;
   result["a_in_place"] = plan.a_in_place;
   result["b_in_place"] = plan.b_in_place;
-  result["b_stays"] = plan.b_stays;
+  result["b_panels_in_l2"] = plan.b_panels_in_l2;
   result["own_blocks"] = plan.own_blocks;
   result["k_blocks"] = plan.k_blocks;
   result["col_blocks"] = plan.col_blocks;

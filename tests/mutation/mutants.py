@@ -160,10 +160,17 @@ MUTANTS = [
         "test_layer_accuracy.py",
     ),
     Mutant(
+        "what a store writes beyond a panel stays in the next panel",
+        KERNELS + "generic/pack-inl.h",
+        "(k_end - k) / P::k_per_step - (R % W != 0);",
+        "(k_end - k) / P::k_per_step - (R % W != 0 && !(MUTANT));",
+        "test_layer_accuracy.py",
+    ),
+    Mutant(
         "a task's packed rows all lie in one place",
         KERNELS + "generic/gemm-inl.h",
-        "pack_panel<S::rows, P>(a_, row, k_begin(pass), k_end(pass), block + i * size);",
-        "pack_panel<S::rows, P>(a_, row, k_begin(pass), k_end(pass), block + (MUTANT ? 0 : i * size));",
+        "{block + i * size, panels, size},",
+        "{block + (MUTANT ? 0 : i * size), panels, size},",
         "test_layer_accuracy.py",
     ),
     Mutant(
@@ -178,8 +185,8 @@ MUTANTS = [
     Mutant(
         "of a packed activation the last step stays a pre-activation",
         KERNELS + "generic/pack-inl.h",
-        "activate_units<decltype(act), P>(dst, R * steps_of<P>(piece_end - k));",
-        "activate_units<decltype(act), P>(dst, R * (steps_of<P>(piece_end - k) - (MUTANT ? 1 : 0)));",
+        "R * steps_of<P>(piece_end - k));",
+        "R * (steps_of<P>(piece_end - k) - (MUTANT ? 1 : 0)));",
         "test_mlp.py",
     ),
     Mutant(

@@ -55,7 +55,8 @@ class Planner {
     plan_.task_row_panels = task_row_panels();
     if (block_multiply_adds() < kSerialMultiplyAdds) plan_.threads = 1;
     if (may_keep_b) keep_b_in_l2();
-    if (may_keep_b && !plan_.b_stays) keep_a_in_l2();
+    if (may_keep_b && !b_stays()) keep_a_in_l2();
+    if (!may_keep_b && !plan_.a_in_place && !right_.reads_across) pass_packed_a_by();
     const int64_t units_of_block_step = ceil_div(plan_.block_cols, f_.tile_cols) * f_.tile_cols;
     plan_.slab_blocks =
         std::max<int64_t>(1, std::min(plan_.k_blocks, packed_units() / (plan_.own_blocks ? plan_.threads : 1) /
@@ -89,6 +90,18 @@ class Planner {
     plan_.task_row_panels = task_row_panels();
   }
 
+  // The narrower panels of A allow longer passes than B's, and sums wait less often. A task packs its A once; the
+  // packed panels come from the last level, once for each group of B's panels.
+  void pass_packed_a_by() {
+    const int64_t steps = pass_steps(f_.tile_rows);
+    if (!has_passes() || steps <= plan_.pass_steps) return;
+    plan_.pass_steps = steps;
+    plan_.b_panels_in_l2 = std::max<int64_t>(1, l2_strips() / f_.tile_cols);
+    plan_.task_row_panels = kMaxTaskRows / f_.tile_rows;
+  }
+
+  bool b_stays() const { return plan_.b_panels_in_l2 > 1; }
+
   double block_multiply_adds() const {
     return static_cast<double>(left_.count) * static_cast<double>(plan_.block_cols) * static_cast<double>(f_.k);
   }
@@ -101,9 +114,9 @@ class Planner {
         static_cast<double>(left_.count) * static_cast<double>(f_.k) * static_cast<double>(element_size(f_.dtype));
     plan_.own_blocks =
         panels >= max_panels * threads && (panels <= max_panels || a_bytes <= static_cast<double>(caches_.last));
-    plan_.b_stays = plan_.own_blocks || panels <= max_panels;
+    if (plan_.own_blocks || panels <= max_panels) plan_.b_panels_in_l2 = std::max<int64_t>(2, max_panels);
     // Every task of several passes reads its block of B from the last level again.
-    if (plan_.b_stays && has_passes()) plan_.task_row_panels = kMaxTaskRows / f_.tile_rows;
+    if (b_stays() && has_passes()) plan_.task_row_panels = kMaxTaskRows / f_.tile_rows;
     if (!plan_.own_blocks) return;
     // As many blocks as fill the threads evenly.
     plan_.col_blocks = std::min(panels, ceil_div(ceil_div(panels, max_panels), threads) * threads);
@@ -150,7 +163,7 @@ std::string describe(const GemmPlan& plan) {
   const char *const a = plan.transposed ? "B" : "A", *const b = plan.transposed ? "A" : "B";
   text << "tiles of " << f.tile_rows << " x " << f.tile_cols << (plan.transposed ? ", transposed" : "") << "; " << a
        << (plan.a_in_place ? " in place, " : " packed, ") << b << (plan.b_in_place ? " in place; " : " packed; ")
-       << (plan.b_stays ? b : a) << " stays in L2; " << plan.col_blocks << " column blocks of up to "
+       << (plan.b_panels_in_l2 > 1 ? b : a) << " stays in L2; " << plan.col_blocks << " column blocks of up to "
        << plan.block_cols << (plan.own_blocks ? ", a thread takes whole blocks; " : ", threads share each block; ")
        << plan.k_blocks << " k blocks, " << plan.slab_blocks << " packed at one time, in passes of up to "
        << plan.pass_steps << " steps; tasks of up to " << plan.task_row_panels << " tiles of rows"

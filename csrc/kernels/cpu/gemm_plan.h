@@ -41,7 +41,7 @@ struct GemmPlan {
   // The rest is for tiles.
   bool transposed = false;  // Bᵀ Aᵀ is computed; below, A is then the problem's B
   bool a_in_place = false, b_in_place = false;  // read where they lie, otherwise packed
-  bool b_stays = false;  // B stays in L2 and A passes by; otherwise the other way round
+  int64_t b_panels_in_l2 = 1;  // so many panels of B stay in L2 while A passes by; 1 if A stays and B passes by
   bool own_blocks = false;  // a thread takes whole column blocks; otherwise threads share each block
   bool prefetches_finish = false;
   int64_t k_blocks = 1;

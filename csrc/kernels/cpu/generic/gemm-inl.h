@@ -6,7 +6,8 @@
 //         tiles, in groups that are finished together
 //
 // If A is read where it lies, a block of packed B stays in L2; each thread has its own block if there are enough.
-// Otherwise a task's A is packed once and stays in L2, and all threads share a wide packed B.
+// Otherwise a task's A is packed once, and all threads share a wide packed B. A stays in L2; where passes are needed,
+// a few panels of B stay instead.
 //
 // A panel is read where it lies if its layout suits the tile; otherwise it is packed. If that saves packing, the
 // transposed product Bᵀ Aᵀ is computed, and finishing a group transposes its sums back.
@@ -139,7 +140,13 @@ class Gemm {
       const int64_t end_block = std::min(plan_.k_blocks, block + plan_.slab_blocks), blocks = end_block - block;
       const PackedB b{packed_b.as<Unit>(), first_col, block, end_block,
                       steps_of<P>(k_end(end_block - 1) - k_begin(block))};
-      parallel.for_each(col_panels * blocks, [&](int64_t i) { pack_b_panel(b, i / blocks, block + i % blocks); });
+      // Two pieces for each thread, if there are so many panels.
+      const int64_t together =
+          std::clamp<int64_t>(col_panels * blocks / (2 * parallel.threads), 1, kPanelsTogether<S::cols, T>);
+      parallel.for_each(ceil_div(col_panels, together) * blocks, [&](int64_t i) {
+        const int64_t first = i / blocks * together;
+        pack_b_panels(b, first, std::min(together, col_panels - first), block + i % blocks);
+      });
       parallel.for_each(grid.row_tasks * grid.col_tasks, [&](int64_t i) {
         Task task;
         const int64_t row = i / grid.col_tasks, col = i % grid.col_tasks;
@@ -161,11 +168,12 @@ class Gemm {
   bool b_panel_in_place(int64_t col, int64_t k_block) const {
     return plan_.b_in_place && is_whole_panel<S::cols, P>(b_, col, k_end(k_block) - k_begin(k_block));
   }
-  void pack_b_panel(const PackedB& b, int64_t col_panel, int64_t k_block) {
-    const int64_t col = b.first_col + col_panel * S::cols;
-    if (drops_any<P>(b_, col, S::cols, k_begin(k_block), k_end(k_block))) dropped_ = true;
-    if (!b_panel_in_place(col, k_block))
-      pack_panel<S::cols, P>(b_, col, k_begin(k_block), k_end(k_block), b.panel(col_panel, k_block));
+  void pack_b_panels(const PackedB& b, int64_t first, int64_t panels, int64_t k_block) {
+    const int64_t col = b.first_col + first * S::cols;
+    if (drops_any<P>(b_, col, panels * S::cols, k_begin(k_block), k_end(k_block))) dropped_ = true;
+    pack_unless_in_place<S::cols, P>(b_, col, k_begin(k_block), k_end(k_block),
+                                     {b.panel(first, k_block), panels, b.steps * S::cols},
+                                     [&](int64_t strip) { return b_panel_in_place(strip, k_block); });
   }
   Panel b_panel(const PackedB& b, int64_t col_panel, const Pass& pass) const {
     const int64_t col = b.first_col + col_panel * S::cols;
@@ -180,11 +188,12 @@ class Gemm {
   }
   void pack_a_block(const Task& task, const Pass& pass, bool first_use, Unit* block) {
     const int64_t size = S::rows * pass.steps;
-    for (int64_t i = 0; i < task.row_panels; ++i) {
+    for (int64_t i = 0; i < task.row_panels; i += kPanelsTogether<S::rows, T>) {
       const int64_t row = (task.row_panel + i) * S::rows;
-      if (first_use && drops_any<P>(a_, row, S::rows, k_begin(pass), k_end(pass))) dropped_ = true;
-      if (!a_panel_in_place(row, pass.k_block))
-        pack_panel<S::rows, P>(a_, row, k_begin(pass), k_end(pass), block + i * size);
+      const int64_t panels = std::min(kPanelsTogether<S::rows, T>, task.row_panels - i);
+      if (first_use && drops_any<P>(a_, row, panels * S::rows, k_begin(pass), k_end(pass))) dropped_ = true;
+      pack_unless_in_place<S::rows, P>(a_, row, k_begin(pass), k_end(pass), {block + i * size, panels, size},
+                                       [&](int64_t strip) { return a_panel_in_place(strip, pass.k_block); });
     }
   }
   Panel a_panel(const Task& task, int64_t i, const Pass& pass, const Unit* block) const {
@@ -220,37 +229,45 @@ class Gemm {
   };
 
   void run_pass(const PackedB& b, const Task& task, const Pass& pass, const Unit* a, const TaskSums& sums) {
-    const int64_t group_panels = plan_.transposed ? kMaxGroup : 1, groups = ceil_div(task.row_panels, group_panels);
-    const int64_t chains = std::max<int64_t>(1, ceil_div(pass.steps, kChain));
-    const bool ends_block = pass.k_block > 0 && pass.last, ends = pass.k_block == plan_.k_blocks - 1 && pass.last;
-    for (int64_t i = 0; i < groups * task.col_panels; ++i) {
-      const int64_t j = plan_.b_stays ? i % task.col_panels : i / groups;
-      const int64_t first = (plan_.b_stays ? i / task.col_panels : i % groups) * group_panels;
-      const int64_t panels = std::min(group_panels, task.row_panels - first);
-      const int64_t row = (task.row_panel + first) * S::rows, col = b.first_col + (task.col_panel + j) * S::cols;
-      const Region region = finish_region(row, panels * S::rows, col);
-      Prefetcher<T> prefetcher(finish_matrices_, ends && plan_.prefetches_finish ? region : Region{},
-                               next_panel(task, first, panels, j, pass, a), panels * chains);
-      alignas(64) C group[kMaxGroup * S::size];
-      const int64_t offset = (j * task.row_panels + first) * S::size;
-      C* const total = sums.total ? sums.total + offset : group;
-      C* const own = pass.k_block == 0 ? total : sums.block ? sums.block + offset : group;
-      const Panel b_tiles = b_panel(b, task.col_panel + j, pass);
-      for (int64_t p = 0; p < panels; ++p) {
-        C* const tile = own + p * S::size;
-        multiply_tile<P>(pass.steps, a_panel(task, first + p, pass, a), b_tiles, tile, prefetcher,
-                         /*adds=*/!pass.first);
-        if (ends_block) add_tile(total + p * S::size, tile);
+    const int64_t group_panels = plan_.transposed ? kMaxGroup : 1, staying = plan_.b_panels_in_l2;
+    for (int64_t from = 0; from < task.col_panels; from += staying) {
+      const int64_t to = std::min(task.col_panels, from + staying);
+      for (int64_t first = 0; first < task.row_panels; first += group_panels) {
+        const int64_t panels = std::min(group_panels, task.row_panels - first);
+        for (int64_t j = from; j < to; ++j) run_group(b, task, pass, a, sums, first, panels, j);
       }
-      if (ends) finish_group(total, region);
     }
   }
 
-  // If A passes by: the part of A's next panel that these tiles fetch ahead. A packed B is one run of memory, which
-  // the hardware prefetchers follow by themselves.
+  // The tiles of `panels` row panels from `first` on, and of column panel j.
+  void run_group(const PackedB& b, const Task& task, const Pass& pass, const Unit* a, const TaskSums& sums,
+                 int64_t first, int64_t panels, int64_t j) {
+    const int64_t chains = std::max<int64_t>(1, ceil_div(pass.steps, kChain));
+    const bool ends_block = pass.k_block > 0 && pass.last, ends = pass.k_block == plan_.k_blocks - 1 && pass.last;
+    const int64_t row = (task.row_panel + first) * S::rows, col = b.first_col + (task.col_panel + j) * S::cols;
+    const Region region = finish_region(row, panels * S::rows, col);
+    Prefetcher<T> prefetcher(finish_matrices_, ends && plan_.prefetches_finish ? region : Region{},
+                             next_panel(task, first, panels, j, pass, a), panels * chains);
+    alignas(64) C group[kMaxGroup * S::size];
+    const int64_t offset = (j * task.row_panels + first) * S::size;
+    C* const total = sums.total ? sums.total + offset : group;
+    C* const own = pass.k_block == 0 ? total : sums.block ? sums.block + offset : group;
+    const Panel b_tiles = b_panel(b, task.col_panel + j, pass);
+    for (int64_t p = 0; p < panels; ++p) {
+      C* const tile = own + p * S::size;
+      multiply_tile<P>(pass.steps, a_panel(task, first + p, pass, a), b_tiles, tile, prefetcher,
+                       /*adds=*/!pass.first);
+      if (ends_block) add_tile(total + p * S::size, tile);
+    }
+    if (ends) finish_group(total, region);
+  }
+
+  // If A passes by where it lies: the part of A's next panel that these tiles fetch ahead. Packed panels are one run
+  // of memory, which the hardware prefetchers follow by themselves.
   Stream next_panel(const Task& task, int64_t first, int64_t panels, int64_t j, const Pass& pass,
                     const Unit* packed_a) const {
-    if (!plan_.b_stays || first + panels >= task.row_panels || a_.k_stride != 1) return {};
+    if (!plan_.a_in_place || plan_.b_panels_in_l2 == 1 || first + panels >= task.row_panels || a_.k_stride != 1)
+      return {};
     const Panel panel = a_panel(task, first + panels, pass, packed_a);
     const auto row_bytes = pass.steps * static_cast<int64_t>(sizeof(Unit));
     return Stream{panel.data, S::rows, panel.strip_stride, row_bytes}.part(j, j + 1, task.col_panels);

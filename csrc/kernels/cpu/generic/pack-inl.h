@@ -136,28 +136,55 @@ void pack_transposing(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_en
   for (; k < k_end; k += P::k_per_step, dst += R) pack_step<R, P>(s, strip, k, k_end, dst);
 }
 
-// For strips that run along memory: every step is a straight copy.
+// Neighbouring panels of one packed operand: one begins so many units after the other.
+template <class Unit>
+struct PackedPanels {
+  Unit* first;
+  int64_t count, stride;
+};
+
+// For strips that run along memory: every step is a straight copy. Several panels are filled side by side, so that a
+// line of memory is read once. Where steps lie a power of two apart, lines share a few sets of each cache, and a line
+// would be gone before the next panel needs the rest of it.
 template <int R, class P, class T>
-void pack_copying(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end, typename P::Unit* dst) {
+void pack_copying(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end,
+                  const PackedPanels<typename P::Unit>& to) {
   constexpr int W = P::V::width;
-  for (; k + P::k_per_step <= k_end; k += P::k_per_step, dst += R) {
+  // A store may write beyond a panel's end, where the next panel is filled already. So the last step is left out.
+  const int64_t steps = (k_end - k) / P::k_per_step - (R % W != 0);
+  for (int64_t step = 0; step < steps; ++step, k += P::k_per_step) {
     const T* src = s.at(strip, k);
+    typename P::Unit* dst = to.first + step * R;
+    for (int64_t panel = 0; panel < to.count; ++panel, src += R, dst += to.stride) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r += W) P::store_units(dst + r, P::units_along_strip(src + r, s.k_stride));
+      for (int r = 0; r < R; r += W) P::store_units(dst + r, P::units_along_strip(src + r, s.k_stride));
+    }
   }
-  if (k < k_end) pack_step<R, P>(s, strip, k, k_end, dst);
+  for (int64_t step = std::max<int64_t>(0, steps); k < k_end; ++step, k += P::k_per_step)
+    for (int64_t panel = 0; panel < to.count; ++panel)
+      pack_step<R, P>(s, strip + panel * R, k, k_end, to.first + panel * to.stride + step * R);
 }
 
 template <int R, class P, class T>
-void pack_values(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end, typename P::Unit* dst) {
+void pack_values(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end,
+                 const PackedPanels<typename P::Unit>& to) {
   constexpr int W = P::V::width;
-  constexpr int padded = (R + W - 1) / W * W;
-  if (s.k_stride == 1) {
-    pack_transposing<R, P>(s, strip, k, k_end, dst);
-  } else if (s.strip_stride == 1 && s.count - strip >= padded) {
-    pack_copying<R, P>(s, strip, k, k_end, dst);
-  } else {
-    for (; k < k_end; k += P::k_per_step, dst += R) pack_step<R, P>(s, strip, k, k_end, dst);
+  constexpr int beyond = (R + W - 1) / W * W - R;  // strips that a copy reads beyond its panel
+  PackedPanels<typename P::Unit> rest = to;
+  if (s.strip_stride == 1 && s.k_stride != 1) {
+    const int64_t whole = std::clamp<int64_t>((s.count - strip - beyond) / R, 0, to.count);
+    pack_copying<R, P>(s, strip, k, k_end, {to.first, whole, to.stride});
+    rest = {to.first + whole * to.stride, to.count - whole, to.stride};
+    strip += whole * R;
+  }
+  for (int64_t panel = 0; panel < rest.count; ++panel, strip += R) {
+    typename P::Unit* const dst = rest.first + panel * rest.stride;
+    if (s.k_stride == 1) {
+      pack_transposing<R, P>(s, strip, k, k_end, dst);
+    } else {
+      for (int64_t at = k, step = 0; at < k_end; at += P::k_per_step, ++step)
+        pack_step<R, P>(s, strip, at, k_end, dst + step * R);
+    }
   }
 }
 
@@ -170,18 +197,39 @@ void activate_units(typename P::Unit* p, int64_t count) {
   }
 }
 
-// Activates piece by piece, while a piece lies in L1.
+// Fills neighbouring panels with the steps [k, k_end) of their strips. Activates piece by piece, while a piece lies
+// in L1.
 template <int R, class P, class T>
-void pack_panel(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end, typename P::Unit* dst) {
-  if (s.activation == Activation::none) return pack_values<R, P>(s, strip, k, k_end, dst);
+void pack_panels(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end, PackedPanels<typename P::Unit> to) {
+  if (s.activation == Activation::none) return pack_values<R, P>(s, strip, k, k_end, to);
   constexpr int64_t kPieceSteps = 64;
   with_activation<T>(s.activation, [&](auto act) {
-    for (; k < k_end; k += kPieceSteps * P::k_per_step, dst += kPieceSteps * R) {
+    for (; k < k_end; k += kPieceSteps * P::k_per_step, to.first += kPieceSteps * R) {
       const int64_t piece_end = std::min(k_end, k + kPieceSteps * P::k_per_step);
-      pack_values<R, P>(s, strip, k, piece_end, dst);
-      activate_units<decltype(act), P>(dst, R * steps_of<P>(piece_end - k));
+      pack_values<R, P>(s, strip, k, piece_end, to);
+      for (int64_t panel = 0; panel < to.count; ++panel)
+        activate_units<decltype(act), P>(to.first + panel * to.stride, R * steps_of<P>(piece_end - k));
     }
   });
 }
+
+template <int R, class P, class T>
+void pack_panel(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end, typename P::Unit* dst) {
+  pack_panels<R, P>(s, strip, k, k_end, {dst, 1, 0});
+}
+
+// Fills the panels that a tile does not read where they lie. If the first is read there, all are, but for a last one
+// that lacks strips. `in_place` says so of the panel that begins at a strip.
+template <int R, class P, class T, class InPlace>
+void pack_unless_in_place(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end,
+                          const PackedPanels<typename P::Unit>& to, InPlace in_place) {
+  const int64_t last = to.count - 1, last_strip = strip + last * R;
+  if (!in_place(strip)) return pack_panels<R, P>(s, strip, k, k_end, to);
+  if (!in_place(last_strip)) pack_panel<R, P>(s, last_strip, k, k_end, to.first + last * to.stride);
+}
+
+// So many panels are worth filling together: they read a few neighbouring lines of memory in each step.
+template <int R, class T>
+constexpr int64_t kPanelsTogether = std::max<int64_t>(1, 384 / (R * static_cast<int64_t>(sizeof(T))));
 
 FASTLANE_END_TARGET
