@@ -1,6 +1,6 @@
 """fastlane_ext: ``shortcut + GELU(x Wᵀ + b)`` as one fused PyTorch operation, forward and backward."""
 
-from . import reference
+from . import _profile, reference
 from ._info import build_info, cpu_isa, reset_stats, stats
 from ._load import build_record as _build_record
 from .functional import linear_gelu_concat, linear_gelu_residual, mlp_residual, residual_stack
@@ -11,6 +11,7 @@ from .modules import LinearGELUResidual, ResidualMLP
 from .networks import DeepNeuralNet, ExampleDeepNeuralNetwork, ImprovedResidualNetwork, ResidualNetwork
 
 __version__: str = _build_record["version"]
+_profile.choice = _profile.load()
 
 __all__ = [
     "DeepNeuralNet",

@@ -20,6 +20,7 @@ LIBRARIES = {
     "Python": ("pybind11/", "Python.h"),
     "CUDA": ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"),
     "CUTLASS": ("cutlass/", "cute/"),
+    "cpuid.h": ("cpuid.h",),
     "immintrin.h": ("immintrin.h",),
     "arm_neon.h": ("arm_neon.h",),
     "POSIX": ("sys/", "unistd.h"),

@@ -3,11 +3,13 @@
 #include <ATen/cpu/Utils.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <string>
 
 #include "kernels/cpu/dispatch.h"
+#include "ops/profile.h"
 
 namespace fastlane {
 namespace {
@@ -53,16 +55,24 @@ bool is_outer_product(const LayerShape& shape) {
   return shape.rows == 1 && shape.in_features * shape.out_features >= 128 * 128;
 }
 
-// No Arm CPU has been measured. So the library computes products there, and one pass of ours follows; together they
-// should be no slower than eager.
-bool isa_is_measured() {
-  static const bool measured = chosen_isa().isa != "neon";
-  return measured;
+// A product in 16 bits takes a library without instructions for them several times as long as ours: 6 to 40 times on
+// Zen 3. No other core changes that.
+bool library_is_slow(DType dtype) {
+  static const bool has_bf16 = cpu_has("avx512_bf16") || cpu_has("amx_bf16") || chosen_isa().isa == "neon";
+  static const bool has_f16 = cpu_has("avx512_fp16") || cpu_has("amx_fp16") || chosen_isa().isa == "neon";
+  return (dtype == DType::bf16 && !has_bf16) || (dtype == DType::f16 && !has_f16);
 }
 
-bool fuses(bool library_wins) {
-  const std::optional<Path> forced = forced_path();
-  return forced ? forced == Path::fused : isa_is_measured() && !library_wins;
+// What FASTLANE_PATH or the profile says.
+std::optional<bool> told_to_fuse(Work work, const LayerShape& shape) {
+  if (const std::optional<Path> forced = forced_path()) return *forced == Path::fused;
+  return fused_won(work, shape);
+}
+
+// `library_wins` is true if a rule above says so. On a CPU that nobody has measured, the library's product and one
+// pass of ours are what should be no slower than eager.
+bool fuses_by_rule(const LayerShape& shape, bool library_wins) {
+  return !library_wins && (cpu_is_measured() || library_is_slow(shape.dtype));
 }
 
 std::atomic<int64_t> hopper_tile_cols = 0;
@@ -88,10 +98,42 @@ bool torch_runs_on_cpu() {
   return runs;
 }
 
-bool fuses_forward(const LayerShape& shape) { return fuses(library_has_tiles(shape) || streams_weight(shape)); }
+bool cpu_is_measured() {
+  // Who chooses the scalar set wants to see the set run.
+  static const bool measured = chosen_isa().isa == "scalar" || core_is_zen3_to_zen5();
+  return measured;
+}
 
+bool fuses_forward(const LayerShape& shape) {
+  if (const auto told = told_to_fuse(Work::layer_forward, shape)) return *told;
+  return fuses_by_rule(shape, library_has_tiles(shape) || streams_weight(shape));
+}
 bool fuses_backward(const LayerShape& shape) {
-  return fuses(library_has_tiles(shape) || streams_weight(shape) || is_outer_product(shape));
+  if (const auto told = told_to_fuse(Work::layer_backward, shape)) return *told;
+  return fuses_by_rule(shape, library_has_tiles(shape) || streams_weight(shape) || is_outer_product(shape));
+}
+
+bool fuses_mlp_forward(const LayerShape& fc1, const LayerShape& fc2) {
+  if (const auto told = told_to_fuse(Work::mlp_forward, fc1)) return *told;
+  return fuses_forward(fc1) && fuses_forward(fc2);
+}
+bool fuses_mlp_backward(const LayerShape& fc1, const LayerShape& fc2) {
+  if (const auto told = told_to_fuse(Work::mlp_backward, fc1)) return *told;
+  return fuses_backward(fc1) && fuses_backward(fc2);
+}
+
+bool fuses_stack(const StackProblem& p) {
+  const auto shape_of = [&](const StackLayer& l) {
+    return LayerShape{p.rows, l.in_features, l.out_features, p.dtype};
+  };
+  const auto is_smaller = [](const StackLayer& a, const StackLayer& b) {
+    return a.in_features * a.out_features < b.in_features * b.out_features;
+  };
+  const StackLayer* const end = p.layers + p.count;
+  const StackLayer* const largest = std::max_element(p.layers, end, is_smaller);
+  if (largest != end)
+    if (const auto told = told_to_fuse(Work::stack, shape_of(*largest))) return *told;
+  return std::all_of(p.layers, end, [&](const StackLayer& l) { return fuses_forward(shape_of(l)); });
 }
 
 }  // namespace fastlane

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "kernels/layer.h"
+#include "kernels/problem.h"
 
 namespace fastlane {
 
@@ -39,8 +40,17 @@ void force_hopper_tile_cols(int64_t cols);
 // for kernels.
 bool torch_runs_on_cpu();
 
-// Whether CPU tensors of this shape take the path `fused`, otherwise `library`.
+// Whether anybody has measured this CPU with the chosen kernel set. Otherwise products run in the library until
+// `fastlane tune` has measured them.
+bool cpu_is_measured();
+
+// Whether CPU tensors of these shapes take the path `fused`, otherwise `library`: as FASTLANE_PATH says, or the
+// profile of `fastlane tune` (profile.h), or the rules of path.cpp.
 bool fuses_forward(const LayerShape& shape);
 bool fuses_backward(const LayerShape& shape);
+bool fuses_mlp_forward(const LayerShape& fc1, const LayerShape& fc2);
+bool fuses_mlp_backward(const LayerShape& fc1, const LayerShape& fc2);
+// Whether a narrow stack runs as one kernel.
+bool fuses_stack(const StackProblem& p);
 
 }  // namespace fastlane

@@ -1,21 +1,12 @@
 #include "python/gemm_plans.h"
 
-#include <optional>
-
 #include "kernels/cpu/dispatch.h"
+#include "python/dtypes.h"
 
 namespace fastlane {
 namespace {
 
 namespace py = pybind11;
-
-std::optional<DType> dtype_named(const std::string& name) {
-  if (name == "float32") return DType::f32;
-  if (name == "float64") return DType::f64;
-  if (name == "bfloat16") return DType::bf16;
-  if (name == "float16") return DType::f16;
-  return std::nullopt;
-}
 
 const char* name_of(GemmMethod method) {
   switch (method) {
@@ -32,11 +23,9 @@ py::dict gemm_plan(const std::string& isa, const std::string& dtype, int64_t m, 
                    std::array<int64_t, 2> a_strides, std::array<int64_t, 2> b_strides, int64_t threads,
                    std::array<int64_t, 3> caches) {
   const KernelTable* const table = kernels_of(isa);
-  const std::optional<DType> parsed = dtype_named(dtype);
   if (!table) throw py::value_error("isa: got '" + isa + "', expected one of supported_isas()");
-  if (!parsed) throw py::value_error("dtype: got '" + dtype + "', expected float32, float64, bfloat16 or float16");
   GemmProblem p;
-  p.m = m, p.n = n, p.k = k, p.dtype = *parsed;
+  p.m = m, p.n = n, p.k = k, p.dtype = parsed_dtype(dtype);
   p.a = {nullptr, a_strides[0], a_strides[1]}, p.b = {nullptr, b_strides[0], b_strides[1]};
   Parallel parallel;
   parallel.threads = threads, parallel.caches = {caches[0], caches[1], caches[2]};

@@ -11,6 +11,7 @@
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cuda/hopper/hopper.h"
 #include "ops/dense/stack_products.h"
+#include "ops/path.h"
 #include "ops/policy.h"
 #include "python/facts.h"
 #include "python/gemm_plans.h"
@@ -18,6 +19,7 @@
 #include "python/plain_call.h"
 #include "python/plain_module.h"
 #include "python/plan_call.h"
+#include "python/profile.h"
 
 namespace py = pybind11;
 
@@ -31,6 +33,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiled_isas", &fastlane::compiled_isas);
   m.def("supported_isas", &fastlane::supported_isas);
   m.def("gemm_plan", &fastlane::gemm_plan);
+  m.def("cpu_is_measured", &fastlane::cpu_is_measured);
+  m.def("set_profile", &fastlane::python::set_profile);
+  m.def("fuses", &fastlane::python::fuses);
   m.def("stats", [] {
     const auto s = fastlane::policy::stats();
     py::dict result;

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from fastlane_ext._cpu import cpu_model
+
 _FMA_SOURCE = r"""
 #ifdef BF16
 #include <immintrin.h>
@@ -73,26 +75,6 @@ def _cpu_flags() -> set[str]:
     except OSError:
         pass
     return set()
-
-
-def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name from the system, with its family and model if the name has no number.
-
-    >>> cpu_model() != ""
-    True
-    """
-    facts: dict[str, str] = {}
-    try:
-        for line in cpuinfo.read_text().splitlines():
-            key, _, value = line.partition(":")
-            facts.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    # A hypervisor may hide the generation of an EPYC or Xeon, and generations differ by a factor of two.
-    if not any(c.isdigit() for c in name) and {"cpu family", "model"} <= facts.keys():
-        name += f" (family {facts['cpu family']}, model {facts['model']})"
-    return name
 
 
 @contextmanager

@@ -21,9 +21,13 @@ EPILOG = """\
 Exit status: 0 if all went well, 1 if something that was checked does not hold, 2 for a
 mistake in the call or a missing extra. FASTLANE_CPU_ISA=scalar|neon|avx2|avx512|avx512_bf16 forces a kernel set,
 FASTLANE_CPU_ISA=none torch's own operators, as on a CPU without vector kernels of ours,
-FASTLANE_PATH=fused|library forces our own products or the library's, FASTLANE_DISABLE=1 runs eager PyTorch,
+FASTLANE_PATH=fused|library forces our own products or the library's, FASTLANE_PROFILE=off|PATH chooses between them
+without a profile or by the one in PATH, FASTLANE_DISABLE=1 runs eager PyTorch,
 FASTLANE_STRICT=1 raises where a call would leave the fused path. Each is read once, when a process first needs it.
 """
+
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -139,6 +143,17 @@ def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str
     return result, bench.render
 
 
+def _tune(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
+    from fastlane_ext.bench import tuning
+
+    from .commands import tune
+
+    points = tuning.grid(args.dtype or DTYPES)
+    with progress("tune", len(points), json_output=args.json is not None) as note:
+        result = tune.compute(points, threads=args.threads, budget=args.seconds, output=args.output, note=note)
+    return result, tune.render
+
+
 def _check(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
     from .commands import check
 
@@ -222,10 +237,28 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="a few shapes, few rounds, all threads")
     p.add_argument(
         "--dtype",
-        choices=("float32", "float64", "bfloat16", "float16"),
+        choices=DTYPES,
         help="run every shape in this dtype (default: the listed ones)",
     )
     p.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    _json_option(p)
+
+    p = command(
+        "tune",
+        _tune,
+        "measure where our own products are faster than the library's on this CPU",
+        "Writes a profile, by which later processes choose for each call: a shape may then take another path, with "
+        "other rounding. A call takes the same path for any number of threads. Leave the machine idle meanwhile.",
+    )
+    p.add_argument("--seconds", type=_whole("seconds"), default=120, help="the time to spend; more measures more")
+    p.add_argument("--threads", type=_counts, help="numbers of threads, as in 1,2 (default: one, and all)")
+    p.add_argument(
+        "--dtype",
+        action="append",
+        choices=DTYPES,
+        help="only this dtype (may be repeated; default: all)",
+    )
+    p.add_argument("--output", metavar="PATH", help="the profile's file (default: this CPU's, in the user's cache)")
     _json_option(p)
 
     p = command(

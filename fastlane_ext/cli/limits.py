@@ -11,7 +11,10 @@ from fastlane_ext._text import size
 from .errors import CommandError
 
 # A larger value is a typing mistake, would run for years, or does not fit float32.
-LARGEST = {"epochs": 10**6, "layers": 10**5, "width": 10**6, "batch": 10**9, "repeats": 10**6, "lr": 1e38}
+LARGEST = {
+    **{"epochs": 10**6, "layers": 10**5, "width": 10**6, "batch": 10**9, "lr": 1e38},
+    **{"repeats": 10**6, "seconds": 86400},
+}
 
 
 def fits(options: str, needed: int) -> None:

@@ -2,7 +2,12 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace fastlane {
 namespace {
@@ -81,6 +86,19 @@ const KernelTable* kernels_of(const std::string& isa) {
   for (const Candidate& c : kCandidates)
     if (isa == c.name && usable(c)) return c.table();
   return nullptr;
+}
+
+bool core_is_zen3_to_zen5() {
+#if defined(__x86_64__)
+  unsigned int eax = 0, vendor[3] = {}, unused = 0;
+  if (!__get_cpuid(0, &eax, &vendor[0], &vendor[2], &vendor[1])) return false;
+  if (std::memcmp(vendor, "AuthenticAMD", sizeof vendor) != 0) return false;
+  if (!__get_cpuid(1, &eax, &unused, &unused, &unused)) return false;
+  const unsigned int family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+  return family == 0x19 || family == 0x1a;
+#else
+  return false;
+#endif
 }
 
 std::vector<std::string> compiled_isas() {

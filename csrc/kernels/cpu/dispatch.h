@@ -73,6 +73,9 @@ const KernelTable& kernels();
 // The kernels of a set that runs here; null for any other name.
 const KernelTable* kernels_of(const std::string& isa);
 
+// Whether this CPU is AMD's Zen 3, Zen 4 or Zen 5.
+bool core_is_zen3_to_zen5();
+
 std::vector<std::string> compiled_isas();
 std::vector<std::string> supported_isas();
 

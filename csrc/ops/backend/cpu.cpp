@@ -2,8 +2,6 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <algorithm>
-
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/narrow_stack.h"
 #include "kernels/cpu/schedule.h"
@@ -46,22 +44,17 @@ TakenPath dgrad(const GemmProblem&) { return std::nullopt; }
 bool takes_dgrad(const GemmProblem&) { return false; }
 
 TakenPath mlp_forward(const MlpProblem& p) {
-  const bool takes = fuses_forward(fc1_shape(p)) && fuses_forward(fc2_shape(p));
+  const bool takes = fuses_mlp_forward(fc1_shape(p), fc2_shape(p));
   if (takes) fastlane::mlp_forward(kernels(), p, torch_threads());
   return fused_if(takes);
 }
 TakenPath mlp_backward(const MlpBackwardProblem& p) {
-  const bool takes = fuses_backward(fc1_shape(p)) && fuses_backward(fc2_shape(p));
+  const bool takes = fuses_mlp_backward(fc1_shape(p), fc2_shape(p));
   if (takes) fastlane::mlp_backward(kernels(), p, torch_threads());
   return fused_if(takes);
 }
 
-bool is_one_kernel(const StackProblem& p) {
-  const auto is_fused = [&](const StackLayer& l) {
-    return fuses_forward({p.rows, l.in_features, l.out_features, p.dtype});
-  };
-  return std::all_of(p.layers, p.layers + p.count, is_fused) && is_narrow(p, caches());
-}
+bool is_one_kernel(const StackProblem& p) { return is_narrow(p, caches()) && fuses_stack(p); }
 void stack_forward(const StackProblem& p) { kernels().stack_forward(p, torch_threads()); }
 void stack_backward(const StackProblem& p) { kernels().stack_backward(p, torch_threads()); }
 

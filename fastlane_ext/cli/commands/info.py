@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 import fastlane_ext
-from fastlane_ext.bench.machine import cpu_model
+from fastlane_ext import _profile
+from fastlane_ext._cpu import cpu_model
 
 from ..output import console, table
 
-VARIABLES = ("FASTLANE_CPU_ISA", "FASTLANE_PATH", "FASTLANE_DISABLE", "FASTLANE_STRICT")
+VARIABLES = ("FASTLANE_CPU_ISA", "FASTLANE_PATH", "FASTLANE_PROFILE", "FASTLANE_DISABLE", "FASTLANE_STRICT")
 
 
 def compute() -> dict[str, Any]:
@@ -27,6 +28,7 @@ def compute() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "cpu_isa": fastlane_ext.cpu_isa(),
+        "path_choice": _profile.choice,
         "threads": torch.get_num_threads(),
         "cuda_available": cuda,
         "gpu": torch.cuda.get_device_name() if cuda else None,
@@ -47,6 +49,7 @@ def render(result: dict[str, Any]) -> None:
         "kernels in use": f"{result['cpu_isa']}; {result['cpu_isa_reason']}",
         "kernels that run here": ", ".join(result["supported_isas"]),
         "kernels compiled": ", ".join(result["compiled_isas"]),
+        "path chosen by": result["path_choice"],
         "threads": str(result["threads"]),
         "CUDA": f"archs {archs}; {result['cuda_reason']}",
         "Hopper kernels": f"{'yes' if result['hopper'] else 'no'}; {result['hopper_reason']}",
