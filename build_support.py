@@ -206,6 +206,15 @@ def check_version(package: str, version: str, minimum: tuple[int, int]) -> None:
         )
 
 
+def is_clang(version: str) -> bool:
+    """Whether a compiler's version line is clang's.
+
+    >>> is_clang("Debian clang version 14.0.6"), is_clang("c++ (Debian 12.2.0-14) 12.2.0")
+    (True, False)
+    """
+    return "clang" in version
+
+
 def find_compiler(environment: Mapping[str, str] = os.environ) -> tuple[str, str]:
     """The C++ compiler's command and its version line. Raises BuildError if there is no compiler."""
     command = environment.get("CXX") or "c++"

@@ -25,6 +25,7 @@ from build_support import (  # noqa: E402
     find_compiler,
     find_cuda_home,
     find_cutlass,
+    is_clang,
     join,
 )
 
@@ -117,12 +118,12 @@ def extension_and_command():
         define_macros=[("FASTLANE_CUDA_REASON", json.dumps(decision.reason))],
         # -ffp-contract=off: a product and a sum are fused only where the source says fma, the same in every ISA.
         # -fopenmp is for at::parallel_for's header and is not a link flag: the runtime must be the one torch
-        # loaded, since a second one would not follow torch.set_num_threads.
+        # loaded, since a second one would not follow torch.set_num_threads. Clang: ops/backend/torch_threads.h.
         extra_compile_args={
             "cxx": [
                 "-O3",
                 "-ffp-contract=off",
-                "-fopenmp",
+                *([] if is_clang(compiler_version) else ["-fopenmp"]),
                 "-fvisibility=hidden",
                 "-g0",
                 "-Wall",

@@ -21,10 +21,15 @@ struct Candidate {
 bool always() { return true; }
 
 #if defined(__x86_64__)
+// Older clangs do not know f16c by name.
+bool cpu_has_f16c() {
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
+}
 // The compiler's own CPUID test also asks XGETBV whether the operating system saves the registers.
 bool cpu_has_avx2() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpu_has_f16c();
 }
 bool cpu_has_avx512() {
   __builtin_cpu_init();

@@ -1,11 +1,11 @@
 // The CPU key runs kernels of the chosen instruction set on torch's thread pool.
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/narrow_stack.h"
 #include "kernels/cpu/schedule.h"
 #include "kernels/mlp.h"
+#include "ops/backend/torch_threads.h"
 #include "ops/dense/backend.h"
 #include "ops/register.h"
 
@@ -17,9 +17,7 @@ Parallel torch_threads() {
   Parallel parallel;
   parallel.threads = at::get_num_threads();
   parallel.caches = caches();
-  parallel.run = [](int64_t tasks, Parallel::Body body, void* context) {
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-  };
+  parallel.run = &on_torch_threads;
   return parallel;
 }
 
