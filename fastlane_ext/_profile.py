@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 
-from ._cpu import cpu_model
+from ._arguments import shortened
+from ._cpu import cpu_identity
 from ._load import build_record, library
 
 FORMAT = 1
 """The number of this layout of the file."""
+
+MOST_BYTES = 1 << 24
 
 choice = ""
 """What chooses between our own products and the library's in this process, as `load` said at import."""
@@ -37,32 +40,42 @@ def identity() -> dict[str, Any]:
     """What a profile has to share with this process: the layout, the CPU, its kernels, torch and this package."""
     return {
         "format": FORMAT,
-        "cpu": cpu_model(),
+        "cpu": cpu_identity(),
         "kernels": library.cpu_isa(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "fastlane_ext": build_record["version"],
     }
 
 
 def folder() -> Path:
-    """The user's folder of profiles: below ``XDG_CACHE_HOME``, ``~/.cache`` or, on macOS, ``~/Library/Caches``."""
+    """The user's folder of profiles: below ``XDG_CACHE_HOME``, ``~/.cache`` or, on macOS, ``~/Library/Caches``.
+
+    Raises RuntimeError for a user without a home.
+    """
     cache = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(cache):
-        home = Path(os.path.expanduser("~"))
+        home = Path.home()
         cache = str(home / "Library" / "Caches" if sys.platform == "darwin" else home / ".cache")
     return Path(cache) / "fastlane_ext"
 
 
 def default_path() -> Path:
     """This CPU's file in `folder`: machines that share a home have a file each."""
-    name = f"{cpu_model()}-{library.cpu_isa()}"
+    name = f"{cpu_identity()}-{library.cpu_isa()}"
     return folder() / f"profile-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The profile in a file. Raises ProfileError if there is none, or if it does not fit `identity`."""
+    file = Path(path)
     try:
-        profile = json.loads(Path(path).read_text(encoding="utf-8"))
+        if file.exists() and not file.is_file():
+            raise ProfileError("this is no file")
+        if file.stat().st_size > MOST_BYTES:
+            raise ProfileError("the file is too large for a profile")
+        profile = json.loads(file.read_text(encoding="utf-8"))
+    except ProfileError:
+        raise
     except FileNotFoundError:
         raise ProfileError("there is no such file") from None
     except OSError as error:
@@ -72,8 +85,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(profile, dict) or not isinstance(profile.get("points"), list):
         raise ProfileError("the file is no profile")
     for name, expected in identity().items():
-        if profile.get(name) != expected:
-            raise ProfileError(f"the profile's {name} is {profile.get(name)!r}, but {expected!r} is running")
+        found = profile.get(name)
+        if type(found) is not type(expected) or found != expected:
+            raise ProfileError(f"the profile's {name} is {shortened(found)}, but {expected!r} is running")
+    date = profile.get("date")
+    if not isinstance(date, str) or len(date) > 40 or not date.isprintable():
+        raise ProfileError("the file is damaged: its date is no date")
     return profile
 
 
@@ -81,14 +98,16 @@ def use(profile: Mapping[str, Any]) -> None:
     """Choose by this profile from now on. Raises ProfileError for a point that no call could match."""
     points: list[Any] = []
     for point in profile["points"]:
-        values = [point.get(key) for key in _KEYS] if isinstance(point, dict) else []
+        values: list[Any] = [point.get(key) for key in _KEYS] if isinstance(point, dict) else []
         if [type(value) for value in values] != list(_KEYS.values()):
             raise ProfileError("the file is damaged: a point lacks a value")
+        if not all(1 <= size < 2**63 for size in values[2:5]):
+            raise ProfileError("the file is damaged: a point has a size that no call has")
         points.append(tuple(values))
     try:
         library.set_profile(points)
     except (TypeError, ValueError) as error:
-        raise ProfileError(f"the file is damaged: {str(error).splitlines()[0]}") from error
+        raise ProfileError(f"the file is damaged: {str(error).splitlines()[0][:100]}") from error
 
 
 def load() -> str:

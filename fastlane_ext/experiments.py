@@ -104,7 +104,8 @@ def _compare_pair(
     for key, model, twin in zip(HEADINGS, fused[1:], eager[1:], strict=True):
         lines = io.StringIO()
         print_gradients(twin if show_eager else model, fused.x, style=style, file=lines)
-        reports[f"{key} shortcuts"] = report = gradient_report(model, fused.x)
+        report = gradient_report(model, fused.x)
+        reports[f"{key} shortcuts"] = gradient_report(twin, eager.x) if show_eager else report
         means = {row.name: row.mean_abs for row in gradient_report(twin, eager.x).rows}
         weights = [row for row in report.rows if "weight" in row.name]
         blocks[key] = Block(
@@ -283,6 +284,8 @@ def run(name: str = "example", **options: Any) -> Result:
         if key not in experiment.defaults:
             raise bad(key, repr(value), f"none for the experiment {name}, which has no such choice", "leave it out")
     chosen = {**experiment.defaults, **given}
+    if not isinstance(chosen.get("eager", False), bool):
+        raise bad("eager", repr(chosen["eager"]), "True or False", "pass one of them")
     if "sizes" in chosen:
         chosen["sizes"] = check_layer_sizes("sizes", chosen["sizes"])
     shown = {**chosen, "sizes": ", ".join(map(str, chosen.get("sizes", ())))}

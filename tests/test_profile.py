@@ -11,6 +11,7 @@ from test_cli import fails
 
 import fastlane_ext as fl
 from fastlane_ext import _profile
+from fastlane_ext._cpu import cpu_identity
 from fastlane_ext._load import library
 from fastlane_ext.bench import tuning
 from fastlane_ext.cli.commands import tune
@@ -44,6 +45,7 @@ def run(script, *, profile=None, tmp_path=None, **variables):
 SHOW = """
 import json, torch, fastlane_ext as fl
 from fastlane_ext import _profile
+from fastlane_ext._cpu import cpu_identity
 from fastlane_ext._load import library
 def path(rows, width, dtype=torch.float32):
     fl.reset_stats()
@@ -203,8 +205,9 @@ def raced(monkeypatch):
     [
         ((1.0, 2.0), (1.0, 2.0), True),
         ((2.0, 1.0), (2.0, 1.0), False),
-        ((1.0, 1.2), (1.1, 1.0), True),  # the mean decides: 1.2 · 0.91 > 1
-        ((1.2, 1.0), (1.0, 1.1), False),
+        ((1.0, 1.2), (1.02, 1.0), True),  # the mean decides: 1.2 · 0.98 > 1
+        ((1.2, 1.0), (1.0, 1.02), False),
+        ((1.0, 1.2), (1.1, 1.0), None),  # one number of threads speaks against the mean
         ((1.0, 1.02), (1.0, 1.02), None),  # within the margin the rule stays
         ((1.02, 1.0), (1.02, 1.0), None),
     ],
@@ -284,3 +287,78 @@ def test_fuses_refuses_what_is_unknown(work):
         library.fuses("tea", "float32", 1, 1, 1)
     with pytest.raises(ValueError, match="work: got 'tea', expected layer_forward"):
         library.set_profile([("tea", "float32", 1, 1, 1, True)])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (profile_of(date="x\n"), "its date is no date"),
+        (profile_of(date="x" * 41), "its date is no date"),
+        (profile_of(format=True), "the profile's format is True"),
+        (profile_of({**POINT, "rows": 0, "fused_wins": True}), "a point has a size that no call has"),
+        (profile_of(cpu="x" * 50_000), "the profile's cpu is 'xxxx"),
+    ],
+)
+def test_a_strange_value_is_named_in_few_words(content, reason, tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(_profile.ProfileError, match=reason) as caught:
+        _profile.use(_profile.read(path))
+    assert len(str(caught.value)) < 400
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(_profile.ProfileError, match="this is no file"):
+            _profile.read(path)
+
+
+def test_siblings_of_one_name_are_two_cpus(tmp_path):
+    name = "Intel(R) Xeon(R) CPU @ 2.20GHz"
+    identities = set()
+    for model in (79, 85):
+        cpuinfo = tmp_path / "cpuinfo"
+        cpuinfo.write_text(
+            f"processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t: {model}\nmodel name\t: {name}\n\n"
+        )
+        identities.add(cpu_identity(cpuinfo))
+    assert identities == {f"{name}, vendor_id GenuineIntel, cpu family 6, model {model}" for model in (79, 85)}
+
+
+def test_tune_writes_the_file_that_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTLANE_PROFILE", str(tmp_path / "mine.json"))
+    assert tune._path(None) == tmp_path / "mine.json"
+    assert "later processes read it" in tune._who_reads(str(tmp_path / "mine.json"))
+    assert "makes processes read it" in tune._who_reads(str(tmp_path / "other.json"))
+    monkeypatch.setenv("FASTLANE_PROFILE", "off")
+    assert "no process reads it" in tune._who_reads(str(tune._path("x.json")))
+
+
+def test_dtypes_share_the_time(raced, monkeypatch):
+    times, _ = raced
+    times["layer_forward"] = {1: (1e-9, 2e-9)}
+    clock = iter(range(0, 1000, 20))  # each look at the clock costs twenty seconds
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: next(clock))
+    dtypes = ["float32"] * 6 + ["float64"] * 2
+    points = [tuning.Point("layer_forward", dtype, 1 + i, 64, 64) for i, dtype in enumerate(dtypes)]
+    measured = [isinstance(each, tuning.Measured) for each in tuning.measure(points, [1], budget=140)]
+    # float32 has five sevenths of the time, until second 100, and float64 has the rest.
+    assert measured == [True] * 4 + [False] * 2 + [True, False]
+    assert tuning.SHARES.keys() == tuning.DTYPES.keys()
+
+
+@pytest.mark.parametrize(
+    ("fused", "library_", "clear"),
+    [
+        ((1, 1), (2, 2), True),
+        ((1, 1), (2, 0.9), False),
+        ((2, 1), (1, 1.1), False),
+        ((2, 2), (1, 1), True),
+        ((1, 1), (1.02, 1.02), False),
+    ],
+)
+def test_one_number_of_threads_can_keep_the_rule(fused, library_, clear):
+    point = tuning.Point("layer_forward", "float32", 8, 64, 64)
+    measured = tuning.Measured(point, dict(enumerate(fused, 1)), dict(enumerate(library_, 1)), True, True)
+    assert measured.is_clear is clear

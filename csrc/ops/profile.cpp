@@ -44,7 +44,7 @@ void set_profile(const std::vector<MeasuredPoint>& points) {
 std::optional<bool> fused_won(Work work, const LayerShape& shape) {
   const Profile* const profile = current.load(std::memory_order_acquire);
   if (!profile) return std::nullopt;
-  static const double near = std::log2(kNear);
+  static const double near = std::log2(kNear) + 1e-9;  // logarithms are rounded
   const std::array<double, 3> sizes = log_sizes(shape);
   std::optional<bool> result;
   double least = INFINITY;

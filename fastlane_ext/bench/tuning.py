@@ -1,8 +1,9 @@
 """Measures this CPU for `fastlane tune`: our own products against the library's, over a grid of shapes.
 
 A point is a piece of work, a dtype and a shape. Both paths take turns, on one thread and on all. The faster path is
-taken, by the geometric mean over the numbers of threads, so that a call takes the same path, and gives the same bits,
-for any number of threads. Where both are within `MARGIN` of one another the built-in rule stays.
+taken, by the geometric mean over the numbers of threads, so that a call takes the same path for any number of threads.
+The built-in rule stays where both are within `MARGIN` of one another, or where one number of threads speaks against the
+mean.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,18 +26,20 @@ from .protocol import Timing, no_garbage_collection
 MARGIN = 1.03
 """One path has to be so many times as fast as the other to be chosen against the rule."""
 
-ROWS = (1, 8, 32, 128, 512, 2048, 8192)
+ROWS = (1, 8, 32, 128, 512, 4096)
 FEATURES = (
-    *((width, width) for width in (64, 128, 256, 512, 1024, 2048, 4096)),
+    *((width, width) for width in (64, 256, 512, 1024, 4096)),
     *((256, 1024), (1024, 256), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024)),
 )
 MLP_FEATURES = ((256, 1024), (768, 3072))
-STACK_WIDTHS, STACK_LAYERS = (32, 64, 128, 256), 8
+STACK_WIDTHS, STACK_LAYERS = (64, 128, 256), 8
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARES = {"float32": 0.5, "float64": 0.2, "bfloat16": 0.15, "float16": 0.15}
+"""Of the time, if all dtypes are measured."""
 MOST_MULTIPLY_ADDS = 2**33
 """Of a product. A larger one takes too long here, and the rule decides."""
 ACTIVATION = "gelu"
-ROUNDS, MIN_SAMPLE_SECONDS, POINT_SECONDS = 7, 1e-3, 0.4
+ROUNDS, LEAST_ROUNDS, MIN_SAMPLE_SECONDS, POINT_SECONDS = 7, 3, 1e-3, 0.4
 CLEAR = 1.5
 """A path so many times as fast as the other in its first samples is not measured further."""
 
@@ -75,6 +79,12 @@ class Measured:
     def ratio(self) -> float:
         """The library's time over the fused time, as a geometric mean over the numbers of threads."""
         return math.exp(sum(math.log(self.library_s[n] / self.fused_s[n]) for n in self.fused_s) / len(self.fused_s))
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether one path is faster by more than `MARGIN`, and no number of threads says the opposite as clearly."""
+        ratios = [self.library_s[n] / self.fused_s[n] for n in self.fused_s]
+        return (self.ratio > MARGIN and min(ratios) > 1 / MARGIN) or (self.ratio < 1 / MARGIN and max(ratios) < MARGIN)
 
     def to_dict(self) -> dict[str, Any]:
         """The point as the profile holds it."""
@@ -191,13 +201,14 @@ def _race(point: Point, layers: Sequence[tuple[Any, ...]], call: Callable[[], ob
                     calls[fused] = max(1, math.ceil(MIN_SAMPLE_SECONDS / _sample(call, 1)))
                 else:
                     seconds[fused].append(_sample(call, calls[fused]))
-            if turn and (time.perf_counter() - start > POINT_SECONDS or _is_clear(*seconds.values())):
+            enough = time.perf_counter() - start > POINT_SECONDS or _is_clear(*seconds.values())
+            if turn >= LEAST_ROUNDS and enough:
                 break
     return Timing.of(seconds[True]).median, Timing.of(seconds[False]).median
 
 
 def _is_clear(fused: Sequence[float], library_: Sequence[float]) -> bool:
-    return max(fused) * CLEAR < min(library_) or max(library_) * CLEAR < min(fused)
+    return bool(fused) and (max(fused) * CLEAR < min(library_) or max(library_) * CLEAR < min(fused))
 
 
 def measure(points: Sequence[Point], threads: Sequence[int], budget: float) -> Iterator[Measured | Point]:
@@ -205,16 +216,20 @@ def measure(points: Sequence[Point], threads: Sequence[int], budget: float) -> I
 
     Inside, the process's profile is the one that is being measured; at the end the process has none.
     """
+    dtypes = list(dict.fromkeys(point.dtype for point in points))
+    shares = list(accumulate(SHARES[dtype] for dtype in dtypes))
     start = time.perf_counter()
+    # What one dtype leaves of its time, the next has.
+    deadlines = {dtype: start + budget * share / shares[-1] for dtype, share in zip(dtypes, shares, strict=True)}
     known: list[tuple[Any, ...]] = []  # layers, as measured
     slowest: dict[tuple[str, str], float] = {}  # seconds of a multiply-add, of the slower path on one thread
     try:
         for point in points:
             library.set_profile([])
             rule = library.fuses(*point.values(True)[:-1])
-            # Two paths, three calls each at the least, on every number of threads.
-            expected = 6 * len(threads) * point.multiply_adds * slowest.get((point.work, point.dtype), 0.0)
-            if time.perf_counter() - start + expected > budget:
+            # Two paths, five calls each at the least, on every number of threads.
+            expected = 10 * len(threads) * point.multiply_adds * slowest.get((point.work, point.dtype), 0.0)
+            if time.perf_counter() + expected > deadlines[point.dtype]:
                 yield point
                 continue
             is_layer = point.work.startswith("layer")
@@ -225,7 +240,7 @@ def measure(points: Sequence[Point], threads: Sequence[int], budget: float) -> I
                 with torch_threads(count):
                     fused_s[count], library_s[count] = _race(point, layers, call)
             measured = Measured(point, fused_s, library_s, rule, rule)
-            if not 1 / MARGIN <= measured.ratio <= MARGIN:
+            if measured.is_clear:
                 measured = Measured(point, fused_s, library_s, measured.ratio > 1, rule)
             if is_layer:
                 known.append(point.values(measured.fused_wins))

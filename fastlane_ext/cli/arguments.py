@@ -148,7 +148,7 @@ def _tune(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str,
 
     from .commands import tune
 
-    points = tuning.grid(args.dtype or DTYPES)
+    points = tuning.grid(list(dict.fromkeys(args.dtype or DTYPES)))
     with progress("tune", len(points), json_output=args.json is not None) as note:
         result = tune.compute(points, threads=args.threads, budget=args.seconds, output=args.output, note=note)
     return result, tune.render
@@ -258,7 +258,7 @@ def parser() -> argparse.ArgumentParser:
         choices=DTYPES,
         help="only this dtype (may be repeated; default: all)",
     )
-    p.add_argument("--output", metavar="PATH", help="the profile's file (default: this CPU's, in the user's cache)")
+    p.add_argument("--output", metavar="PATH", help="the profile's file (default: the one that later processes read)")
     _json_option(p)
 
     p = command(

@@ -100,7 +100,10 @@ bool core_is_zen3_to_zen5() {
   if (std::memcmp(vendor, "AuthenticAMD", sizeof vendor) != 0) return false;
   if (!__get_cpuid(1, &eax, &unused, &unused, &unused)) return false;
   const unsigned int family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
-  return family == 0x19 || family == 0x1a;
+  const unsigned int model = (eax >> 4 & 0xf) | (eax >> 12 & 0xf0);
+  // Zen 6 has the other models of family 1Ah. The ranges are those of Linux, arch/x86/kernel/cpu/amd.c.
+  const bool is_zen5 = model < 0x30 || (model >= 0x40 && model < 0x50) || (model >= 0x60 && model < 0x80);
+  return family == 0x19 || (family == 0x1a && is_zen5);
 #else
   return false;
 #endif

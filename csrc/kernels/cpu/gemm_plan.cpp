@@ -94,9 +94,10 @@ class Planner {
   // packed panels come from the last level, once for each group of B's panels.
   void pass_packed_a_by() {
     const int64_t steps = pass_steps(f_.tile_rows);
-    if (!has_passes() || steps <= plan_.pass_steps) return;
+    const int64_t panels = caches_.l2 / 2 / f_.unit_bytes / steps / f_.tile_cols;
+    if (!has_passes() || steps <= plan_.pass_steps || panels < 2) return;
     plan_.pass_steps = steps;
-    plan_.b_panels_in_l2 = std::max<int64_t>(1, l2_strips() / f_.tile_cols);
+    plan_.b_panels_in_l2 = panels;
     plan_.task_row_panels = kMaxTaskRows / f_.tile_rows;
   }
 

@@ -42,8 +42,8 @@ def _lines(isa: str) -> Iterator[dict[str, Any]]:
     package_parent = str(Path(fastlane_ext.__file__).resolve().parent.parent)
     paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
     # The promises are those of our kernels, so the library's products stay out of the check.
-    path = {} if isa == "none" else {"FASTLANE_PATH": "fused"}
-    environment = {**path, **os.environ, "FASTLANE_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(paths)}
+    path = {} if isa == "none" or os.environ.get("FASTLANE_PATH") else {"FASTLANE_PATH": "fused"}
+    environment = {**os.environ, **path, "FASTLANE_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, "-c", _WORKER],

@@ -12,6 +12,7 @@ import fastlane_ext
 from fastlane_ext import _profile
 from fastlane_ext._cpu import cpu_model
 
+from ..errors import need
 from ..output import console, table
 
 VARIABLES = ("FASTLANE_CPU_ISA", "FASTLANE_PATH", "FASTLANE_PROFILE", "FASTLANE_DISABLE", "FASTLANE_STRICT")
@@ -57,6 +58,7 @@ def render(result: dict[str, Any]) -> None:
         "environment": set_variables or "none of " + ", ".join(VARIABLES),
     }
     out = table("fastlane_ext", "what", "value", left=2)
+    escape = need("rich.markup", "cli", "output as tables").escape  # a path may have brackets
     for name, value in rows.items():
-        out.add_row(name, str(value))
+        out.add_row(name, escape(str(value)))
     console().print(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,6 +33,33 @@ def threads_of_this_process() -> list[int]:
     return sorted({1, torch.get_num_threads()})
 
 
+def _path(output: str | None) -> Path:
+    if output is None:
+        named = os.environ.get("FASTLANE_PROFILE", "")
+        if named not in ("", "off"):
+            return Path(named)
+        try:
+            path = _profile.default_path()
+        except RuntimeError as error:
+            raise CommandError(f"no folder for the profile: {error}; give --output a PATH") from error
+        with cannot_write("--output", str(path)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+    if not output:
+        raise CommandError("--output: got '', expected a file's name")
+    return Path(output)
+
+
+def _who_reads(path: str) -> str:
+    named = os.environ.get("FASTLANE_PROFILE", "")
+    if named == "off":
+        return "no process reads it while FASTLANE_PROFILE is off"
+    with suppress(RuntimeError):  # a user without a home
+        if Path(path) == (Path(named) if named else _profile.default_path()):
+            return "later processes read it; FASTLANE_PROFILE=off ignores it"
+    return f"FASTLANE_PROFILE={path} makes processes read it"
+
+
 def compute(
     points: Sequence[tuning.Point],
     *,
@@ -42,7 +70,8 @@ def compute(
 ) -> dict[str, Any]:
     """Measure ``points`` for ``budget`` seconds and write the profile to ``output``.
 
-    The default of ``output`` is the file that this CPU's processes read. The result is the profile, with ``path``,
+    The default of ``output`` is the file that later processes read: that of FASTLANE_PROFILE, or this CPU's in the
+    user's cache. The result is the profile, with ``path``,
     ``left_out`` (points for which no time was left) and ``changes`` (points that decide against the built-in rule).
     Raises CommandError where no kernels of ours run, where a variable forces a path, and for a file that cannot be
     written.
@@ -52,10 +81,7 @@ def compute(
         raise CommandError(f"{set_variables[0]}: got {os.environ[set_variables[0]]!r}, expected nothing; unset it")
     if fastlane_ext.cpu_isa() == "none":
         raise CommandError(f"no kernels to measure: {fastlane_ext.build_info()['cpu_isa_reason']}")
-    path = Path(output) if output else _profile.default_path()
-    if output is None:
-        with cannot_write("--output", str(path)):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    path = _path(output)
     writable("--output", str(path))
     counts = list(threads or threads_of_this_process())
     measured: list[tuning.Measured] = []
@@ -97,6 +123,8 @@ def render(result: dict[str, Any]) -> None:
     for dtype in dict.fromkeys(point["dtype"] for point in result["points"]):
         print(f"{dtype}: {paths[dtype, True]} points fused, {paths[dtype, False]} by the library")
     print(f"threads: {', '.join(map(str, result['threads']))}; times are medians on each")
-    if result["left_out"]:
-        print(f"{len(result['left_out'])} points left to the built-in rules, for lack of time; --seconds gives more")
-    print(f"profile: {result['path']}; FASTLANE_PROFILE=off ignores the profile")
+    left_out = Counter(f"{point['dtype']} {point['work']}" for point in result["left_out"])
+    if left_out:
+        counts = ", ".join(f"{count} of {name}" for name, count in left_out.items())
+        print(f"left to the built-in rules, for lack of time (--seconds gives more): {counts}")
+    print(f"profile: {result['path']}; {_who_reads(result['path'])}")

@@ -151,6 +151,7 @@ void pack_copying(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end,
                   const PackedPanels<typename P::Unit>& to) {
   constexpr int W = P::V::width;
   // A store may write beyond a panel's end, where the next panel is filled already. So the last step is left out.
+  static_assert((R + W - 1) / W * W - R <= R, "a store reaches beyond the step after its own");
   const int64_t steps = (k_end - k) / P::k_per_step - (R % W != 0);
   for (int64_t step = 0; step < steps; ++step, k += P::k_per_step) {
     const T* src = s.at(strip, k);
@@ -202,6 +203,12 @@ void activate_units(typename P::Unit* p, int64_t count) {
 template <int R, class P, class T>
 void pack_panels(const Strips<T>& s, int64_t strip, int64_t k, int64_t k_end, PackedPanels<typename P::Unit> to) {
   if (s.activation == Activation::none) return pack_values<R, P>(s, strip, k, k_end, to);
+  if (s.k_stride == 1 && to.count > 1) {
+    // A panel that is transposed may write beyond its end, so the next panel comes after it with all of its pieces.
+    for (int64_t panel = 0; panel < to.count; ++panel)
+      pack_panels<R, P>(s, strip + panel * R, k, k_end, {to.first + panel * to.stride, 1, to.stride});
+    return;
+  }
   constexpr int64_t kPieceSteps = 64;
   with_activation<T>(s.activation, [&](auto act) {
     for (; k < k_end; k += kPieceSteps * P::k_per_step, to.first += kPieceSteps * R) {
