@@ -21,6 +21,10 @@ def _facts(cpuinfo: Path) -> dict[str, str]:
     return facts
 
 
+def _name(facts: dict[str, str]) -> str:
+    return facts.get("model name") or platform.processor() or platform.machine()
+
+
 def cpu_identity(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The processor's name with all numbers that the system gives for its design.
 
@@ -28,7 +32,7 @@ def cpu_identity(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     True
     """
     facts = _facts(cpuinfo)
-    name = facts.get("model name") or platform.processor() or platform.machine()
+    name = _name(facts)
     return ", ".join([name, *(f"{fact} {facts[fact]}" for fact in _FACTS if fact in facts)])
 
 
@@ -39,7 +43,7 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     True
     """
     facts = _facts(cpuinfo)
-    name = facts.get("model name") or platform.processor() or platform.machine()
+    name = _name(facts)
     # A hypervisor may hide the generation of an EPYC or Xeon, and generations differ by a factor of two.
     if not any(c.isdigit() for c in name) and {"cpu family", "model"} <= facts.keys():
         name += f" (family {facts['cpu family']}, model {facts['model']})"

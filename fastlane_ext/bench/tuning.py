@@ -219,7 +219,7 @@ def measure(points: Sequence[Point], threads: Sequence[int], budget: float) -> I
     dtypes = list(dict.fromkeys(point.dtype for point in points))
     shares = list(accumulate(SHARES[dtype] for dtype in dtypes))
     start = time.perf_counter()
-    # What one dtype leaves of its time, the next has.
+    # The next dtype gets the time that a dtype does not use.
     deadlines = {dtype: start + budget * share / shares[-1] for dtype, share in zip(dtypes, shares, strict=True)}
     known: list[tuple[Any, ...]] = []  # layers, as measured
     slowest: dict[tuple[str, str], float] = {}  # seconds of a multiply-add, of the slower path on one thread

@@ -29,7 +29,7 @@ inline void on_torch_threads(int64_t tasks, Parallel::Body body, void* context) 
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 #else
-// What at::parallel_for does where its header is compiled with OpenMP.
+// This function shares tasks as at::parallel_for does. Without OpenMP's pragmas torch's header would use one thread.
 inline void on_torch_threads(int64_t tasks, Parallel::Body body, void* context) {
   struct Region {
     int64_t tasks;
