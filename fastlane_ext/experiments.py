@@ -97,16 +97,16 @@ def projection(
 
 
 def _compare_pair(
-    make: Callable[..., ShortcutDemo], style: str, show_eager: bool, options: Mapping[str, Any]
+    make: Callable[..., ShortcutDemo], style: str, show: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     pairs = fused, eager = make(**options), make(**options, eager=True)
     blocks, reports = {}, {}
     for key, model, twin in zip(HEADINGS, fused[1:], eager[1:], strict=True):
         lines = io.StringIO()
-        print_gradients(twin if show_eager else model, fused.x, style=style, file=lines)
-        report = gradient_report(model, fused.x)
-        reports[f"{key} shortcuts"] = gradient_report(twin, eager.x) if show_eager else report
-        means = {row.name: row.mean_abs for row in gradient_report(twin, eager.x).rows}
+        print_gradients(twin if show == "eager" else model, fused.x, style=style, file=lines)
+        report, twin_report = gradient_report(model, fused.x), gradient_report(twin, eager.x)
+        reports[f"{key} shortcuts"] = twin_report if show == "eager" else report
+        means = {row.name: row.mean_abs for row in twin_report.rows}
         weights = [row for row in report.rows if "weight" in row.name]
         blocks[key] = Block(
             HEADINGS[key],
@@ -223,25 +223,25 @@ class _Experiment:
 
 
 def _pair(make: Callable[..., ShortcutDemo]) -> Callable[..., dict[str, Any]]:
-    return lambda style, eager, **options: _compare_pair(make, style, eager, options)
+    return lambda style, show, **options: _compare_pair(make, style, show, options)
 
 
 EXPERIMENTS = {
     "example": _Experiment(
         "one network without, one with identity shortcuts, both from one seed",
-        {"sizes": (1, 64, 64, 64, 64, 1), "seed": 42, "activation": "gelu", "style": "lines", "eager": False},
+        {"sizes": (1, 64, 64, 64, 64, 1), "seed": 42, "activation": "gelu", "style": "lines", "show": "eager"},
         "sizes {sizes}, identity shortcuts where sizes are equal, {activation}, seed {seed}",
         _pair(example),
     ),
     "published": _Experiment(
         "the published table: seed 123 for each, tanh GELU, a given input",
-        {"style": "lines", "eager": False},
+        {"style": "lines", "show": "eager"},
         "sizes 3, 3, 3, 3, 3, 1, identity shortcuts where sizes are equal, gelu_tanh, seed 123 for each",
         _pair(published),
     ),
     "projection": _Experiment(
         "layers of different sizes, with learned projections as shortcuts",
-        {"sizes": (128, 64, 32, 16, 8, 1), "seed": 0, "activation": "gelu", "style": "table", "eager": False},
+        {"sizes": (128, 64, 32, 16, 8, 1), "seed": 0, "activation": "gelu", "style": "table", "show": "eager"},
         "sizes {sizes}, projections where sizes differ, {activation}, seed {seed}",
         _pair(projection),
     ),
@@ -267,8 +267,8 @@ def run(name: str = "example", **options: Any) -> Result:
     Args:
         name: a key of ``EXPERIMENTS``.
         options: the options in the experiment's ``defaults``, from ``sizes`` (the input size, then each layer's),
-            ``seed``, ``activation``, ``style`` (as in `print_gradients`) and ``eager`` (True: the lines show eager's
-            gradients). None means the default.
+            ``seed``, ``activation``, ``style`` (as in `print_gradients`) and ``show``: the lines and the reports hold
+            the plain script's gradients for "eager", those of the fused networks for "fused". None means the default.
 
     Raises:
         TypeError, ValueError: one line; also for an option that this experiment does not have.
@@ -284,8 +284,8 @@ def run(name: str = "example", **options: Any) -> Result:
         if key not in experiment.defaults:
             raise bad(key, repr(value), f"none for the experiment {name}, which has no such choice", "leave it out")
     chosen = {**experiment.defaults, **given}
-    if not isinstance(chosen.get("eager", False), bool):
-        raise bad("eager", repr(chosen["eager"]), "True or False", "pass one of them")
+    if "show" in chosen:
+        check_choice("show", chosen["show"], ("eager", "fused"))
     if "sizes" in chosen:
         chosen["sizes"] = check_layer_sizes("sizes", chosen["sizes"])
     shown = {**chosen, "sizes": ", ".join(map(str, chosen.get("sizes", ())))}

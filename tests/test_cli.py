@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from fastlane_ext import _text, cli, experiments, reference
 from fastlane_ext.cli import digits, files, output, promises
 from fastlane_ext.cli.commands import bench, check, gradients, train
 
-FIRST_LINE = "layers.0.0.weight has gradient mean of 1.797181e-05"
+# The last digits depend on how the machine's kernels add up.
+FIRST_LINE = re.compile(r"layers\.0\.0\.weight has gradient mean of 1\.797\d{3}e-05")
 COMMANDS = ("gradients", "train", "bench", "check", "info")
 SMALL_TRAINING = ["--epochs", "1", "--layers", "3", "--width", "16", "--no-compile"]
 
@@ -82,7 +84,8 @@ def test_as_a_process() -> None:
 
     done = run("gradients")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[:2] == ["=== Gradients WITHOUT shortcuts ===", FIRST_LINE]
+    heading, line = done.stdout.splitlines()[:2]
+    assert heading == "=== Gradients WITHOUT shortcuts ===" and FIRST_LINE.fullmatch(line)
     wrong = run("info", FASTLANE_CPU_ISA="sse9")
     assert wrong.returncode == 2
     assert "FASTLANE_CPU_ISA" in wrong.stderr and wrong.stderr.count("\n") == 1
@@ -94,7 +97,7 @@ def test_as_a_process() -> None:
 def test_gradients_agree_with_eager_and_run_fused(capsys: pytest.CaptureFixture[str]) -> None:
     status, result = run_json(["gradients", "--json"], capsys)
     assert status == 0 and result["ok"]
-    assert result["blocks"]["without"]["lines"][0] == FIRST_LINE
+    assert FIRST_LINE.fullmatch(result["blocks"]["without"]["lines"][0])
     assert result["largest_relative_difference"] < 1e-5
     assert result["path"]["fallback"] == {}
     assert min(result["path"]["fused"].values()) > 0

@@ -56,9 +56,10 @@ RANDOM = ("example", "projection", "any-rank")
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_figures(name: str) -> None:
+@pytest.mark.parametrize("show", ["eager", "fused"])
+def test_figures(name: str, show: str) -> None:
     fl.reset_stats()
-    result = experiments.run(name)
+    result = experiments.run(name, show=show)
     assert fl.stats()["fallback"] == {} and fl.stats()["fused"]["backward"] > 0
     assert result.difference < 1e-5
     for key, expected in FIGURES[name].items():
@@ -111,20 +112,24 @@ def test_the_demo_is_the_example() -> None:
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_eager_lines(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """``--eager`` prints what the plain script prints on this machine, and nothing else changes."""
+def test_whose_gradients_the_lines_show(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The lines are the plain script's on this machine, or the fused networks' on demand; nothing else changes."""
     argv = ["gradients", "--experiment", name]
-    fused = run_json([*argv, "--json"], capsys)[1]
-    eager = run_json([*argv, "--eager", "--json"], capsys)[1]
-    assert eager["ok"] and eager["path"]["fused"]["backward"] > 0
+    results = {show: run_json([*argv, "--show", show, "--json"], capsys)[1] for show in ("eager", "fused")}
     for key in FIGURES[name]:
-        assert eager["blocks"][key]["eager"] == fused["blocks"][key]["eager"]
-        assert eager["blocks"][key]["parameters"] == fused["blocks"][key]["parameters"]
-        weights = [mean for parameter, mean in eager["blocks"][key]["eager"].items() if parameter.endswith("weight")]
-        shown = [float(line.split()[-1]) for line in eager["blocks"][key]["lines"] if line[-1:].isdigit()]
-        assert shown == pytest.approx(weights, rel=5e-7, abs=5e-7 if name == "projection" else 0)
-    assert cli.main([*argv, "--eager"]) == 0
-    assert "; the lines show eager's gradients\n" in capsys.readouterr().out
+        means = {}
+        for show, result in results.items():
+            assert result["ok"] and result["path"]["fused"]["backward"] > 0
+            block = result["blocks"][key]
+            means["eager"] = [mean for parameter, mean in block["eager"].items() if parameter.endswith("weight")]
+            means["fused"] = [row["mean_abs"] for row in block["parameters"] if row["name"].endswith("weight")]
+            shown = [float(line.split()[-1]) for line in block["lines"] if line[-1:].isdigit()]
+            assert shown == pytest.approx(means[show], rel=5e-7, abs=5e-7 if name == "projection" else 0)
+        assert results["eager"]["blocks"][key]["eager"] == results["fused"]["blocks"][key]["eager"]
+        assert results["eager"]["blocks"][key]["parameters"] == results["fused"]["blocks"][key]["parameters"]
+    for options, whose in ([], "eager PyTorch"), (["--show", "fused"], "the fused networks"):
+        assert cli.main([*argv, *options]) == 0
+        assert f"; lines: {whose}\n" in capsys.readouterr().out
 
 
 def test_worked() -> None:
@@ -224,7 +229,7 @@ def test_picture(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], 
         (["worked", "--seed", "1"], "--seed: got 1, expected none"),
         (["worked", "--style", "full"], "--style: got 'full', expected none"),
         (["any-rank", "--style", "full"], "--style: got 'full', expected none"),
-        (["worked", "--eager"], "--eager: got True, expected none for the experiment worked"),
+        (["worked", "--show", "fused"], "--show: got 'fused', expected none for the experiment worked"),
         (["other"], "--experiment"),
     ],
 )
@@ -241,7 +246,7 @@ def test_options_that_apply(capsys: pytest.CaptureFixture[str]) -> None:
         assert "sizes 4, 3, 3, 1" in result["description"] and "seed 7" in result["description"]
     status, result = run_json(["gradients", "--experiment", "projection", "--style", "full", "--json"], capsys)
     assert result["blocks"]["with"]["lines"][0].startswith("layers.0.0.weight has gradient mean of ")
-    assert json.dumps(result["blocks"]["with"]["parameters"][0]["mean_abs"]) in result["blocks"]["with"]["lines"][0]
+    assert json.dumps(result["blocks"]["with"]["eager"]["layers.0.0.weight"]) in result["blocks"]["with"]["lines"][0]
 
 
 def test_examples_in_docstrings() -> None:

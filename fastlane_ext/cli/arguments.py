@@ -113,7 +113,7 @@ def _json_option(parser: argparse.ArgumentParser) -> None:
 def _gradients(args: argparse.Namespace) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
     from .commands import gradients
 
-    options = {name: getattr(args, name) for name in ("sizes", "seed", "activation", "style", "eager", "plot")}
+    options = {name: getattr(args, name) for name in ("sizes", "seed", "activation", "style", "show", "plot")}
     with progress("gradients", gradients.STEPS, json_output=args.json is not None) as note:
         return gradients.compute(args.experiment, **options, note=note), gradients.render
 
@@ -202,7 +202,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=_seed, help="for the parameters and the input")
     p.add_argument("--activation", choices=ACTIVATIONS, help="of every layer")
     p.add_argument("--style", choices=("lines", "full", "table"), help="how values are printed")
-    p.add_argument("--eager", action="store_true", default=None, help="print eager's gradients, not the fused ones")
+    p.add_argument("--show", choices=("eager", "fused"), help="whose gradients the lines hold (default: eager)")
     p.add_argument("--plot", metavar="PATH", help="save a picture; the ending picks the format")
     _json_option(p)
 

@@ -34,13 +34,13 @@ def compute(
     seed: int | None = None,
     activation: str | None = None,
     style: str | None = None,
-    eager: bool | None = None,
+    show: str | None = None,
     plot: str | None = None,
     note: Note = lambda done=0, text=None: None,
 ) -> dict[str, Any]:
     """An experiment's figures, and the largest relative difference between fused and eager. The result is JSON-able.
 
-    ``sizes`` are the layer sizes; ``activation``, ``style`` and ``eager`` are those of `fastlane_ext.experiments.run`;
+    ``sizes`` are the layer sizes; ``activation``, ``style`` and ``show`` are those of `fastlane_ext.experiments.run`;
     None means the experiment's default. ``ok`` in the result is False if fused and eager differ by more than fp32
     rounding explains. ``step`` times one forward and backward of the network with shortcuts. Raises CommandError for a
     value that the experiment refuses, and for a picture of an experiment that compares no layers.
@@ -52,7 +52,7 @@ def compute(
     before = fastlane_ext.stats()
     note(0, experiment)
     try:
-        result = experiments.run(experiment, sizes=sizes, seed=seed, activation=activation, style=style, eager=eager)
+        result = experiments.run(experiment, sizes=sizes, seed=seed, activation=activation, style=style, show=show)
     except (TypeError, ValueError) as error:
         raise CommandError(f"--{error}") from error
     note(1, "picture" if plot else None)
@@ -107,7 +107,7 @@ def render(result: dict[str, Any]) -> None:
     """Print the blocks as plain lines, then the difference between fused and eager."""
     for block in result["blocks"].values():
         print(block["heading"], *block["lines"], "", sep="\n")
-    whose = "; the lines show eager's gradients" if result.get("eager") else ""
+    whose = {"eager": "; lines: eager PyTorch", "fused": "; lines: the fused networks"}.get(result.get("show", ""), "")
     print(f"{result['experiment']}: {result['description']}{whose}")
     verdict = "agree" if result["ok"] else "DISAGREE"
     print(
