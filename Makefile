@@ -6,7 +6,7 @@ BUILD_INPUTS = setup.py build_support.py pyproject.toml $(shell find csrc -type 
 CXX_SOURCES = $(shell find csrc tests/native benchmarks -name '*.h' -o -name '*.cpp' \
 	-o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo demo-plan test test-all mutants lint format docs sanitize sweep-aarch64 cuda-build bench bench-gelu build-cost report clean
+.PHONY: demo demo-plan test test-all mutants lint lint-workflow format docs sanitize sweep-aarch64 cuda-build bench bench-gelu build-cost report clean
 
 # A fresh machine needs Python 3.10+, its headers and a C++ compiler; everything else is installed here. Five epochs are
 # enough for the picture, which does not show torch.compile.
@@ -44,7 +44,13 @@ lint: $(VENV)/.requirements
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	@$(MAKE) --no-print-directory lint-workflow
+
+# actionlint is a program in Go that pip cannot install without a network beyond the package index, so it may be absent.
+lint-workflow: $(VENV)/.requirements
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+	@if command -v actionlint > /dev/null; then echo actionlint && actionlint; \
+	else echo "actionlint is not installed: only the schema of the workflow was checked"; fi
 
 format: $(VENV)/.requirements
 	$(BIN)/ruff check --fix .

@@ -206,13 +206,10 @@ def check_version(package: str, version: str, minimum: tuple[int, int]) -> None:
         )
 
 
-def is_clang(version: str) -> bool:
-    """Whether a compiler's version line is clang's.
-
-    >>> is_clang("Debian clang version 14.0.6"), is_clang("c++ (Debian 12.2.0-14) 12.2.0")
-    (True, False)
-    """
-    return "clang" in version
+def is_clang(command: str) -> bool:
+    """Whether a compiler is clang or made from it, as Intel's and AMD's are; not every such version line says clang."""
+    asked = [*command.split(), "-dM", "-E", "-x", "c++", os.devnull]
+    return "__clang__" in subprocess.run(asked, capture_output=True, text=True, check=False).stdout
 
 
 def find_compiler(environment: Mapping[str, str] = os.environ) -> tuple[str, str]:

@@ -68,7 +68,7 @@ def extension_and_command():
         ) from error
     check_version("torch", torch.__version__, MINIMUM_TORCH)
     check_version("setuptools", setuptools.__version__, MINIMUM_SETUPTOOLS)
-    _, compiler_version = find_compiler()
+    compiler, compiler_version = find_compiler()
 
     toolkit_home = find_cuda_home() if torch.version.cuda else None
     if toolkit_home:
@@ -123,7 +123,7 @@ def extension_and_command():
             "cxx": [
                 "-O3",
                 "-ffp-contract=off",
-                *([] if is_clang(compiler_version) else ["-fopenmp"]),
+                *([] if is_clang(compiler) else ["-fopenmp"]),
                 "-fvisibility=hidden",
                 "-g0",
                 "-Wall",

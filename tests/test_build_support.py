@@ -21,6 +21,7 @@ from build_support import (  # noqa: E402
     find_compiler,
     find_cuda_home,
     find_cutlass,
+    is_clang,
     join,
     parse_nvcc_top,
 )
@@ -128,6 +129,14 @@ def test_old_torch_is_refused(version):
 def test_missing_compiler_is_named():
     with pytest.raises(BuildError, match=r"'no-such-compiler' was not found; install g\+\+"):
         find_compiler({"CXX": "no-such-compiler", "PATH": os.environ["PATH"]})
+
+
+@pytest.mark.parametrize("macro", ["__clang__", "__GNUC__"])
+def test_a_compiler_made_from_clang_is_known_by_its_macros(macro, tmp_path):
+    compiler = tmp_path / "icpx"
+    compiler.write_text(f'#!/bin/sh\n[ "$1 $2 $3 $4" = "-dM -E -x c++" ] && echo "#define {macro} 1"\n')
+    compiler.chmod(0o755)
+    assert is_clang(f"{compiler}") == (macro == "__clang__")
 
 
 def run_setup(tmp_path, **environment):
