@@ -63,6 +63,14 @@ def test_a_passing_panel_takes_half_of_l1(l1):
         assert l1 // 4 < passing <= l1 // 2
 
 
+@pytest.mark.skipif("avx2" not in ISAS, reason="needs AVX2")
+@pytest.mark.parametrize("rows", [8, 32, 256])
+def test_dw_of_few_rows_is_written_along_its_rows(rows):
+    p = plan(1024, 1024, rows, isa="avx2", a=(1, 1024), b=(1024, 1))
+    assert not p["a_in_place"] and not p["b_in_place"]
+    assert p["b_panels_in_l2"] * p["tile_cols"] >= 128
+
+
 @pytest.mark.skipif("avx512" not in ISAS, reason="needs AVX-512")
 def test_a_tile_that_uses_its_values_often_takes_whole_blocks():
     p = plan(512, 4096, 4096, isa="avx512")

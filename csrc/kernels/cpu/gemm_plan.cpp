@@ -91,12 +91,14 @@ class Planner {
   }
 
   // The narrower panels of A allow longer passes than B's, and sums wait less often. A task packs its A once; the
-  // packed panels come from the last level, once for each group of B's panels.
+  // packed panels come from the last level, once for each group of B's panels. Tiles then follow each other along
+  // rows of the result: down a column, where each line of a store lies in another page, dW of few rows waits for
+  // them.
   void pass_packed_a_by() {
-    const int64_t steps = pass_steps(f_.tile_rows);
-    const int64_t panels = caches_.l2 / 2 / f_.unit_bytes / steps / f_.tile_cols;
-    if (!has_passes() || steps <= plan_.pass_steps || panels < 2) return;
-    plan_.pass_steps = steps;
+    const int64_t longest = pass_steps(f_.tile_rows);
+    const int64_t panels = caches_.l2 / 2 / f_.unit_bytes / std::min(steps(), longest) / f_.tile_cols;
+    if (longest <= plan_.pass_steps || panels < 2) return;
+    plan_.pass_steps = longest;
     plan_.b_panels_in_l2 = panels;
     plan_.task_row_panels = kMaxTaskRows / f_.tile_rows;
   }

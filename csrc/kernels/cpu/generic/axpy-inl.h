@@ -69,6 +69,9 @@ class AxpyColumns {
 
  private:
   static constexpr int64_t kHalfPanel = kVecs / 2 * W;
+  // With fewer registers a panel is a line wide. Where rows of B lie a power of two apart, these lines share a few
+  // sets of L1, so each tile would read them from L2. Wider panels were not measured.
+  static constexpr int64_t kMinPackedTiles = kTileRows * kTileVecs < 24 ? 2 : INT64_MAX;
   // One or two rows take two panels at a time, to have more independent sums.
   static constexpr int kWideRows = 2;
   static constexpr int64_t kChainK = kChain * P::k_per_step;
@@ -122,17 +125,48 @@ class AxpyColumns {
 
   void run_panel(const Chain& chain, int64_t col, int64_t width, Ahead ahead) const {
     const int64_t tiles = ceil_div(p_.m, kMaxRows);
+    const bool packs = width == kPanel && tiles >= kMinPackedTiles;
+    alignas(64) Unit packed[kChain * kPanel];
+    if (packs) pack_b(chain, col, ahead, packed);
     for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t row = p_.m * i / tiles, rows = p_.m * (i + 1) / tiles - row;
-      // Two tiles ask for what lies ahead, since requests get lost where memory is busy.
-      run_tile<1>(chain, row, rows, col, width, i < 2 ? ahead : Ahead{});
+      const int64_t row = p_.m * i / tiles;
+      with_rows<1>(p_.m * (i + 1) / tiles - row, [&](auto rows) {
+        if (packs) return multiply_packed<rows>(chain, row, col, packed);
+        // Two tiles ask for what lies ahead, since requests get lost where memory is busy.
+        run_tile<rows>(chain, row, col, width, i < 2 ? ahead : Ahead{});
+      });
     }
   }
 
-  template <int kRows>
-  void run_tile(const Chain& chain, int64_t row, int64_t rows, int64_t col, int64_t width, Ahead ahead) const {
+  // Calls f with `rows` as a constant.
+  template <int kRows, class F>
+  static void with_rows(int64_t rows, F f) {
     if constexpr (kRows < kMaxRows)
-      if (rows > kRows) return run_tile<kRows + 1>(chain, row, rows, col, width, ahead);
+      if (rows > kRows) return with_rows<kRows + 1>(rows, f);
+    f(std::integral_constant<int, kRows>{});
+  }
+
+  // Packs a panel's steps side by side.
+  void pack_b(const Chain& chain, int64_t col, Ahead ahead, Unit* packed) const {
+    const T* b = b_.at(col, chain.k);
+    for (int64_t k = chain.k; k < chain.end; k += P::k_per_step, b += P::k_per_step * b_.k_stride, packed += kPanel) {
+      const int64_t rows = std::min<int64_t>(P::k_per_step, chain.end - k);
+      fetch(b, rows, ahead);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v)
+        P::store_units(packed + v * W, rows == P::k_per_step ? P::units_along_strip(b + v * W, b_.k_stride)
+                                                             : P::units_along_strip(b + v * W, b_.k_stride, rows, W));
+    }
+  }
+
+  FASTLANE_INLINE void fetch(const T* b, int64_t rows, Ahead ahead) const {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t byte = 0; byte < ahead.bytes; byte += kLineBytes)
+        __builtin_prefetch(reinterpret_cast<const char*>(b + row * b_.k_stride) + ahead.offset + byte, 0, 2);
+  }
+
+  template <int kRows>
+  void run_tile(const Chain& chain, int64_t row, int64_t col, int64_t width, Ahead ahead) const {
     if constexpr (kRows <= kWideRows)
       if (width == 2 * kPanel) return multiply<kRows, 2 * kVecs>(chain, row, col, W, ahead);
     if (width == kPanel) return multiply<kRows, kVecs>(chain, row, col, W, ahead);
@@ -144,14 +178,43 @@ class AxpyColumns {
   template <int kRows, int kColVecs>
   __attribute__((noinline)) void multiply(const Chain& chain, int64_t row, int64_t col, int64_t last_count,
                                           Ahead ahead) const {
-    const Unit* a = packed_a_.as<Unit>() + row;
     const T* b = b_.at(col, chain.k);
+    const auto count = [&](int v) { return v + 1 < kColVecs ? W : last_count; };
+    add_steps<kRows, kColVecs>(chain, row, col, [&](auto take_step) {
+      for (int64_t step = (chain.end - chain.k) / P::k_per_step; step > 0; --step) {
+        fetch(b, P::k_per_step, ahead);
+        take_step([&](int v) {
+          const T* const from = b + v * W;
+          return count(v) == W ? P::units_along_strip(from, b_.k_stride)
+                               : P::units_along_strip(from, b_.k_stride, P::k_per_step, count(v));
+        });
+        b += P::k_per_step * b_.k_stride;
+      }
+      if ((chain.end - chain.k) % P::k_per_step != 0)
+        take_step([&](int v) { return P::units_along_strip(b + v * W, b_.k_stride, 1, count(v)); });
+    });
+  }
+
+  // The same with a panel that pack_b packed.
+  template <int kRows>
+  __attribute__((noinline)) void multiply_packed(const Chain& chain, int64_t row, int64_t col, const Unit* b) const {
+    add_steps<kRows, kVecs>(chain, row, col, [&](auto take_step) {
+      for (int64_t step = steps_of<P>(chain.end - chain.k); step > 0; --step, b += kPanel)
+        take_step([&](int v) { return P::lanes(b + v * W); });
+    });
+  }
+
+  // Adds to kRows rows × kColVecs vectors of sums. `for_each_step` calls its argument for each step with a function
+  // that gives vector v of B's columns.
+  template <int kRows, int kColVecs, class Steps>
+  FASTLANE_INLINE void add_steps(const Chain& chain, int64_t row, int64_t col, Steps for_each_step) const {
+    const Unit* a = packed_a_.as<Unit>() + row;
     V acc[kRows][kColVecs];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
       for (int v = 0; v < kColVecs; ++v) acc[i][v] = V::set(0);
-    const auto take_step = [&](auto lanes_at) {
+    for_each_step([&](auto lanes_at) {
       V lanes[kColVecs];
 #pragma GCC unroll 8
       for (int v = 0; v < kColVecs; ++v) lanes[v] = lanes_at(v);
@@ -162,22 +225,7 @@ class AxpyColumns {
         for (int v = 0; v < kColVecs; ++v) acc[i][v] = P::multiply_add(ai, lanes[v], acc[i][v]);
       }
       a += p_.m;
-      b += P::k_per_step * b_.k_stride;
-    };
-    const auto count = [&](int v) { return v + 1 < kColVecs ? W : last_count; };
-    for (int64_t step = (chain.end - chain.k) / P::k_per_step; step > 0; --step) {
-      for (int row_of_step = 0; row_of_step < P::k_per_step; ++row_of_step)
-        for (int64_t byte = 0; byte < ahead.bytes; byte += kLineBytes)
-          __builtin_prefetch(reinterpret_cast<const char*>(b + row_of_step * b_.k_stride) + ahead.offset + byte, 0,
-                             2);
-      take_step([&](int v) {
-        const T* const from = b + v * W;
-        return count(v) == W ? P::units_along_strip(from, b_.k_stride)
-                             : P::units_along_strip(from, b_.k_stride, P::k_per_step, count(v));
-      });
-    }
-    if ((chain.end - chain.k) % P::k_per_step != 0)
-      take_step([&](int v) { return P::units_along_strip(b + v * W, b_.k_stride, 1, count(v)); });
+    });
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
