@@ -81,6 +81,22 @@ def test_short_calls_are_repeated_and_the_time_is_that_of_one() -> None:
     assert (long.calls_per_sample, long.median) == (1, 1.0)
 
 
+def test_prepare_runs_before_each_sample_and_outside_its_time() -> None:
+    clock, made = Clock(), []
+
+    def prepare(name: str) -> None:
+        made.append(name)
+        clock.now += 10.0
+
+    race = protocol.Race(
+        {"a": clock.takes(1.0), "b": clock.takes(2.0)}, min_sample=0.5, probes=1, clock=clock, prepare=prepare
+    )
+    race.warm_up()
+    assert made == ["a", "b"] and clock.now == 20 + 2 * 1.0 + 2 * 2.0  # one call, and one probe
+    race.round()
+    assert sorted(made[2:]) == ["a", "b"] and [race.samples(name) for name in "ab"] == [[1.0], [2.0]]
+
+
 def test_a_failing_contestant_stays_with_its_reason() -> None:
     def broken() -> None:
         raise RuntimeError("no such kernel\nmore lines")

@@ -234,6 +234,16 @@ def test_points_without_time_are_left_to_the_rules(raced):
     assert list(tuning.measure(points, [1], budget=0)) == points
 
 
+def test_a_call_that_fails_ends_the_measurement(monkeypatch):
+    def fail():
+        raise MemoryError("no room for the operands")
+
+    monkeypatch.setattr(tuning, "WORKS", {"layer_forward": lambda point: fail})
+    point = tuning.Point("layer_forward", "float32", 8, 64, 64)
+    with pytest.raises(RuntimeError, match="MemoryError: no room for the operands"):
+        list(tuning.measure([point], [1], budget=60))
+
+
 def test_every_work_runs_on_both_paths():
     """The calls that are timed take the path that the profile names, and leave no profile behind."""
     script = """

@@ -4,7 +4,7 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <memory>
+#include <list>
 #include <mutex>
 
 namespace fastlane {
@@ -15,6 +15,8 @@ constexpr size_t kDTypes = 4;
 struct Point {
   std::array<double, 3> log_sizes;
   bool fused_wins;
+
+  bool operator==(const Point&) const = default;
 };
 // Points by work and dtype.
 using Profile = std::array<std::array<std::vector<Point>, kDTypes>, kWorks>;
@@ -29,16 +31,17 @@ std::array<double, 3> log_sizes(const LayerShape& shape) {
 }  // namespace
 
 void set_profile(const std::vector<MeasuredPoint>& points) {
-  // Another thread may still read an older profile, so all of them are kept.
+  // Another thread may still read an older profile, so each is kept, once; `fastlane tune` alternates between two.
   static std::mutex mutex;
-  static std::vector<std::unique_ptr<const Profile>> profiles;
-  auto profile = std::make_unique<Profile>();
+  static std::list<Profile> profiles;
+  Profile profile;
   for (const MeasuredPoint& p : points)
-    (*profile)[static_cast<size_t>(p.work)][static_cast<size_t>(p.shape.dtype)].push_back(
+    profile[static_cast<size_t>(p.work)][static_cast<size_t>(p.shape.dtype)].push_back(
         {log_sizes(p.shape), p.fused_wins});
   const std::lock_guard<std::mutex> lock(mutex);
-  profiles.push_back(std::move(profile));
-  current = points.empty() ? nullptr : profiles.back().get();
+  auto kept = std::find(profiles.begin(), profiles.end(), profile);
+  if (kept == profiles.end()) kept = profiles.insert(kept, std::move(profile));
+  current = points.empty() ? nullptr : &*kept;
 }
 
 std::optional<bool> fused_won(Work work, const LayerShape& shape) {

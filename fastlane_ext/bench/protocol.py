@@ -97,7 +97,8 @@ class Race:
     """Contestants that take turns.
 
     ``calls`` maps each name to a call without arguments. Calls shorter than ``min_sample`` seconds are
-    repeated within a sample until the clock can resolve them.
+    repeated within a sample until the clock can resolve them; the fastest of ``probes`` tries says how often.
+    ``prepare`` gets a contestant's name before each of its samples, outside the time.
 
     >>> r = Race({"a": lambda: None, "b": lambda: None}, min_sample=1e-5)
     >>> r.warm_up()
@@ -111,14 +112,18 @@ class Race:
         calls: Mapping[str, Call],
         *,
         min_sample: float = MIN_SAMPLE_SECONDS,
+        probes: int = 3,
         clock: Callable[[], float] = time.perf_counter,
         synchronize: Callable[[], None] | None = None,
+        prepare: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._entries = {name: _Entry(call) for name, call in calls.items()}
         self._draw = random.Random(0)
         self._min_sample = min_sample
+        self._probes = probes
         self._clock = clock
         self._synchronize = synchronize
+        self._prepare = prepare
 
     def _timed(self, call: Call, repeats: int) -> float:
         if isinstance(call, TimesItself):
@@ -134,10 +139,10 @@ class Race:
         return self._clock() - start
 
     def _calls_per_sample(self, call: Call) -> int:
-        # The fastest of three, since the first calls may still meet page faults; one whole sample corrects the number.
+        # The fastest, since the first calls may still meet page faults; one whole sample corrects the number.
         calls = 1
         for _ in range(2):
-            seconds = min(self._timed(call, calls) for _ in range(3)) / calls
+            seconds = min(self._timed(call, calls) for _ in range(self._probes)) / calls
             calls = max(1, math.ceil(self._min_sample / max(seconds, 1e-9)))
             if calls == 1:
                 break
@@ -151,8 +156,9 @@ class Race:
         for name, entry in self._entries.items():
             if on_contestant is not None:
                 on_contestant(name)
+            self._prepare(name)
             try:
-                self._timed(entry.call, 2)
+                self._timed(entry.call, min(2, self._probes))
                 entry.calls_per_sample = self._calls_per_sample(entry.call)
             except Exception as error:
                 entry.failed = reason_of(error)
@@ -162,6 +168,7 @@ class Race:
         entry = self._entries[name]
         if entry.failed is not None:
             return
+        self._prepare(name)
         try:
             seconds = self._timed(entry.call, entry.calls_per_sample)
         except Exception as error:
@@ -173,6 +180,10 @@ class Race:
         """One sample of each contestant, in an order drawn anew."""
         for name in self._draw.sample(list(self._entries), len(self._entries)):
             self.sample(name)
+
+    def samples(self, name: str) -> list[float]:
+        """The seconds of a call in each sample so far."""
+        return self._entries[name].seconds
 
     def results(self) -> dict[str, Timing | Skipped]:
         """Each contestant's times, or why it could not run."""

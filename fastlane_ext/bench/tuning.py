@@ -21,7 +21,7 @@ from fastlane_ext import functional
 from fastlane_ext._load import library
 
 from .machine import torch_threads
-from .protocol import Timing, no_garbage_collection
+from .protocol import Race, Skipped, Timing, no_garbage_collection
 
 MARGIN = 1.03
 """One path has to be so many times as fast as the other to be chosen against the rule."""
@@ -180,31 +180,31 @@ def grid(dtypes: Sequence[str]) -> list[Point]:
 # Measuring
 
 
-def _sample(call: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls
-
-
 def _race(point: Point, layers: Sequence[tuple[Any, ...]], call: Callable[[], object]) -> tuple[float, float]:
-    # Median seconds of the fused path and of the library's. The first call of each meets page faults and fresh caches.
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    calls = dict.fromkeys(seconds, 1)
+    # Median seconds of the fused path and of the library's.
+    paths = ("fused", "library")
+    contest = Race(
+        dict.fromkeys(paths, call),
+        min_sample=MIN_SAMPLE_SECONDS,
+        probes=1,
+        prepare=lambda path: library.set_profile([*layers, point.values(path == "fused")]),
+    )
     start = time.perf_counter()
     with no_garbage_collection():
-        for turn in range(ROUNDS + 1):
-            for fused in seconds if turn % 2 else reversed(seconds):
-                library.set_profile([*layers, point.values(fused)])
-                if turn == 0:
-                    call()
-                    calls[fused] = max(1, math.ceil(MIN_SAMPLE_SECONDS / _sample(call, 1)))
-                else:
-                    seconds[fused].append(_sample(call, calls[fused]))
-            enough = time.perf_counter() - start > POINT_SECONDS or _is_clear(*seconds.values())
-            if turn >= LEAST_ROUNDS and enough:
+        contest.warm_up()
+        for done in range(1, ROUNDS + 1):
+            contest.round()
+            enough = time.perf_counter() - start > POINT_SECONDS or _is_clear(*map(contest.samples, paths))
+            if done >= LEAST_ROUNDS and enough:
                 break
-    return Timing.of(seconds[True]).median, Timing.of(seconds[False]).median
+    results = contest.results()
+    return _median(results["fused"]), _median(results["library"])
+
+
+def _median(result: Timing | Skipped) -> float:
+    if isinstance(result, Skipped):
+        raise RuntimeError(result.reason)
+    return result.median
 
 
 def _is_clear(fused: Sequence[float], library_: Sequence[float]) -> bool:
