@@ -6,7 +6,7 @@ BUILD_INPUTS = setup.py build_support.py pyproject.toml $(shell find csrc -type 
 CXX_SOURCES = $(shell find csrc tests/native benchmarks -name '*.h' -o -name '*.cpp' \
 	-o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo demo-plan test test-all mutants lint lint-workflow format docs sanitize sweep-aarch64 cuda-build bench bench-gelu build-cost report clean
+.PHONY: demo demo-plan test test-all mutants lint lint-workflow format docs sanitize sweep-aarch64 macos-build cuda-build bench bench-gelu build-cost report clean
 
 # A fresh machine needs Python 3.10+, its headers and a C++ compiler; everything else is installed here. Five epochs are
 # enough for the picture, which does not show torch.compile.
@@ -34,17 +34,19 @@ test-all: lint $(VENV)/.built
 	$(BIN)/python $(PYTEST) --thorough
 	$(MAKE) sanitize
 
-# Breaks the kernels in many small ways, each of which the tests must notice; a quarter of an hour. FLAGS="--only dW"
+# Breaks the kernels in many small ways, each of which the tests must notice; half an hour. FLAGS="--only dW"
 # takes some.
 mutants: $(VENV)/.built
 	$(BIN)/python tests/mutation/run.py $(FLAGS)
 
+# Nothing is built for this: the tests of the include rules read sources alone, so they go without conftest.py.
 lint: $(VENV)/.requirements
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 	@$(MAKE) --no-print-directory lint-workflow
+	$(BIN)/python -m pytest -o addopts= --noconftest -p no:warnings -q -m "not slow" tests/test_include_rules.py tests/test_layers.py
 
 # actionlint is a program in Go that pip cannot install without a network beyond the package index, so it may be absent.
 lint-workflow: $(VENV)/.requirements
@@ -117,6 +119,17 @@ $(AARCH64)/%.o: %.cpp Makefile
 	$(AARCH64_CXX) $(SWEEP_FLAGS) -MMD -MP -c $< -o $@
 
 -include $(AARCH64_OBJECTS:.o=.d) $(CHECKER_OBJECTS:.o=.d)
+
+# The package compiled for macOS on 64-bit Arm by clang, and linked with torch's own build; ziglang brings the compiler
+# and macOS's headers. Nothing runs.
+MACOS = build/macos
+macos-build: $(VENV)/.requirements
+	@mkdir -p $(MACOS)
+	$(BIN)/python -m pip install --quiet --target $(MACOS)/zig ziglang
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --platform macosx_14_0_arm64 --python-version 3.12 \
+	--dest $(MACOS) $(shell grep '^torch==' requirements.txt)
+	cd $(MACOS) && ../../$(BIN)/python -m zipfile -e torch-*.whl .
+	PYTHONPATH=$(MACOS)/zig $(BIN)/python tests/native/macos_build.py $(MACOS)
 
 # The CUDA half without a GPU: a source distribution, compiled and linked for torch's CUDA build in an environment and a
 # folder of its own, then the tests that this build or the newer torch may change. nvcc is all it needs; torch and its

@@ -196,6 +196,33 @@ def join(sources: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     return {name: members for name, members in groups.items() if members}, alone
 
 
+def relative_sources(root: Path, with_cuda: bool, with_hopper: bool) -> list[str]:
+    """The sources to compile, by their paths in `root`."""
+    backend, hopper = root / "csrc/ops/backend", root / "csrc/kernels/cuda/hopper"
+    without_hopper = {hopper / "absent.cpp"}
+    left_out = {backend / "cuda_absent.cpp"} if with_cuda else {backend / "cuda.cpp", backend / "cuda_stack.cpp"}
+    left_out |= without_hopper if with_hopper else set(hopper.glob("*.c*")) - without_hopper
+    left_out |= set() if with_cuda else without_hopper
+    paths = {*(root / "csrc").rglob("*.cpp"), *((root / "csrc").rglob("*.cu") if with_cuda else ())}
+    return sorted(path.relative_to(root).as_posix() for path in paths - left_out)
+
+
+def joined_sources(root: Path, sources: Sequence[str]) -> list[str]:
+    """The sources with some replaced by files in build/joined that include them."""
+    groups, single = join(sources)
+    folder = root / "build" / "joined"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, members in groups.items():
+        text = "".join(f'#include "{Path(member).relative_to("csrc").as_posix()}"\n' for member in members)
+        file = folder / f"{name}.cpp"
+        # A file that is not written anew is not compiled anew.
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+    # What takes longest comes first, so that all cores are busy to the end.
+    single.sort(key=lambda source: ("/isa/" not in source, source))
+    return [*(f"build/joined/{name}.cpp" for name in groups), *single]
+
+
 def check_version(package: str, version: str, minimum: tuple[int, int]) -> None:
     """Raise BuildError unless `version` (a package's ``__version__``) is `minimum` or newer."""
     match = re.match(r"(\d+)\.(\d+)", version)

@@ -26,36 +26,11 @@ from build_support import (  # noqa: E402
     find_cuda_home,
     find_cutlass,
     is_clang,
-    join,
+    joined_sources,
+    relative_sources,
 )
 
 BUILD_RECORD = "_build_record.json"
-
-
-def relative_sources(with_cuda: bool, with_hopper: bool) -> list[str]:
-    backend, hopper = ROOT / "csrc/ops/backend", ROOT / "csrc/kernels/cuda/hopper"
-    without_hopper = {hopper / "absent.cpp"}
-    left_out = {backend / "cuda_absent.cpp"} if with_cuda else {backend / "cuda.cpp", backend / "cuda_stack.cpp"}
-    left_out |= without_hopper if with_hopper else set(hopper.glob("*.c*")) - without_hopper
-    left_out |= set() if with_cuda else without_hopper
-    paths = {*(ROOT / "csrc").rglob("*.cpp"), *((ROOT / "csrc").rglob("*.cu") if with_cuda else ())}
-    return sorted(str(path.relative_to(ROOT)) for path in paths - left_out)
-
-
-def joined_sources(sources: list[str]) -> list[str]:
-    """The sources with some replaced by files in build/joined that include them."""
-    groups, single = join(sources)
-    folder = ROOT / "build" / "joined"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, members in groups.items():
-        text = "".join(f'#include "{Path(member).relative_to("csrc").as_posix()}"\n' for member in members)
-        file = folder / f"{name}.cpp"
-        # A file that is not written anew is not compiled anew.
-        if not file.exists() or file.read_text() != text:
-            file.write_text(text)
-    # What takes longest comes first, so that all cores are busy to the end.
-    single.sort(key=lambda source: ("/isa/" not in source, source))
-    return [*(f"build/joined/{name}.cpp" for name in groups), *single]
 
 
 def extension_and_command():
@@ -96,7 +71,7 @@ def extension_and_command():
 
         def run(self):
             if os.environ.get("FASTLANE_JOIN", "1") != "0":
-                self.extensions[0].sources = joined_sources(self.extensions[0].sources)
+                self.extensions[0].sources = joined_sources(ROOT, self.extensions[0].sources)
             super().run()
             package = ROOT / "fastlane_ext" if self.inplace else Path(self.build_lib) / "fastlane_ext"
             record = {
@@ -113,7 +88,7 @@ def extension_and_command():
 
     extension = (CUDAExtension if decision.build else CppExtension)(
         "fastlane_ext._C",
-        relative_sources(decision.build, hopper.include is not None),
+        relative_sources(ROOT, decision.build, hopper.include is not None),
         include_dirs=[str(ROOT / "csrc"), *([hopper.include] if hopper.include else [])],
         define_macros=[("FASTLANE_CUDA_REASON", json.dumps(decision.reason))],
         # -ffp-contract=off: a product and a sum are fused only where the source says fma, the same in every ISA.
