@@ -232,6 +232,13 @@ MUTANTS = [
         "test_layer_accuracy.py",
     ),
     Mutant(
+        "few rows, across the weight: a packed panel lacks a chain's last step",
+        KERNELS + "generic/axpy-inl.h",
+        "for (int64_t k = chain.k; k < chain.end; k += P::k_per_step, b +=",
+        "for (int64_t k = chain.k; k < chain.end - MUTANT; k += P::k_per_step, b +=",
+        "test_layer_accuracy.py",
+    ),
+    Mutant(
         "few rows, across the weight: columns beyond the last are read",
         KERNELS + "generic/axpy-inl.h",
         "return count(v) == W ?",
@@ -265,6 +272,27 @@ MUTANTS = [
         "_mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))",
         "_mm256_and_si256(_mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)), _mm256_set1_epi32(MUTANT ? 0 : -1))",
         "test_gelu.py",
+    ),
+    Mutant(
+        "NEON: bfloat16 is cut off instead of rounded",
+        KERNELS + "isa/vec_neon.h",
+        "vaddq_u32(odd, vdupq_n_u32(0x7fff))",
+        "(MUTANT ? vdupq_n_u32(0) : vaddq_u32(odd, vdupq_n_u32(0x7fff)))",
+        "test_qemu.py",
+    ),
+    Mutant(
+        "NEON: a power of two below the smallest normal number is formed in one step",
+        KERNELS + "isa/vec_neon.h",
+        "half = vshrq_n_s32(whole, 1),",
+        "half = MUTANT ? whole : vshrq_n_s32(whole, 1),",
+        "test_qemu.py",
+    ),
+    Mutant(
+        "NEON: doubles are packed without a transposition",
+        KERNELS + "isa/vec_neon.h",
+        "  r[0].v = first;\n",
+        "  r[0].v = MUTANT ? r[0].v : first;\n",
+        "test_qemu.py",
     ),
     # Sums and wgrad.
     Mutant(

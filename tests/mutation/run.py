@@ -3,6 +3,7 @@
     python tests/mutation/run.py                 all mutants, on the AVX2 kernels
     python tests/mutation/run.py --only dW       those with "dW" in their names
     python tests/mutation/run.py --list
+    python tests/mutation/run.py --isa neon      those of the kernels, compiled for 64-bit Arm, by the emulated sweep
 
 The sources are copied to build/mutation with every mutant behind a switch, and compiled once. The variable
 FASTLANE_MUTANT then chooses a mutant. The exit status is 1 if a mutant survives.
@@ -21,7 +22,8 @@ from mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "build" / "mutation"
-COPIED = ["csrc", "fastlane_ext", "tests", "setup.py", "build_support.py", "pyproject.toml", "README.md"]
+SWEEP = (COPY / "build/aarch64/sweep", COPY / "build/aarch64/checker/sweep")
+COPIED = ["Makefile", "csrc", "fastlane_ext", "tests", "setup.py", "build_support.py", "pyproject.toml", "README.md"]
 SWITCH = """// Which mutant is the chosen one.
 #pragma once
 #include <cstdlib>
@@ -52,6 +54,8 @@ TEST_FILES = [
 # As test_layer_path.py runs them on the other path. The nearest file also runs what is slow.
 MARKERS = {"fused": "not slow", "library": "not slow and not own_product"}
 MARKERS_OF_THE_NEAREST = {"fused": "", "library": "not own_product"}
+# What the sweep of NEON takes, until one of these notices the mutant: a few cases, then ten times as many.
+SWEEPS = ("0 99999 170", "0 99999 17")
 # A mutant that makes a test wait for ever is noticed by that.
 TIME_LIMIT_S = 900
 NO_TESTS = 5  # pytest's exit status where all were deselected
@@ -99,6 +103,49 @@ def build():
     subprocess.run(command, cwd=COPY, env=os.environ | {"CFLAGS": flags, "FASTLANE_CUDA": "0"}, check=True)
 
 
+def build_sweep():
+    """The kernels' sweep for 64-bit Arm, and the program of this machine that checks its results."""
+    include = f"-include {COPY / 'mutant.h'}"
+    compilers = [
+        f"AARCH64_CXX={os.environ.get('AARCH64_CXX', 'aarch64-linux-gnu-g++')} {include}",
+        f"CXX={os.environ.get('CXX', 'c++')} {include}",
+    ]
+    subprocess.run(
+        ["make", "-s", "-j2", *compilers, *(str(path.relative_to(COPY)) for path in SWEEP)], cwd=COPY, check=True
+    )
+
+
+def run_sweep(number, cases):
+    """The first case that fails under emulation, or another reason for the run's end; None if all cases passed."""
+    sweep, checker = SWEEP
+    emulator, record = os.environ.get("QEMU_AARCH64", "qemu-aarch64"), COPY / "build" / "neon.record"
+    broken = {"FASTLANE_CPU_ISA": "neon", "FASTLANE_MUTANT": str(number)}
+    for command, environment in (
+        ([emulator, sweep, "--write"], broken),
+        ([checker, "--read"], {"FASTLANE_CPU_ISA": ""}),
+    ):
+        command += [record, *cases.split()]
+        try:
+            done = subprocess.run(
+                command, env=os.environ | environment, capture_output=True, text=True, timeout=TIME_LIMIT_S
+            )
+        except subprocess.TimeoutExpired:
+            return f"no end after {TIME_LIMIT_S} s"
+        if done.returncode < 0:
+            return f"signal {-done.returncode}"
+        if done.returncode:
+            return ((done.stdout + done.stderr).splitlines() or [f"status {done.returncode}"])[0]
+    return None
+
+
+def is_judged_on(mutant, isa):
+    """Whether a mutant's code runs on a kernel set, and changes results where only the sweep looks."""
+    own_set = re.search(r"vec_(\w+)\.h$", mutant.file)
+    if own_set:
+        return own_set.group(1) == isa
+    return isa != "neon" or (mutant.file.startswith("csrc/kernels/") and not mutant.file.endswith("gemm_plan.cpp"))
+
+
 def run_tests(number, file, isa, path, markers=MARKERS_OF_THE_NEAREST):
     """The failing test, or another reason for the run's end; None if all tests passed."""
     environment = {"FASTLANE_CPU_ISA": isa, "FASTLANE_PATH": path, "FASTLANE_MUTANT": str(number)}
@@ -124,6 +171,8 @@ def run_tests(number, file, isa, path, markers=MARKERS_OF_THE_NEAREST):
 
 
 def noticed_by(number, mutant, isa):
+    if isa == "neon":
+        return next(filter(None, (run_sweep(number, cases) for cases in SWEEPS)), None)
     for file in dict.fromkeys([mutant.near, *TEST_FILES]):
         markers = MARKERS_OF_THE_NEAREST if file == mutant.near else MARKERS
         found = run_tests(number, file, isa, mutant.path, markers)
@@ -141,17 +190,23 @@ def main():
     arguments = parser.parse_args()
     only = arguments.only or [""]
     chosen = [(i, m) for i, m in enumerate(MUTANTS, start=1) if any(text in m.name for text in only)]
+    chosen = [(i, m) for i, m in chosen if is_judged_on(m, arguments.isa)]
     if not chosen:
-        parser.error(f"--only: no mutant has {' or '.join(map(repr, only))} in its name; see --list")
+        parser.error(f"--only: no mutant of {arguments.isa} has {' or '.join(map(repr, only))} in its name; see --list")
     if arguments.list:
         print("\n".join(f"{i:3} {m.name} ({m.file})" for i, m in chosen))
         return 0
     copy_sources()
-    build()
-    for file, path in sorted({(m.near, m.path) for _, m in chosen}):
-        unbroken = run_tests(0, file, arguments.isa, path)
-        if unbroken:
-            sys.exit(f"{file} fails with no mutant chosen: {unbroken}; mend that first")
+    if arguments.isa == "neon":
+        build_sweep()
+        unbroken = {"the sweep": run_sweep(0, SWEEPS[-1])}
+    else:
+        build()
+        runs = sorted({(m.near, m.path) for _, m in chosen})
+        unbroken = {file: run_tests(0, file, arguments.isa, path) for file, path in runs}
+    for what, found in unbroken.items():
+        if found:
+            sys.exit(f"{what} fails with no mutant chosen: {found}; mend that first")
     results = []
     for number, mutant in chosen:
         start = time.monotonic()
