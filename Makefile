@@ -125,9 +125,10 @@ $(AARCH64)/%.o: %.cpp Makefile
 MACOS = build/macos
 macos-build: $(VENV)/.requirements
 	@mkdir -p $(MACOS)
-	$(BIN)/python -m pip install --quiet --target $(MACOS)/zig ziglang
-	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --platform macosx_14_0_arm64 --python-version 3.12 \
-	--dest $(MACOS) $(shell grep '^torch==' requirements.txt)
+	rm -f $(MACOS)/torch-*.whl
+	$(BIN)/python -m pip install --quiet --upgrade --target $(MACOS)/zig ziglang==0.17.1
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --platform macosx_14_0_arm64 --dest $(MACOS) \
+	$(shell grep '^torch==' requirements.txt)
 	cd $(MACOS) && ../../$(BIN)/python -m zipfile -e torch-*.whl .
 	PYTHONPATH=$(MACOS)/zig $(BIN)/python tests/native/macos_build.py $(MACOS)
 

@@ -207,10 +207,9 @@ def relative_sources(root: Path, with_cuda: bool, with_hopper: bool) -> list[str
     return sorted(path.relative_to(root).as_posix() for path in paths - left_out)
 
 
-def joined_sources(root: Path, sources: Sequence[str]) -> list[str]:
-    """The sources with some replaced by files in build/joined that include them."""
+def joined_sources(root: Path, sources: Sequence[str], folder: Path) -> list[str]:
+    """The sources with some replaced by files in `folder`, below `root`, that include them."""
     groups, single = join(sources)
-    folder = root / "build" / "joined"
     folder.mkdir(parents=True, exist_ok=True)
     for name, members in groups.items():
         text = "".join(f'#include "{Path(member).relative_to("csrc").as_posix()}"\n' for member in members)
@@ -220,7 +219,7 @@ def joined_sources(root: Path, sources: Sequence[str]) -> list[str]:
             file.write_text(text)
     # What takes longest comes first, so that all cores are busy to the end.
     single.sort(key=lambda source: ("/isa/" not in source, source))
-    return [*(f"build/joined/{name}.cpp" for name in groups), *single]
+    return [*((folder / f"{name}.cpp").relative_to(root).as_posix() for name in groups), *single]
 
 
 def check_version(package: str, version: str, minimum: tuple[int, int]) -> None:

@@ -71,7 +71,7 @@ def extension_and_command():
 
         def run(self):
             if os.environ.get("FASTLANE_JOIN", "1") != "0":
-                self.extensions[0].sources = joined_sources(ROOT, self.extensions[0].sources)
+                self.extensions[0].sources = joined_sources(ROOT, self.extensions[0].sources, ROOT / "build" / "joined")
             super().run()
             package = ROOT / "fastlane_ext" if self.inplace else Path(self.build_lib) / "fastlane_ext"
             record = {

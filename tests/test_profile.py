@@ -234,14 +234,21 @@ def test_points_without_time_are_left_to_the_rules(raced):
     assert list(tuning.measure(points, [1], budget=0)) == points
 
 
-def test_a_call_that_fails_ends_the_measurement(monkeypatch):
+@pytest.mark.parametrize("path", [True, False])
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_call_that_fails_ends_the_measurement(path, after, monkeypatch):
+    profile, calls = [], []
+
     def fail():
-        raise MemoryError("no room for the operands")
+        calls.append(profile[-1][-1])  # the fused path or the library's
+        if calls.count(path) > after:
+            raise MemoryError("no room for the operands")
 
     monkeypatch.setattr(tuning, "WORKS", {"layer_forward": lambda point: fail})
-    point = tuning.Point("layer_forward", "float32", 8, 64, 64)
-    with pytest.raises(RuntimeError, match="MemoryError: no room for the operands"):
-        list(tuning.measure([point], [1], budget=60))
+    monkeypatch.setattr(tuning.library, "set_profile", lambda points: profile.__setitem__(slice(None), points))
+    with pytest.raises(MemoryError, match="no room for the operands"):
+        list(tuning.measure([tuning.Point("layer_forward", "float32", 8, 64, 64)], [1], budget=60))
+    assert calls[-1] == path and calls.count(path) == after + 1 and profile == []
 
 
 def test_every_work_runs_on_both_paths():

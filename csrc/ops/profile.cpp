@@ -31,7 +31,8 @@ std::array<double, 3> log_sizes(const LayerShape& shape) {
 }  // namespace
 
 void set_profile(const std::vector<MeasuredPoint>& points) {
-  // Another thread may still read an older profile, so each is kept, once; `fastlane tune` alternates between two.
+  // Another thread may still read an older profile, so each is kept, once: `fastlane tune` sets two in turns for each
+  // point.
   static std::mutex mutex;
   static std::list<Profile> profiles;
   Profile profile;

@@ -98,7 +98,8 @@ class Race:
 
     ``calls`` maps each name to a call without arguments. Calls shorter than ``min_sample`` seconds are
     repeated within a sample until the clock can resolve them; the fastest of ``probes`` tries says how often.
-    ``prepare`` gets a contestant's name before each of its samples, outside the time.
+    ``prepare`` gets a contestant's name before each of its samples, outside the time. The orders of the rounds follow
+    from ``seed``. If ``raises``, a contestant that fails ends the race with its exception.
 
     >>> r = Race({"a": lambda: None, "b": lambda: None}, min_sample=1e-5)
     >>> r.warm_up()
@@ -116,14 +117,17 @@ class Race:
         clock: Callable[[], float] = time.perf_counter,
         synchronize: Callable[[], None] | None = None,
         prepare: Callable[[str], None] = lambda name: None,
+        seed: int = 0,
+        raises: bool = False,
     ) -> None:
         self._entries = {name: _Entry(call) for name, call in calls.items()}
-        self._draw = random.Random(0)
+        self._draw = random.Random(seed)
         self._min_sample = min_sample
         self._probes = probes
         self._clock = clock
         self._synchronize = synchronize
         self._prepare = prepare
+        self._raises = raises
 
     def _timed(self, call: Call, repeats: int) -> float:
         if isinstance(call, TimesItself):
@@ -148,6 +152,11 @@ class Race:
                 break
         return calls
 
+    def _fail(self, entry: _Entry, error: Exception) -> None:
+        if self._raises:
+            raise error
+        entry.failed = reason_of(error)
+
     def warm_up(self, on_contestant: Callable[[str], None] | None = None) -> None:
         """Run each contestant until it is warm, and fix its number of calls per sample.
 
@@ -161,7 +170,7 @@ class Race:
                 self._timed(entry.call, min(2, self._probes))
                 entry.calls_per_sample = self._calls_per_sample(entry.call)
             except Exception as error:
-                entry.failed = reason_of(error)
+                self._fail(entry, error)
 
     def sample(self, name: str) -> None:
         """Take one sample of one contestant; if it fails, keep the reason."""
@@ -172,7 +181,7 @@ class Race:
         try:
             seconds = self._timed(entry.call, entry.calls_per_sample)
         except Exception as error:
-            entry.failed = reason_of(error)
+            self._fail(entry, error)
             return
         entry.seconds.append(seconds / entry.calls_per_sample)
 

@@ -21,7 +21,7 @@ from fastlane_ext import functional
 from fastlane_ext._load import library
 
 from .machine import torch_threads
-from .protocol import Race, Skipped, Timing, no_garbage_collection
+from .protocol import Race, Timing, no_garbage_collection
 
 MARGIN = 1.03
 """One path has to be so many times as fast as the other to be chosen against the rule."""
@@ -188,6 +188,8 @@ def _race(point: Point, layers: Sequence[tuple[Any, ...]], call: Callable[[], ob
         min_sample=MIN_SAMPLE_SECONDS,
         probes=1,
         prepare=lambda path: library.set_profile([*layers, point.values(path == "fused")]),
+        seed=point.multiply_adds,
+        raises=True,
     )
     start = time.perf_counter()
     with no_garbage_collection():
@@ -197,14 +199,8 @@ def _race(point: Point, layers: Sequence[tuple[Any, ...]], call: Callable[[], ob
             enough = time.perf_counter() - start > POINT_SECONDS or _is_clear(*map(contest.samples, paths))
             if done >= LEAST_ROUNDS and enough:
                 break
-    results = contest.results()
-    return _median(results["fused"]), _median(results["library"])
-
-
-def _median(result: Timing | Skipped) -> float:
-    if isinstance(result, Skipped):
-        raise RuntimeError(result.reason)
-    return result.median
+    fused, of_library = (Timing.of(contest.samples(path)).median for path in paths)
+    return fused, of_library
 
 
 def _is_clear(fused: Sequence[float], library_: Sequence[float]) -> bool:

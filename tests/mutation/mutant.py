@@ -13,6 +13,8 @@ class Mutant:
     broken: str
     near: str  # the test file that is tried first
     path: str = "fused"  # FASTLANE_PATH
+    kernel_sets: tuple[str, ...] = ()  # those whose results it changes, if not all
+    shows_in_sweep: bool = True  # the sweep looks at what it changes, if it is one of the kernels
 
     def switch(self, number: int) -> str:
         """The expression that is true while mutant ``number`` is chosen."""

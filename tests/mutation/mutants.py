@@ -18,6 +18,7 @@ MUTANTS = [
         "a_bytes <= static_cast<double>(caches_.last));",
         "MUTANT || a_bytes <= static_cast<double>(caches_.last));",
         "test_gemm_plan.py",
+        shows_in_sweep=False,
     ),
     Mutant(
         "a block that stays fills all of L2",
@@ -25,6 +26,7 @@ MUTANTS = [
         "return caches_.l2 / 2 /",
         "return caches_.l2 / (MUTANT ? 1 : 2) /",
         "test_gemm_plan.py",
+        shows_in_sweep=False,
     ),
     # The activation.
     Mutant(
@@ -64,6 +66,7 @@ MUTANTS = [
         "return min(V::set(Tail::end), abs(z));",
         "if (MUTANT) return abs(z);\n    return min(V::set(Tail::end), abs(z));",
         "test_gelu.py",
+        shows_in_sweep=False,
     ),
     Mutant(
         "exp's second step is rounded",
@@ -71,6 +74,7 @@ MUTANTS = [
         "const V n = round(a * b);",
         "const V n = round(a * b);\n  if (MUTANT) return scale_by_power(polynomial(a * b - n, Coefficients::exp2), n);",
         "test_gelu.py",
+        shows_in_sweep=False,
     ),
     # The epilogue.
     Mutant(
@@ -165,6 +169,7 @@ MUTANTS = [
         "(k_end - k) / P::k_per_step - (R % W != 0);",
         "(k_end - k) / P::k_per_step - (R % W != 0 && !(MUTANT));",
         "test_layer_accuracy.py",
+        kernel_sets=("avx2", "avx512", "avx512_bf16"),
     ),
     Mutant(
         "a task's packed rows all lie in one place",
@@ -237,6 +242,7 @@ MUTANTS = [
         "for (int64_t k = chain.k; k < chain.end; k += P::k_per_step, b +=",
         "for (int64_t k = chain.k; k < chain.end - MUTANT; k += P::k_per_step, b +=",
         "test_layer_accuracy.py",
+        kernel_sets=("avx2",),
     ),
     Mutant(
         "few rows, across the weight: columns beyond the last are read",
@@ -272,6 +278,7 @@ MUTANTS = [
         "_mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))",
         "_mm256_and_si256(_mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)), _mm256_set1_epi32(MUTANT ? 0 : -1))",
         "test_gelu.py",
+        kernel_sets=("avx2",),
     ),
     Mutant(
         "NEON: bfloat16 is cut off instead of rounded",
@@ -279,6 +286,7 @@ MUTANTS = [
         "vaddq_u32(odd, vdupq_n_u32(0x7fff))",
         "(MUTANT ? vdupq_n_u32(0) : vaddq_u32(odd, vdupq_n_u32(0x7fff)))",
         "test_qemu.py",
+        kernel_sets=("neon",),
     ),
     Mutant(
         "NEON: a power of two below the smallest normal number is formed in one step",
@@ -286,6 +294,7 @@ MUTANTS = [
         "half = vshrq_n_s32(whole, 1),",
         "half = MUTANT ? whole : vshrq_n_s32(whole, 1),",
         "test_qemu.py",
+        kernel_sets=("neon",),
     ),
     Mutant(
         "NEON: doubles are packed without a transposition",
@@ -293,6 +302,7 @@ MUTANTS = [
         "  r[0].v = first;\n",
         "  r[0].v = MUTANT ? r[0].v : first;\n",
         "test_qemu.py",
+        kernel_sets=("neon",),
     ),
     # Sums and wgrad.
     Mutant(
@@ -322,6 +332,7 @@ MUTANTS = [
         "std::isfinite(total) ? total + lost : total",
         "std::isfinite(total) && !MUTANT ? total + lost : total",
         "test_layer_accuracy.py",
+        shows_in_sweep=False,
     ),
     Mutant(
         "what an infinite db lost is added",
@@ -329,6 +340,7 @@ MUTANTS = [
         "? total + lost : total);",
         "|| MUTANT ? total + lost : total);",
         "test_layer_hostile.py",
+        shows_in_sweep=False,
     ),
     Mutant(
         "a narrow layer's dW keeps the last run of rows alone",
@@ -392,6 +404,7 @@ MUTANTS = [
         "part.residual.data = at(p.residual.data, p.residual.row_stride);",
         "part.residual.data = MUTANT ? p.residual.data : at(p.residual.data, p.residual.row_stride);",
         "test_mlp.py",
+        shows_in_sweep=False,
     ),
     # A layer's products, and the stack.
     Mutant(
@@ -442,6 +455,7 @@ MUTANTS = [
         "(use.adds_input || use.projects || concat));",
         "((use.adds_input && !MUTANT) || use.projects || concat));",
         "test_stack_saved.py",
+        shows_in_sweep=False,
     ),
     Mutant(
         "a stack's chunks of rows are as many as weights' sums alone allow",
@@ -449,6 +463,7 @@ MUTANTS = [
         "std::min(RowChunks::kMaxChunks, kMaxSumsBytes / std::max<int64_t>(1, chunk_bytes))",
         "MUTANT ? p_.rows : std::min(RowChunks::kMaxChunks, kMaxSumsBytes / std::max<int64_t>(1, chunk_bytes))",
         "test_stack_saved.py",
+        shows_in_sweep=False,
     ),
 ]
 

@@ -54,7 +54,7 @@ TEST_FILES = [
 # As test_layer_path.py runs them on the other path. The nearest file also runs what is slow.
 MARKERS = {"fused": "not slow", "library": "not slow and not own_product"}
 MARKERS_OF_THE_NEAREST = {"fused": "", "library": "not own_product"}
-# What the sweep of NEON takes, until one of these notices the mutant: a few cases, then ten times as many.
+# Cases of the sweep of NEON, until one notices the mutant: a few, then ten times as many.
 SWEEPS = ("0 99999 170", "0 99999 17")
 # A mutant that makes a test wait for ever is noticed by that.
 TIME_LIMIT_S = 900
@@ -139,11 +139,9 @@ def run_sweep(number, cases):
 
 
 def is_judged_on(mutant, isa):
-    """Whether a mutant's code runs on a kernel set, and changes results where only the sweep looks."""
-    own_set = re.search(r"vec_(\w+)\.h$", mutant.file)
-    if own_set:
-        return own_set.group(1) == isa
-    return isa != "neon" or (mutant.file.startswith("csrc/kernels/") and not mutant.file.endswith("gemm_plan.cpp"))
+    """Whether a mutant changes results of a kernel set, and shows where only the sweep looks."""
+    in_sweep = mutant.file.startswith("csrc/kernels/") and mutant.shows_in_sweep
+    return isa in (mutant.kernel_sets or (isa,)) and (isa != "neon" or in_sweep)
 
 
 def run_tests(number, file, isa, path, markers=MARKERS_OF_THE_NEAREST):
@@ -199,12 +197,12 @@ def main():
     copy_sources()
     if arguments.isa == "neon":
         build_sweep()
-        unbroken = {"the sweep": run_sweep(0, SWEEPS[-1])}
+        unbroken = [("the sweep", run_sweep(0, SWEEPS[-1]))]
     else:
         build()
         runs = sorted({(m.near, m.path) for _, m in chosen})
-        unbroken = {file: run_tests(0, file, arguments.isa, path) for file, path in runs}
-    for what, found in unbroken.items():
+        unbroken = ((f"{file}, path {path}", run_tests(0, file, arguments.isa, path)) for file, path in runs)
+    for what, found in unbroken:
         if found:
             sys.exit(f"{what} fails with no mutant chosen: {found}; mend that first")
     results = []

@@ -28,7 +28,7 @@ DEFINES = ["-DTORCH_EXTENSION_NAME=_C", "-DTORCH_API_INCLUDE_EXTENSION_H", '-DFA
 
 
 def compile_sources(torch: Path, objects: Path) -> list[str]:
-    """The object files, compiled where they are older than anything."""
+    """Compiles every source, and returns the object files."""
     headers = [torch / "include", torch / "include/torch/csrc/api/include", Path(sysconfig.get_paths()["include"])]
     includes = ["-Icsrc", *(f"-isystem{path}" for path in headers)]
 
@@ -39,7 +39,7 @@ def compile_sources(torch: Path, objects: Path) -> list[str]:
         return str(target)
 
     objects.mkdir(parents=True, exist_ok=True)
-    sources = joined_sources(ROOT, relative_sources(ROOT, with_cuda=False, with_hopper=False))
+    sources = joined_sources(ROOT, relative_sources(ROOT, with_cuda=False, with_hopper=False), objects)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_one, sources))
 
@@ -55,7 +55,7 @@ def main() -> int:
     if missing or not undefined:
         print(f"macos-build: not in any library: {', '.join(missing) or strict.stderr}", file=sys.stderr)
         return 1
-    extension = folder / "_C.cpython-312-darwin.so"
+    extension = folder / "_C.darwin.so"
     subprocess.run([*link, "-undefined", "dynamic_lookup", "-o", extension], check=True)
     print(f"linked {extension.name}: {extension.stat().st_size} bytes, {len(undefined)} names left to Python")
     return 0

@@ -69,9 +69,10 @@ class AxpyColumns {
 
  private:
   static constexpr int64_t kHalfPanel = kVecs / 2 * W;
-  // With fewer registers a panel is a line wide. Where rows of B lie a power of two apart, these lines share a few
-  // sets of L1, so each tile would read them from L2. Wider panels were not measured.
-  static constexpr int64_t kMinPackedTiles = kTileRows * kTileVecs < 24 ? 2 : INT64_MAX;
+  // With fewer registers a panel is at most a line wide. Where rows of B lie a power of two apart, these lines share
+  // a few sets of L1, so each tile would read them from L2. Wider panels were not measured.
+  static constexpr bool kMayPack = kTileRows * kTileVecs < 24 && W > 1;
+  static constexpr int64_t kMinPackedTiles = 2;
   // One or two rows take two panels at a time, to have more independent sums.
   static constexpr int kWideRows = 2;
   static constexpr int64_t kChainK = kChain * P::k_per_step;
@@ -125,16 +126,26 @@ class AxpyColumns {
 
   void run_panel(const Chain& chain, int64_t col, int64_t width, Ahead ahead) const {
     const int64_t tiles = ceil_div(p_.m, kMaxRows);
-    const bool packs = width == kPanel && tiles >= kMinPackedTiles;
+    if constexpr (kMayPack)
+      if (width == kPanel && tiles >= kMinPackedTiles) return run_packed_panel(chain, col, tiles, ahead);
+    // Two tiles ask for what lies ahead, since requests get lost where memory is busy.
+    for_each_tile(tiles, [&](int64_t i, int64_t row, auto rows) {
+      run_tile<rows>(chain, row, col, width, i < 2 ? ahead : Ahead{});
+    });
+  }
+
+  void run_packed_panel(const Chain& chain, int64_t col, int64_t tiles, Ahead ahead) const {
     alignas(64) Unit packed[kChain * kPanel];
-    if (packs) pack_b(chain, col, ahead, packed);
+    pack_b(chain, col, ahead, packed);
+    for_each_tile(tiles, [&](int64_t, int64_t row, auto rows) { multiply_packed<rows>(chain, row, col, packed); });
+  }
+
+  // Calls f with each tile's number, first row, and number of rows as a constant.
+  template <class F>
+  void for_each_tile(int64_t tiles, F f) const {
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t row = p_.m * i / tiles;
-      with_rows<1>(p_.m * (i + 1) / tiles - row, [&](auto rows) {
-        if (packs) return multiply_packed<rows>(chain, row, col, packed);
-        // Two tiles ask for what lies ahead, since requests get lost where memory is busy.
-        run_tile<rows>(chain, row, col, width, i < 2 ? ahead : Ahead{});
-      });
+      with_rows<1>(p_.m * (i + 1) / tiles - row, [&](auto rows) { f(i, row, rows); });
     }
   }
 

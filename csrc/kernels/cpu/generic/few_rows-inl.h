@@ -1,4 +1,5 @@
-// Shared parts of products with few rows. These products do not pack B, and fetching B from memory is their cost.
+// Shared parts of products with few rows. These products pack at most a panel of B at a time, and fetching B from
+// memory is their cost.
 #pragma once
 
 #include <algorithm>

@@ -6,8 +6,8 @@
 //         tiles, in groups that are finished together
 //
 // If A is read where it lies, a block of packed B stays in L2; each thread has its own block if there are enough.
-// Otherwise a task's A is packed once, and all threads share a wide packed B. A stays in L2; where passes are needed,
-// a few panels of B stay instead.
+// Otherwise a task's A is packed once, and all threads share a wide packed B. A stays in L2, or, if the tile is
+// small, some panels of B.
 //
 // A panel is read where it lies if its layout suits the tile; otherwise it is packed. If that saves packing, the
 // transposed product Bᵀ Aᵀ is computed, and finishing a group transposes its sums back.
