@@ -190,6 +190,10 @@ report: $(VENV)/.built
 	$(REPORT) $(call results_of,zen3-layer) --readme benchmarks/RESULTS-zen3.md
 	$(REPORT) $(call results_of,zen3-networks) --suite networks --readme benchmarks/RESULTS-zen3.md
 	$(REPORT) $(call results_of,zen3-mlps) --suite models --readme benchmarks/RESULTS-zen3.md
+	$(REPORT) $(call results_of,zen3-float64) --readme benchmarks/RESULTS-zen3-float64.md
+	$(REPORT) $(call results_of,zen3-tuned-layer) --readme benchmarks/RESULTS-zen3-tuned.md
+	$(REPORT) $(call results_of,zen3-tuned-networks) --suite networks --readme benchmarks/RESULTS-zen3-tuned.md
+	$(REPORT) $(call results_of,zen3-tuned-mlps) --suite models --readme benchmarks/RESULTS-zen3-tuned.md
 	$(REPORT) $(call results_of,zen4-none-mlps) --readme benchmarks/RESULTS-zen4-none-mlps.md
 	$(REPORT) $(RESULTS)/gelu.json --readme benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/summary.py --readme README.md
