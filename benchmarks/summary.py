@@ -100,7 +100,7 @@ def sentences() -> Iterator[str]:
     yield _sentence("AVX-512, bfloat16", "bfloat16", avx512)
 
 
-LEAST_AND_MOST = "The least and the most over all measured layers (not networks and models), with every core in use:"
+LEAST_AND_MOST = "The least and the most over all measured layers, forward and with backward:"
 
 
 def text() -> str:
