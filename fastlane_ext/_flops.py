@@ -18,8 +18,9 @@ def _rows(x: Shape) -> int:
     return prod(x[:-1])
 
 
+# A packed weight has a second size of its own, so the inputs are counted on the other operand.
 def _linear(x: Shape, weight: Shape) -> int:
-    return 2 * _rows(x) * weight[0] * weight[1]
+    return 2 * _rows(x) * weight[0] * x[-1]
 
 
 def _layer(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
@@ -44,7 +45,7 @@ def _layer_backward(
 
 
 def _mlp(x: Shape, fc1_weight: Shape, fc1_bias: Shape | None, fc2_weight: Shape, *_: Any, **__: Any) -> int:
-    return _linear(x, fc1_weight) + 2 * _rows(x) * fc2_weight[0] * fc2_weight[1]
+    return _linear(x, fc1_weight) + 2 * _rows(x) * fc2_weight[0] * fc1_weight[0]
 
 
 def _mlp_backward(
@@ -70,10 +71,20 @@ def _mlp_backward(
 
 
 def _stack(
-    x: Shape, weights: Sequence[Shape], biases: Any, projections: Sequence[Shape | None], *_: Any, **__: Any
+    x: Shape,
+    weights: Sequence[Shape],
+    biases: Any,
+    projections: Sequence[Shape | None],
+    *_: Any,
+    shortcut: str = "identity",
+    **__: Any,
 ) -> int:
-    products = [*weights, *(shape for shape in projections or () if shape is not None)]
-    return sum(2 * _rows(x) * shape[0] * shape[1] for shape in products)
+    total, in_features = 0, x[-1]
+    for weight, projection in zip(weights, projections or [None] * len(weights), strict=True):
+        products = 1 if projection is None else 2
+        total += 2 * _rows(x) * products * in_features * weight[0]
+        in_features = in_features + weight[0] if shortcut == "concat" else weight[0]
+    return total
 
 
 def _stack_backward(

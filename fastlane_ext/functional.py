@@ -12,11 +12,12 @@ from ._activations import check_activation
 from ._arguments import check_list, check_stack, check_tensor
 from ._disabled import records_eager
 from ._load import library
+from .packed import PackedWeight, is_packed, weight_data, weights_data
 
 
 def linear_gelu_residual(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
@@ -27,7 +28,8 @@ def linear_gelu_residual(
 
     Args:
         x: ``(..., in_features)``, any leading sizes, any strides; float32, float64, bfloat16 or float16.
-        weight: ``(out_features, in_features)`` like ``nn.Linear``'s, of x's dtype and device.
+        weight: ``(out_features, in_features)`` like ``nn.Linear``'s, of x's dtype and device; or, where nothing needs a
+            gradient, a copy that `pack_weight` made.
         bias: ``(out_features,)`` or None.
         residual: broadcasts to the output's shape; None adds nothing. If residual is x itself, backward adds the
             shortcut's gradient inside the product that computes x's gradient.
@@ -47,24 +49,27 @@ def linear_gelu_residual(
     >>> linear_gelu_residual(x, weight, bias, residual=x).shape
     torch.Size([8, 64])
     """
+    plain = weight_data(weight)
     if not torch.compiler.is_compiling():
-        y = library.run_plain_layer(None, x, weight, bias, residual, activation, recompute)
+        y = library.run_plain_layer(None, x, plain, bias, residual, activation, recompute)
         if y is not None:
             return y
     check_tensor("x", x)
-    check_tensor("weight", weight)
+    check_tensor("weight", plain)
     check_tensor("bias", bias, optional=True)
     check_tensor("residual", residual, optional=True)
     if not isinstance(activation, str):
         check_activation(activation)
-    if records_eager():
-        return reference.linear_gelu_residual(x, weight, bias, residual, activation=activation)
+    if records_eager() and not is_packed(plain):
+        return reference.linear_gelu_residual(x, plain, bias, residual, activation=activation)
     return torch.ops.fastlane.linear_gelu_residual.default(
-        x, weight, bias, residual, activation=activation, recompute=recompute
+        x, plain, bias, residual, activation=activation, recompute=recompute
     )
 
 
-def linear_gelu_concat(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "gelu") -> Tensor:
+def linear_gelu_concat(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, *, activation: str = "gelu"
+) -> Tensor:
     """``cat([x, act(x Wᵀ + b)], -1)``; the kernel writes the activated part into its slice of the output.
 
     Shapes, dtypes and errors are as in `linear_gelu_residual`. The output is ``(..., in_features + out_features)``.
@@ -72,23 +77,24 @@ def linear_gelu_concat(x: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     >>> linear_gelu_concat(torch.randn(8, 64), torch.randn(32, 64)).shape
     torch.Size([8, 96])
     """
+    plain = weight_data(weight)
     check_tensor("x", x)
-    check_tensor("weight", weight)
+    check_tensor("weight", plain)
     check_tensor("bias", bias, optional=True)
     if not isinstance(activation, str):
         check_activation(activation)
-    if records_eager():
-        return reference.linear_gelu_concat(x, weight, bias, activation=activation)
-    return torch.ops.fastlane.linear_gelu_concat.default(x, weight, bias, activation=activation)
+    if records_eager() and not is_packed(plain):
+        return reference.linear_gelu_concat(x, plain, bias, activation=activation)
+    return torch.ops.fastlane.linear_gelu_concat.default(x, plain, bias, activation=activation)
 
 
 def residual_stack(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | PackedWeight],
     biases: Sequence[Tensor | None] | None = None,
     *,
     shortcut: str = "identity",
-    projections: Sequence[Tensor | None] | None = None,
+    projections: Sequence[Tensor | PackedWeight | None] | None = None,
     projection_biases: Sequence[Tensor | None] | None = None,
     activation: str = "gelu",
     recompute: bool = False,
@@ -136,18 +142,23 @@ def residual_stack(
     >>> residual_stack(torch.randn(2, 10, 64), weights).shape
     torch.Size([2, 10, 64])
     """
+    plain, plain_projections = weights_data(weights), weights_data(projections)
     has_projections = projections is not None or projection_biases is not None
-    check_stack(x, weights, shortcut, has_projections=has_projections)
+    check_stack(x, plain, shortcut, has_projections=has_projections)
     check_activation(activation)
-    for name, tensors in (("biases", biases), ("projections", projections), ("projection_biases", projection_biases)):
+    for name, tensors in (
+        ("biases", biases),
+        ("projections", plain_projections),
+        ("projection_biases", projection_biases),
+    ):
         check_list(name, tensors)
-    if records_eager():
+    if records_eager() and not any(map(is_packed, (*plain, *(plain_projections or ())))):
         return reference.residual_stack(
             x,
-            weights,
+            plain,
             biases,
             shortcut=shortcut,
-            projections=projections,
+            projections=plain_projections,
             projection_biases=projection_biases,
             activation=activation,
         )
@@ -155,9 +166,9 @@ def residual_stack(
     absent = [None] * len(weights) if torch.compiler.is_compiling() else []
     return torch.ops.fastlane.residual_stack.default(
         x,
-        weights,
+        plain,
         biases or absent,
-        projections or absent,
+        plain_projections or absent,
         projection_biases or absent,
         shortcut=shortcut,
         activation=activation,
@@ -167,9 +178,9 @@ def residual_stack(
 
 def mlp_residual(
     x: Tensor,
-    fc1_weight: Tensor,
+    fc1_weight: Tensor | PackedWeight,
     fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
+    fc2_weight: Tensor | PackedWeight,
     fc2_bias: Tensor | None,
     residual: Tensor | None = None,
     *,
@@ -201,22 +212,23 @@ def mlp_residual(
     >>> mlp_residual(x, torch.randn(256, 64), None, torch.randn(64, 256), None, residual=x).shape
     torch.Size([10, 64])
     """
+    fc1, fc2 = weight_data(fc1_weight), weight_data(fc2_weight)
     if not torch.compiler.is_compiling():
-        y = library.run_plain_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation, recompute)
+        y = library.run_plain_mlp(x, fc1, fc1_bias, fc2, fc2_bias, residual, activation, recompute)
         if y is not None:
             return y
     check_tensor("x", x)
-    check_tensor("fc1_weight", fc1_weight)
+    check_tensor("fc1_weight", fc1)
     check_tensor("fc1_bias", fc1_bias, optional=True)
-    check_tensor("fc2_weight", fc2_weight)
+    check_tensor("fc2_weight", fc2)
     check_tensor("fc2_bias", fc2_bias, optional=True)
     check_tensor("residual", residual, optional=True)
     if not isinstance(activation, str):
         check_activation(activation)
-    if records_eager():
-        return reference.mlp_residual(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation=activation)
+    if records_eager() and not (is_packed(fc1) or is_packed(fc2)):
+        return reference.mlp_residual(x, fc1, fc1_bias, fc2, fc2_bias, residual, activation=activation)
     return torch.ops.fastlane.mlp_residual.default(
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation=activation, recompute=recompute
+        x, fc1, fc1_bias, fc2, fc2_bias, residual, activation=activation, recompute=recompute
     )
 
 

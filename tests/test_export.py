@@ -222,7 +222,7 @@ def test_onnx():
 @pytest.mark.slow
 @onnx_only
 def test_onnx_example(tmp_path):
-    _, onnx, disabled, _ = blocks("python")
+    *_, onnx, disabled, _ = blocks("python")
     run_in(tmp_path, sys.executable, "-c", onnx + disabled)
     assert (tmp_path / "model.onnx").is_file()
 
@@ -240,7 +240,8 @@ def run_in(folder, *command):
 @pytest.mark.thorough
 def test_deployment_examples(tmp_path, monkeypatch):
     """The examples of docs/deployment.md: exported, run from Python without our Python, and from C++."""
-    exporting, _, _, running = blocks("python")
+    served, packed, exporting, *_, running = blocks("python")
+    run_in(tmp_path, sys.executable, "-c", served + packed)
     (program,), (build_and_run,) = blocks("cpp"), blocks("sh")
     run_in(tmp_path, sys.executable, "-c", exporting)
     run_in(tmp_path, sys.executable, "-c", running)

@@ -23,6 +23,7 @@ FILES = [
     "test_layer_hostile.py",
     "test_layer_process.py",
     "test_mlp.py",
+    "test_packed.py",
     "test_stack.py",
 ]
 FORCED = os.environ.get("FASTLANE_CPU_ISA")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # qemu's names. Sandy Bridge has AVX without FMA and AVX2; qemu 7 emulates nothing of AVX-512.
 CPUS = {"Nehalem": ["scalar"], "SandyBridge": ["scalar"], "Haswell": ["avx2", "scalar"]}
 # Some cases of each function of the kernel table (tests/native/cpu/sweep.cpp), behind the large fixed sizes.
-CASES = [(first + 60, first + 84) for first in (0, 2704, 3508, 6212, 7016, 7820, 8624, 11328, 12132)]
+CASES = [(first + 60, first + 84) for first in (0, 2704, 3508, 6212, 7016, 7820, 8624, 11328, 12132, 12936)]
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ struct LayerShape {
 };
 
 // y = act(x Wᵀ + bias) + residual, with z = x Wᵀ + bias stored where `z.data` is given.
-inline GemmProblem forward_gemm(const LayerShape& shape, ConstMatrix x, ConstMatrix weight, const void* bias,
+inline GemmProblem forward_gemm(const LayerShape& shape, ConstMatrix x, const Weight& weight, const void* bias,
                                 Activation activation, ConstRowMajor residual, RowMajor z, RowMajor y) {
   GemmProblem p;
   p.m = shape.rows, p.n = shape.out_features, p.k = shape.in_features;
   p.dtype = shape.dtype;
-  p.a = x, p.b = weight.transposed();
+  p.a = x, p.b = weight.matrix.transposed(), p.b_panels = weight.panels;
   p.epilogue.activation = activation, p.epilogue.bias = bias, p.epilogue.addend = residual;
   p.epilogue.z = z, p.epilogue.out = y;
   return p;

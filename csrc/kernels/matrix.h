@@ -26,6 +26,21 @@ struct ConstMatrix {
   ConstMatrix transposed() const { return {data, col_stride, row_stride}; }
 };
 
+// A copy of a product's B in the order in which tiles read B: panel after panel, each over all of k (PanelsProblem).
+// The other fields tell the layout that B had: with few rows the layout decides in which order products are summed.
+struct Panels {
+  const void* data = nullptr;
+  bool ran_along_k = false, ran_along_n = false;
+};
+
+// A weight of a forward, out_features × in_features: where it lies, or its panels.
+struct Weight {
+  ConstMatrix matrix;
+  Panels panels;
+
+  bool is_present() const { return matrix.data || panels.data; }
+};
+
 // Rows have a unit column stride and lie `row_stride` (the leading dimension) elements apart.
 struct RowMajor {
   void* data = nullptr;

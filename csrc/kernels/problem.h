@@ -15,7 +15,8 @@ struct GemmProblem {
   int64_t m = 0, n = 0, k = 0;
   DType dtype = DType::f32;  // of every operand
   ConstMatrix a;  // m × k
-  ConstMatrix b;  // k × n
+  ConstMatrix b;  // k × n; not read where `b_panels` is present
+  Panels b_panels;
   // If set, memory holds this operand's pre-activation, and the product multiplies its activation.
   Activation a_activation = Activation::none, b_activation = Activation::none;
   bool ends_in_gradient = false;  // `gradient` ends the product, otherwise `epilogue`
@@ -24,6 +25,24 @@ struct GemmProblem {
 
   const ConstRowMajor& addend() const { return ends_in_gradient ? gradient.addend : epilogue.addend; }
   const RowMajor& out() const { return ends_in_gradient ? gradient.out : epilogue.out; }
+};
+
+// Copies B, k × n, to panels: of type T's compute type, or of pairs along k where the kernel set multiplies pairs.
+// Only the set that wrote panels can read them.
+struct PanelsProblem {
+  int64_t n = 0, k = 0;
+  DType dtype = DType::f32;
+  ConstMatrix b;
+  void* panels = nullptr;
+};
+
+// The way back: writes B's values to memory with these strides.
+struct UnpackProblem {
+  int64_t n = 0, k = 0;
+  DType dtype = DType::f32;
+  const void* panels = nullptr;
+  void* b = nullptr;
+  int64_t n_stride = 0, k_stride = 0;
 };
 
 // The epilogue of a product that lies in memory, m × n. The product may lie in z or out.
@@ -70,9 +89,9 @@ struct MlpProblem {
   DType dtype = DType::f32;  // of every operand
   Activation activation = Activation::none;
   ConstMatrix x;
-  ConstMatrix fc1_weight;  // hidden × in_features
+  Weight fc1_weight;  // hidden × in_features
   const void* fc1_bias = nullptr;
-  ConstMatrix fc2_weight;  // out_features × hidden
+  Weight fc2_weight;  // out_features × hidden
   const void* fc2_bias = nullptr;
   ConstRowMajor residual;
   RowMajor z, y;
@@ -99,16 +118,20 @@ struct MlpBackwardProblem {
 struct StackLayer {
   int64_t in_features = 0, out_features = 0;
   ConstMatrix weight;  // out_features × in_features
+  Panels panels;  // if present, forward reads these instead
   const void* bias = nullptr;
   // The shortcut is the layer's input, the input's projection, or none. A concatenating stack sets neither field.
   bool adds_input = false;
   ConstMatrix projection;  // out_features × in_features
+  Panels projection_panels;
   const void* projection_bias = nullptr;
   RowMajor z;  // rows × out_features; forward writes z if present, backward reads it
 
   RowMajor dweight, dprojection;  // the gradients, or their transposes if `…_transposed`
   bool dweight_transposed = false, dprojection_transposed = false;
   void *db = nullptr, *dprojection_bias = nullptr;
+
+  bool projects() const { return projection.data || projection_panels.data; }
 };
 
 // h₀ = x, hᵢ₊₁ = act(zᵢ) + shortcut(hᵢ) with zᵢ = hᵢ Wᵢᵀ + bᵢ, or [hᵢ, act(zᵢ)] where `concat`; y is the last h.

@@ -48,6 +48,9 @@ bool cpu_is_measured();
 // profile of `fastlane tune` (profile.h), or the rules of path.cpp.
 bool fuses_forward(const LayerShape& shape);
 bool fuses_backward(const LayerShape& shape);
+// Whether a forward of so many rows reads a frozen weight's panels rather than the weight itself.
+bool reads_frozen_panels(int64_t rows);
+
 bool fuses_mlp_forward(const LayerShape& fc1, const LayerShape& fc2);
 bool fuses_mlp_backward(const LayerShape& fc1, const LayerShape& fc2);
 // Whether a narrow stack runs as one kernel.

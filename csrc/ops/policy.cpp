@@ -78,9 +78,13 @@ void count_backward(Path path) { add_to(backward_counts, path); }
 
 void set_strict(bool on) { forced_strict = on; }
 
-void leave_fused_path(const std::string& reason) {
+bool is_strict() {
   static const bool by_variable = is_set("FASTLANE_STRICT");
-  TORCH_CHECK(!by_variable && !forced_strict, "FASTLANE_STRICT: this call would leave the fused path: ", reason,
+  return by_variable || forced_strict;
+}
+
+void leave_fused_path(const std::string& reason) {
+  TORCH_CHECK(!is_strict(), "FASTLANE_STRICT: this call would leave the fused path: ", reason,
               "; unset FASTLANE_STRICT to let it run in eager PyTorch");
   const std::lock_guard<std::mutex> lock(fallback_mutex);
   ++fallback[reason];

@@ -31,6 +31,7 @@ bool count(bool on);
 void count_forward(Path path);
 void count_backward(Path path);
 
+bool is_strict();
 // Has the effect of FASTLANE_STRICT=1, for tests.
 void set_strict(bool on);
 // Counts a call that leaves the fused path. Throws under FASTLANE_STRICT=1, naming the reason.

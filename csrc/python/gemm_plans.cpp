@@ -12,6 +12,7 @@ const char* name_of(GemmMethod method) {
   switch (method) {
     case GemmMethod::inner_products: return "inner_products";
     case GemmMethod::axpy: return "axpy";
+    case GemmMethod::panel_rows: return "panel_rows";
     case GemmMethod::tiles: break;
   }
   return "tiles";

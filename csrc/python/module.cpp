@@ -2,15 +2,19 @@
 // between. The operators are not here: they register themselves with torch's dispatcher when the library is loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <iterator>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cuda/hopper/hopper.h"
 #include "ops/dense/stack_products.h"
+#include "ops/frozen.h"
+#include "ops/packed_weight.h"
 #include "ops/path.h"
 #include "ops/policy.h"
 #include "python/facts.h"
@@ -67,6 +71,19 @@ PYBIND11_MODULE(_C, m) {
     py::handle(module).attr("any_disabled") = any;
   });
   m.def("set_strict", &fastlane::policy::set_strict);
+  m.def("freeze_weight", &fastlane::freeze_weight);
+  m.def("is_frozen", [](const at::Tensor& weight) -> std::optional<bool> {
+    const fastlane::Frozen state = fastlane::frozen_state(weight);
+    return state == fastlane::Frozen::absent ? std::nullopt : std::optional(state == fastlane::Frozen::used);
+  });
+  m.def("pack_weight", &fastlane::pack_weight);
+  m.def("unpack_weight", &fastlane::unpacked_weight);
+  m.def("read_packed_weight", [](const at::Tensor& packed) {
+    fastlane::PackedWeight w;
+    const std::string fault = fastlane::read_packed(packed, w);
+    TORCH_CHECK(fault.empty(), "data", fault);
+    return py::make_tuple(w.out_features, w.in_features, w.dtype, w.kernels);
+  });
   m.def("stack_backward_products", &fastlane::stack_backward_products);
   fastlane::python::prepare();
   fastlane::policy::set_dtensor_test(&fastlane::python::is_dtensor);

@@ -6,6 +6,7 @@ All mutants are compiled into one library, so that thirty mutants cost one build
 from mutant import Mutant
 from mutants_of_fuse import MUTANTS as MUTANTS_OF_FUSE
 from mutants_of_operators import MUTANTS as MUTANTS_OF_OPERATORS
+from mutants_of_packed import MUTANTS as MUTANTS_OF_PACKED
 
 KERNELS = "csrc/kernels/cpu/"
 
@@ -467,4 +468,4 @@ MUTANTS = [
     ),
 ]
 
-MUTANTS += MUTANTS_OF_OPERATORS + MUTANTS_OF_FUSE
+MUTANTS += MUTANTS_OF_OPERATORS + MUTANTS_OF_FUSE + MUTANTS_OF_PACKED

@@ -17,13 +17,17 @@ using Kernel = Result (*)(const Arguments&..., const Parallel&);
 // The kernels of a set, each with the type of its result and its arguments; the first is a problem with a dtype. The
 // table below, the ISA files' functions and the forwarding of avx512_bf16 follow from this list.
 //
-// `plan` computes nothing: it returns the plan that `gemm` would follow. `layer_backward` and `mlp_backward` pass
-// over the rows once, with dz in L2; they return false, and do nothing, where the layer is too wide for that. The
-// stacks' kernels take a block of rows through all layers while the block lies in cache, for layers that
-// narrow_stack.h calls narrow.
+// `plan` computes nothing: it returns the plan that `gemm` would follow. `panel_bytes` is the size of B's panels;
+// `pack` returns false, and the panels are worthless, if the set's product would drop one of B's values
+// (product-inl.h). `layer_backward` and `mlp_backward` pass over the rows once, with dz in L2; they return false, and
+// do nothing, where the layer is too wide for that. The stacks' kernels take a block of rows through all layers while
+// the block lies in cache, for layers that narrow_stack.h calls narrow.
 #define FASTLANE_PRODUCTS(KERNEL)                    \
   KERNEL(gemm, void, GemmProblem)                    \
   KERNEL(plan, GemmPlan, GemmProblem)                \
+  KERNEL(panel_bytes, int64_t, PanelsProblem)        \
+  KERNEL(pack, bool, PanelsProblem)                  \
+  KERNEL(unpack, void, UnpackProblem)                \
   KERNEL(layer_backward, bool, LayerBackwardProblem) \
   KERNEL(mlp_backward, bool, MlpBackwardProblem)     \
   KERNEL(stack_forward, void, StackProblem)          \

@@ -30,6 +30,7 @@ double values_to_pack(const OperandFacts& left, const OperandFacts& right, int64
 
 // To finish a transposed product moves every result once more.
 bool is_cheaper_transposed(const GemmFacts& f) {
+  if (f.b_is_packed) return false;
   const double results = static_cast<double>(f.m) * static_cast<double>(f.n);
   return values_to_pack(f.b, f.a, f.k) + results < values_to_pack(f.a, f.b, f.k);
 }
@@ -57,14 +58,16 @@ class Planner {
     if (may_keep_b) keep_b_in_l2();
     if (may_keep_b && !b_stays()) keep_a_in_l2();
     if (!may_keep_b && !plan_.a_in_place && !right_.reads_across) pass_packed_a_by();
-    const int64_t units_of_block_step = ceil_div(plan_.block_cols, f_.tile_cols) * f_.tile_cols;
-    plan_.slab_blocks =
-        std::max<int64_t>(1, std::min(plan_.k_blocks, packed_units() / (plan_.own_blocks ? plan_.threads : 1) /
-                                                          f_.block_steps / units_of_block_step));
+    plan_.slab_blocks = f_.b_is_packed ? plan_.k_blocks : slab_blocks();
     return plan_;
   }
 
  private:
+  int64_t slab_blocks() const {
+    const int64_t units_of_block_step = ceil_div(plan_.block_cols, f_.tile_cols) * f_.tile_cols;
+    return std::max<int64_t>(1, std::min(plan_.k_blocks, packed_units() / (plan_.own_blocks ? plan_.threads : 1) /
+                                                             f_.block_steps / units_of_block_step));
+  }
   int64_t steps() const { return std::max<int64_t>(1, ceil_div(f_.k, f_.k_per_step)); }
   int64_t packed_units() const { return kPackedBBytes / f_.unit_bytes; }
   int64_t most_steps() const { return std::min(steps(), f_.block_steps); }  // of a k block
@@ -163,13 +166,17 @@ std::string describe(const GemmPlan& plan) {
        << (plan.threads == 1 ? " thread: " : " threads: ");
   if (plan.method == GemmMethod::inner_products) return text.str() + "inner products";
   if (plan.method == GemmMethod::axpy) return text.str() + "rows of B, each times an element of A";
+  if (plan.method == GemmMethod::panel_rows) return text.str() + "a few rows times the caller's panels";
   const char *const a = plan.transposed ? "B" : "A", *const b = plan.transposed ? "A" : "B";
+  const char* const b_lies = plan.b_in_place ? " in place; "
+                             : f.b_is_packed ? " packed by the caller; "
+                                             : " packed; ";
   text << "tiles of " << f.tile_rows << " x " << f.tile_cols << (plan.transposed ? ", transposed" : "") << "; " << a
-       << (plan.a_in_place ? " in place, " : " packed, ") << b << (plan.b_in_place ? " in place; " : " packed; ")
-       << (plan.b_panels_in_l2 > 1 ? b : a) << " stays in L2; " << plan.col_blocks << " column blocks of up to "
-       << plan.block_cols << (plan.own_blocks ? ", a thread takes whole blocks; " : ", threads share each block; ")
-       << plan.k_blocks << " k blocks, " << plan.slab_blocks << " packed at one time, in passes of up to "
-       << plan.pass_steps << " steps; tasks of up to " << plan.task_row_panels << " tiles of rows"
+       << (plan.a_in_place ? " in place, " : " packed, ") << b << b_lies << (plan.b_panels_in_l2 > 1 ? b : a)
+       << " stays in L2; " << plan.col_blocks << " column blocks of up to " << plan.block_cols
+       << (plan.own_blocks ? ", a thread takes whole blocks; " : ", threads share each block; ") << plan.k_blocks
+       << " k blocks, " << plan.slab_blocks << " packed at one time, in passes of up to " << plan.pass_steps
+       << " steps; tasks of up to " << plan.task_row_panels << " tiles of rows"
        << (plan.prefetches_finish ? "; the finish is prefetched" : "");
   return text.str();
 }

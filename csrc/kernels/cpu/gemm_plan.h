@@ -22,6 +22,7 @@ struct GemmFacts {
   int64_t m = 0, n = 0, k = 0;
   DType dtype = DType::f32;
   OperandFacts a, b;
+  bool b_is_packed = false;  // the caller brings B in panels
   // The finish may read a matrix, whose rows lie this far apart; 0 if it reads none.
   int64_t finish_row_bytes = 0;
   // The kernel set's tile, and the unit that its product for this dtype takes in a step (tile-inl.h, product-inl.h).
@@ -30,8 +31,8 @@ struct GemmFacts {
   int64_t chain_steps = 1, block_steps = 1;  // of a chain, of a k block
 };
 
-// The three ways to compute a product, each a file: dot-inl.h, axpy-inl.h, gemm-inl.h.
-enum class GemmMethod : uint8_t { inner_products, axpy, tiles };
+// The ways to compute a product, each a file: dot-inl.h, axpy-inl.h, panel_rows-inl.h, gemm-inl.h.
+enum class GemmMethod : uint8_t { inner_products, axpy, panel_rows, tiles };
 
 struct GemmPlan {
   GemmFacts facts;

@@ -10,6 +10,7 @@ enum class ScratchSlot {
   packed_a,
   packed_b,
   packed_b_panel,  // one panel, beside the whole of A
+  unpacked_b,  // the caller's panels, written back
   task_sums,  // sums of a product that wait for the next step along k: a task's
   slab_sums,  // the whole product's, from one slab to the next
   block_sums,  // a block's, gathered from its passes

@@ -10,6 +10,7 @@
 #include "ops/composition.h"
 #include "ops/differentiation.h"
 #include "ops/operators.h"
+#include "ops/packed_weight.h"
 #include "ops/policy.h"
 #include "ops/torch_path.h"
 
@@ -164,18 +165,20 @@ Tensor linear_gelu_residual(const Tensor& x, const Tensor& weight, const Optiona
   const Activation activation = parse_activation(activation_name);
   const Tensor no_tensor;
   const Tensor &b = bias ? *bias : no_tensor, &r = residual ? *residual : no_tensor;
-  if (const char* reason = reason_to_compose({x, weight, b, r})) {
+  const bool has_values = !lacks_values(weight);
+  if (const char* reason = has_values ? reason_to_compose({x, weight, b, r}) : nullptr) {
     check_layer(x, weight, bias, residual);
     policy::leave_fused_path(reason);
-    return composition::linear_gelu_residual(x, weight, bias, residual, activation);
+    return composition::linear_gelu_residual(x, plain_weight(weight), bias, residual, activation);
   }
   check_backend("linear_gelu_residual", {{"x", x}, {"weight", weight}, {"bias", b}, {"residual", r}});
-  if (!recompute && policy::runs_torch(x))
-    return torch_path::linear_gelu_residual(x, weight, bias, residual, activation);
+  if (has_values && !recompute && policy::runs_torch(x))
+    return torch_path::linear_gelu_residual(x, plain_weight(weight), bias, residual, activation);
   if (!torch::autograd::compute_requires_grad(x, weight, b, r)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_linear_gelu_residual(x, weight, bias, residual, activation_name, recompute);
   }
+  check_not_packed("linear_gelu_residual", "weight", weight);
   const bool identity = residual && residual->is_same(x);
   return differentiable(x, weight, b, identity ? no_tensor : r, activation,
                         identity ? Shortcut::identity : Shortcut::tensor_or_none, recompute);
@@ -186,17 +189,20 @@ Tensor linear_gelu_concat(const Tensor& x, const Tensor& weight, const OptionalT
   const Activation activation = parse_activation(activation_name);
   const Tensor no_tensor;
   const Tensor& b = bias ? *bias : no_tensor;
-  if (const char* reason = reason_to_compose({x, weight, b})) {
+  const bool has_values = !lacks_values(weight);
+  if (const char* reason = has_values ? reason_to_compose({x, weight, b}) : nullptr) {
     check_linear("linear_gelu_concat", x, weight, bias);
     policy::leave_fused_path(reason);
-    return composition::linear_gelu_concat(x, weight, bias, activation);
+    return composition::linear_gelu_concat(x, plain_weight(weight), bias, activation);
   }
   check_backend("linear_gelu_concat", {{"x", x}, {"weight", weight}, {"bias", b}});
-  if (policy::runs_torch(x)) return torch_path::linear_gelu_concat(x, weight, bias, activation);
+  if (has_values && policy::runs_torch(x))
+    return torch_path::linear_gelu_concat(x, plain_weight(weight), bias, activation);
   if (!torch::autograd::compute_requires_grad(x, weight, b)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_linear_gelu_concat(x, weight, bias, activation_name);
   }
+  check_not_packed("linear_gelu_concat", "weight", weight);
   return differentiable(x, weight, b, no_tensor, activation, Shortcut::concat, false);
 }
 

@@ -10,6 +10,7 @@
 #include "ops/composition.h"
 #include "ops/differentiation.h"
 #include "ops/operators.h"
+#include "ops/packed_weight.h"
 #include "ops/policy.h"
 #include "ops/torch_path.h"
 
@@ -158,10 +159,12 @@ Tensor mlp_residual(const Tensor& x, const Tensor& fc1_weight, const OptionalTen
   const Tensor no_tensor;
   const Tensor &b1 = fc1_bias ? *fc1_bias : no_tensor, &b2 = fc2_bias ? *fc2_bias : no_tensor,
                &r = residual ? *residual : no_tensor;
-  if (const char* reason = reason_to_compose({x, fc1_weight, b1, fc2_weight, b2, r})) {
+  const bool has_values = !lacks_values(fc1_weight) && !lacks_values(fc2_weight);
+  if (const char* reason = has_values ? reason_to_compose({x, fc1_weight, b1, fc2_weight, b2, r}) : nullptr) {
     check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual);
     policy::leave_fused_path(reason);
-    return composition::mlp_residual(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation);
+    return composition::mlp_residual(x, plain_weight(fc1_weight), fc1_bias, plain_weight(fc2_weight), fc2_bias,
+                                     residual, activation);
   }
   check_backend("mlp_residual", {{"x", x},
                                  {"fc1_weight", fc1_weight},
@@ -169,12 +172,15 @@ Tensor mlp_residual(const Tensor& x, const Tensor& fc1_weight, const OptionalTen
                                  {"fc2_weight", fc2_weight},
                                  {"fc2_bias", b2},
                                  {"residual", r}});
-  if (!recompute && policy::runs_torch(x))
-    return torch_path::mlp_residual(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation);
+  if (has_values && !recompute && policy::runs_torch(x))
+    return torch_path::mlp_residual(x, plain_weight(fc1_weight), fc1_bias, plain_weight(fc2_weight), fc2_bias,
+                                    residual, activation);
   if (!torch::autograd::compute_requires_grad(x, fc1_weight, b1, fc2_weight, b2, r)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     return call_mlp_residual(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation_name, recompute);
   }
+  check_not_packed("mlp_residual", "fc1_weight", fc1_weight);
+  check_not_packed("mlp_residual", "fc2_weight", fc2_weight);
   const bool adds_x = residual && residual->is_same(x);
   const bool x_first = reaches_x_before_weight(x, b1.defined());
   using Node = MlpResidual;

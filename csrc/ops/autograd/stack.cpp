@@ -317,15 +317,17 @@ Tensor residual_stack(const Tensor& x, at::TensorList weights, const OptionalTen
   const StackShortcut shortcut = parse_shortcut(shortcut_name);
   const StackParameters p = stack_parameters(weights, biases, projections, projection_biases);
   Present present(x, p);
-  if (const char* reason = reason_to_compose(present.tensors)) {
+  const bool has_values = std::none_of(present.tensors.begin(), present.tensors.end(), lacks_values);
+  if (const char* reason = has_values ? reason_to_compose(present.tensors) : nullptr) {
     check_stack(x, p, shortcut);
     policy::leave_fused_path(reason);
-    return composition::residual_stack(x, p, shortcut, activation);
+    return composition::residual_stack(x, plain_parameters(p), shortcut, activation);
   }
   for (size_t i = 0; i < present.tensors.size(); ++i)
     check_dense(kOp, stack_item(present.positions[i], p.layers()), present.tensors[i]);
   check_device(kOp, x);
-  if (!recompute && policy::runs_torch(x)) return torch_path::residual_stack(x, p, shortcut, activation);
+  if (has_values && !recompute && policy::runs_torch(x))
+    return torch_path::residual_stack(x, plain_parameters(p), shortcut, activation);
   bool needs_grad = false;
   for (const Tensor& t : present.tensors) needs_grad = needs_grad || t.requires_grad();
   if (!needs_grad || !at::GradMode::is_enabled()) {
@@ -334,6 +336,10 @@ Tensor residual_stack(const Tensor& x, at::TensorList weights, const OptionalTen
                                recompute);
   }
   check_stack(x, p, shortcut);
+  for (size_t i = 0; i < p.layers(); ++i) {
+    check_not_packed(kOp, StackItem{"weights", i}, p.weights[i]);
+    check_not_packed(kOp, StackItem{"projections", i}, p.projections[i]);
+  }
   present.order_edges(static_cast<int64_t>(p.layers()));
   return ResidualStack::apply(at::TensorList(present.tensors), present.positions, static_cast<int64_t>(p.layers()),
                               shortcut, activation, recompute)[0];

@@ -24,7 +24,7 @@ Parallel torch_threads() {
 TakenPath fused_if(bool takes) { return takes ? TakenPath(Path::fused) : std::nullopt; }
 
 TakenPath gemm(const GemmProblem& p) {
-  const bool takes = fuses_forward({p.m, p.k, p.n, p.dtype});
+  const bool takes = p.b_panels.data || fuses_forward({p.m, p.k, p.n, p.dtype});
   if (takes) kernels().gemm(p, torch_threads());
   return fused_if(takes);
 }
@@ -42,7 +42,8 @@ TakenPath dgrad(const GemmProblem&) { return std::nullopt; }
 bool takes_dgrad(const GemmProblem&) { return false; }
 
 TakenPath mlp_forward(const MlpProblem& p) {
-  const bool takes = fuses_mlp_forward(fc1_shape(p), fc2_shape(p));
+  const bool has_panels = p.fc1_weight.panels.data && p.fc2_weight.panels.data;
+  const bool takes = has_panels || fuses_mlp_forward(fc1_shape(p), fc2_shape(p));
   if (takes) fastlane::mlp_forward(kernels(), p, torch_threads());
   return fused_if(takes);
 }

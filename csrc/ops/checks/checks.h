@@ -13,6 +13,7 @@
 
 #include "kernels/activation.h"
 #include "kernels/problem.h"
+#include "ops/packed_weight.h"
 #include "ops/types.h"
 
 namespace fastlane {
@@ -97,17 +98,48 @@ struct LinearNames {
   const char *weight = "weight", *bias = "bias";
 };
 
+// A packed weight has no gradient. The check stands where a node of the graph would begin.
+template <class Name>
+void check_not_packed(const char* op, const Name& name, const at::Tensor& weight) {
+  TORCH_CHECK(!is_packed(weight), op, ": ", name, " is packed, expected a plain weight where a tensor requires a ",
+              "gradient; pass the weight itself, or call under torch.no_grad()");
+}
+
+// Checks a packed weight as the weight that it stands for. A traced one has no memory to look into.
+template <class Name>
+void check_packed(const char* op, const Name& name, const at::Tensor& packed, const at::Tensor& x,
+                  const c10::SymInt& in_features) {
+  TORCH_CHECK(packed.dim() == 2, op, ": ", name, " has dtype Byte and shape ", packed.sym_sizes(),
+              ", expected dtype ", x.scalar_type(),
+              " like x, or a packed weight; convert it, or pass fastlane_ext.pack_weight(weight)");
+  TORCH_CHECK(x.device().is_cpu() || x.is_meta(), op, ": ", name, " is packed for the CPU and x is on ", x.device(),
+              ", expected both on cpu; pass the weight itself");
+  if (lacks_values(packed)) return;
+  PackedWeight weight;
+  const std::string fault = read_packed(packed, weight);
+  TORCH_CHECK(fault.empty(), op, ": ", name, fault);
+  TORCH_CHECK(weight.dtype == x.scalar_type(), op, ": ", name, " was packed from dtype ", weight.dtype, ", expected ",
+              x.scalar_type(), " like x; convert x, or pack the converted weight");
+  TORCH_SYM_CHECK(in_features.sym_eq(weight.in_features), op, ": ", name, " was packed from shape [",
+                  weight.out_features, ", ", weight.in_features, "], expected (out_features, ", in_features,
+                  ") to fit its input; pass the layer's own weight");
+}
+
 // Checks the parameters of a layer with `in_features` inputs. `source` has that size: x, or the weight of the layer
 // before.
 inline void check_parameters(const char* op, const LinearNames& names, const at::Tensor& x, const at::Tensor& weight,
                              const OptionalTensor& bias, const c10::SymInt& in_features, const char* source_name,
                              const at::Tensor& source) {
-  check_like(op, names.weight, weight, "x", x);
-  TORCH_CHECK(weight.dim() == 2, op, ": ", names.weight, " has shape ", weight.sym_sizes(),
-              ", expected (out_features, in_features) like nn.Linear's");
-  TORCH_SYM_CHECK(weight.sym_size(1).sym_eq(in_features), op, ": ", names.weight, " has shape ", weight.sym_sizes(),
-                  ", expected (out_features, ", in_features, ") to fit ", source_name, " of shape ",
-                  source.sym_sizes(), "; pass it as nn.Linear stores it");
+  if (is_packed(weight)) {
+    check_packed(op, names.weight, weight, x, in_features);
+  } else {
+    check_like(op, names.weight, weight, "x", x);
+    TORCH_CHECK(weight.dim() == 2, op, ": ", names.weight, " has shape ", weight.sym_sizes(),
+                ", expected (out_features, in_features) like nn.Linear's");
+    TORCH_SYM_CHECK(weight.sym_size(1).sym_eq(in_features), op, ": ", names.weight, " has shape ", weight.sym_sizes(),
+                    ", expected (out_features, ", in_features, ") to fit ", source_name, " of shape ",
+                    source.sym_sizes(), "; pass it as nn.Linear stores it");
+  }
   if (bias) {
     check_like(op, names.bias, *bias, "x", x);
     TORCH_CHECK(bias->dim() == 1, op, ": ", names.bias, " has shape ", bias->sym_sizes(), ", expected (",

@@ -59,6 +59,13 @@ inline StackParameters stack_parameters(at::TensorList weights, const OptionalTe
           stack_list("projection_biases", projection_biases, weights.size())};
 }
 
+// The same with the values of packed weights, for ATen's operators.
+inline StackParameters plain_parameters(StackParameters p) {
+  for (auto* weights : {&p.weights, &p.projections})
+    for (at::Tensor& weight : *weights) weight = plain_weight(weight);
+  return p;
+}
+
 // A backward's parameters. Tensors that it does not read may be absent.
 inline StackParameters saved_stack_parameters(const OptionalTensors& weights, const OptionalTensors& biases,
                                               const OptionalTensors& projections,
@@ -71,6 +78,7 @@ inline StackParameters saved_stack_parameters(const OptionalTensors& weights, co
 inline void check_stack_matrix(const StackItem& name, const at::Tensor& t, const at::Tensor& x,
                                const c10::SymInt& features) {
   constexpr char op[] = "residual_stack";
+  if (is_packed(t)) return check_packed(op, name, t, x, features);
   check_like(op, name, t, "x", x);
   TORCH_CHECK(t.dim() == 2, op, ": ", name, " has shape ", t.sym_sizes(),
               ", expected (out_features, in_features) like nn.Linear's");
@@ -89,9 +97,9 @@ inline void check_stack_bias(const StackItem& name, const at::Tensor& t, const a
 }
 
 // Whether layer i adds its input without a projection.
-inline bool adds_input(const StackParameters& p, size_t i, StackShortcut shortcut) {
+inline bool adds_input(const StackParameters& p, size_t i, const c10::SymInt& in_features, StackShortcut shortcut) {
   if (shortcut != StackShortcut::identity && shortcut != StackShortcut::projection) return false;
-  return !p.projections[i].defined() && p.weights[i].sym_size(0) == p.weights[i].sym_size(1);
+  return !p.projections[i].defined() && p.weights[i].sym_size(0) == in_features;
 }
 
 // Returns the size of the output's last dimension.
@@ -112,8 +120,9 @@ inline c10::SymInt check_stack(const at::Tensor& x, const StackParameters& p, St
       TORCH_SYM_CHECK(projection.sym_size(0).sym_eq(out_features), op, ": ", name, " has shape ",
                       projection.sym_sizes(), ", expected ", weight.sym_sizes(), " like weights[", i, "]");
     } else if (shortcut == StackShortcut::projection) {
-      TORCH_CHECK_VALUE(adds_input(p, i, shortcut), "projections[", i, "]: got None, expected a weight of shape ",
-                        weight.sym_sizes(), "; pass one wherever in and out differ");
+      TORCH_CHECK_VALUE(adds_input(p, i, features, shortcut), "projections[", i,
+                        "]: got None, expected a weight of shape ", weight.sym_sizes(),
+                        "; pass one wherever in and out differ");
     }
     if (p.projection_biases[i].defined()) {
       const StackItem name{"projection_biases", i};
@@ -140,7 +149,7 @@ at::Tensor stack_by_layer(const at::Tensor& x, const StackParameters& p, StackSh
     OptionalTensor residual;
     if (p.projections[i].defined()) {
       residual = layer(h, p.projections[i], optional(p.projection_biases[i]), {}, /*is_projection=*/true);
-    } else if (adds_input(p, i, shortcut)) {
+    } else if (adds_input(p, i, h.sym_size(-1), shortcut)) {
       residual = h;
     }
     h = layer(h, p.weights[i], bias, residual, /*is_projection=*/false);

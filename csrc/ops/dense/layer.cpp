@@ -22,7 +22,7 @@ OutputAndZ forward_residual(const at::Tensor& x, const at::Tensor& weight, const
   check_layer(x, weight, bias, residual);
   const c10::OptionalDeviceGuard guard(x.device());
   at::Tensor y = empty_output(x, weight.size(0)), z = with_z ? empty_output(x, weight.size(0)) : at::Tensor();
-  const Operands o = flatten_operands(x, weight, bias, residual);
+  const Operands o = flatten_operands(x, weight, bias, residual, /*may_be_frozen=*/!with_z);
   const std::array<int64_t, 2> flat{o.shape.rows, o.shape.out_features};
   policy::count_forward(backend_of(x).counted(layer_forward(o, activation, with_z ? z.view(flat) : z, y.view(flat))));
   return {std::move(y), std::move(z)};
@@ -35,7 +35,7 @@ OutputAndZ forward_concat(const at::Tensor& x, const at::Tensor& weight, const O
   const int64_t in_features = x.size(-1), out_features = weight.size(0);
   at::Tensor y = empty_output(x, in_features + out_features),
              z = with_z ? empty_output(x, out_features) : at::Tensor();
-  const Operands o = flatten_operands(x, weight, bias, std::nullopt);
+  const Operands o = flatten_operands(x, weight, bias, std::nullopt, /*may_be_frozen=*/!with_z);
   const at::Tensor rows = y.view({o.shape.rows, in_features + out_features});
   {
     const OwnCalls own_calls;
@@ -56,16 +56,18 @@ bool composes_because_disabled() {
 at::Tensor linear_gelu_residual(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                 const OptionalTensor& residual, std::string_view activation_name, bool) {
   const Activation activation = parse_activation(activation_name);
-  if (composes_because_disabled()) return composition::linear_gelu_residual(x, weight, bias, residual, activation);
-  if (policy::runs_torch(x)) return torch_path::linear_gelu_residual(x, weight, bias, residual, activation);
+  if (composes_because_disabled())
+    return composition::linear_gelu_residual(x, plain_weight(weight), bias, residual, activation);
+  if (policy::runs_torch(x))
+    return torch_path::linear_gelu_residual(x, plain_weight(weight), bias, residual, activation);
   return std::get<0>(forward_residual(x, weight, bias, residual, activation, /*with_z=*/false));
 }
 
 at::Tensor linear_gelu_concat(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                               std::string_view activation_name) {
   const Activation activation = parse_activation(activation_name);
-  if (composes_because_disabled()) return composition::linear_gelu_concat(x, weight, bias, activation);
-  if (policy::runs_torch(x)) return torch_path::linear_gelu_concat(x, weight, bias, activation);
+  if (composes_because_disabled()) return composition::linear_gelu_concat(x, plain_weight(weight), bias, activation);
+  if (policy::runs_torch(x)) return torch_path::linear_gelu_concat(x, plain_weight(weight), bias, activation);
   return std::get<0>(forward_concat(x, weight, bias, activation, /*with_z=*/false));
 }
 

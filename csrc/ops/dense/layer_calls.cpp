@@ -97,15 +97,6 @@ Path backward_of(const BackwardTensors& t, Activation activation, NetworkLayer* 
 
 }  // namespace
 
-DType dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kDouble: return DType::f64;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::f16;
-    default: return DType::f32;
-  }
-}
-
 at::Tensor flatten_leading(const at::Tensor& t) {
   return t.dim() == 2 ? t : t.reshape({leading_size(t), t.size(-1)});
 }
@@ -135,10 +126,10 @@ at::Tensor flatten_residual(const at::Tensor& residual, const at::Tensor& x, int
 }
 
 Operands flatten_operands(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                          const OptionalTensor& residual) {
+                          const OptionalTensor& residual, bool may_be_frozen) {
   Operands o;
   o.x = flatten_leading(x);
-  o.weight = weight;
+  o.weight = operand_weight(weight, may_be_frozen ? std::optional(o.x.size(0)) : std::nullopt);
   if (bias) o.bias = bias->contiguous();
   if (residual) o.residual = flatten_residual(*residual, x, weight.size(0));
   o.shape = {o.x.size(0), o.x.size(1), weight.size(0), dtype_of(x)};
@@ -146,14 +137,14 @@ Operands flatten_operands(const at::Tensor& x, const at::Tensor& weight, const O
 }
 
 at::Tensor computed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
-  const Operands o = flatten_operands(x, weight, bias, std::nullopt);
+  const Operands o = flatten_operands(x, weight, bias, std::nullopt, /*may_be_frozen=*/false);
   at::Tensor z = at::empty({o.shape.rows, o.shape.out_features}, x.options());
   layer_forward(o, Activation::none, {}, z);
   return z;
 }
 
 Path layer_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated) {
-  const GemmProblem p = forward_gemm(o.shape, matrix(o.x), matrix(o.weight), data_of(o.bias), activation,
+  const GemmProblem p = forward_gemm(o.shape, matrix(o.x), weight_of(o.weight), data_of(o.bias), activation,
                                      row_major(o.residual), mutable_row_major(z), mutable_row_major(activated));
   if (const TakenPath taken = backend_of(o.x).gemm(p)) return *taken;
   at::Tensor product = z.defined() ? z : activated;

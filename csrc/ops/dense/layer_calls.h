@@ -1,17 +1,15 @@
 // One layer on 2-D tensors: the parts of every operator.
 #pragma once
 
-#include <ATen/autocast_mode.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 
 #include "kernels/layer.h"
 #include "ops/checks/checks.h"
 #include "ops/dense/backend.h"
+#include "ops/own_calls.h"
+#include "ops/packed_weight.h"
 
 namespace fastlane {
-
-DType dtype_of(const at::Tensor& t);
 
 // (..., cols) → (rows, cols): a view where the strides allow it, otherwise a copy.
 at::Tensor flatten_leading(const at::Tensor& t);
@@ -32,6 +30,11 @@ inline RowMajor mutable_row_major(const at::Tensor& t) {
   return t.defined() ? RowMajor{t.mutable_data_ptr(), t.stride(0)} : RowMajor{};
 }
 
+// The weight of a forward's problem: a plain one, or one whose panels kernels read (packed_weight.h).
+inline Weight weight_of(const at::Tensor& t) {
+  return is_packed(t) ? Weight{{}, panels_of(t)} : Weight{matrix(t), {}};
+}
+
 // The leading sizes of x, then `features`; contiguous.
 at::Tensor empty_output(const at::Tensor& x, int64_t features);
 
@@ -45,24 +48,19 @@ struct WeightGradient {
 };
 
 struct Operands {
-  at::Tensor x, weight, bias, residual;  // 2-D, 2-D, contiguous 1-D, 2-D with unit column stride
+  at::Tensor x, weight, bias, residual;  // 2-D, 2-D or packed, contiguous 1-D, 2-D with unit column stride
   LayerShape shape;
 };
 
+// `may_be_frozen`: no gradient is needed, so a frozen weight may give its packed copy.
 Operands flatten_operands(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                          const OptionalTensor& residual);
+                          const OptionalTensor& residual, bool may_be_frozen);
 
 // Expands to (leading sizes of x..., out_features), then flattens; the result has unit column stride.
 at::Tensor flatten_residual(const at::Tensor& residual, const at::Tensor& x, int64_t out_features);
 
 // x Wᵀ + b, (rows, out_features).
 at::Tensor computed_z(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias);
-
-// Autograd and autocast must not see the ATen calls inside an operator: they would differentiate and cast them.
-struct OwnCalls {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-};
 
 // Writes act(z) + residual to `activated`: a whole tensor, or a slice of the concatenation's rows. Returns the path.
 Path layer_forward(const Operands& o, Activation activation, const at::Tensor& z, const at::Tensor& activated);

@@ -22,8 +22,8 @@ Path forward_rows(const Operands& fc1, Operands& fc2, Activation activation, con
   MlpProblem p;
   p.rows = fc1.shape.rows, p.in_features = fc1.shape.in_features, p.hidden = fc1.shape.out_features;
   p.out_features = fc2.shape.out_features, p.dtype = fc1.shape.dtype, p.activation = activation;
-  p.x = matrix(fc1.x), p.fc1_weight = matrix(fc1.weight), p.fc1_bias = data_of(fc1.bias);
-  p.fc2_weight = matrix(fc2.weight), p.fc2_bias = data_of(fc2.bias);
+  p.x = matrix(fc1.x), p.fc1_weight = weight_of(fc1.weight), p.fc1_bias = data_of(fc1.bias);
+  p.fc2_weight = weight_of(fc2.weight), p.fc2_bias = data_of(fc2.bias);
   p.residual = row_major(fc2.residual);
   p.z = mutable_row_major(z), p.y = mutable_row_major(y);
   if (const TakenPath taken = backend_of(y).mlp_forward(p)) return *taken;
@@ -43,10 +43,11 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const at::Tensor
   const c10::OptionalDeviceGuard guard(x.device());
   const int64_t hidden = fc1_weight.size(0), out_features = fc2_weight.size(0);
   at::Tensor y = empty_output(x, out_features), z = with_z ? empty_output(x, hidden) : at::Tensor();
-  const Operands fc1 = flatten_operands(x, fc1_weight, fc1_bias, std::nullopt);
+  const Operands fc1 = flatten_operands(x, fc1_weight, fc1_bias, std::nullopt, /*may_be_frozen=*/!with_z);
   const int64_t rows = fc1.shape.rows;
   Operands fc2;
-  fc2.weight = fc2_weight, fc2.shape = {rows, hidden, out_features, fc1.shape.dtype};
+  fc2.weight = operand_weight(fc2_weight, with_z ? std::nullopt : std::optional(rows));
+  fc2.shape = {rows, hidden, out_features, fc1.shape.dtype};
   if (fc2_bias) fc2.bias = fc2_bias->contiguous();
   if (residual) fc2.residual = flatten_residual(*residual, x, out_features);
   policy::count_forward(backend_of(x).counted(
@@ -61,10 +62,12 @@ at::Tensor mlp_residual(const at::Tensor& x, const at::Tensor& fc1_weight, const
   // Inference tensors skip the Autograd key, which asks this for all other tensors.
   if (const char* reason = policy::why_disabled()) {
     policy::leave_fused_path(reason);
-    return composition::mlp_residual(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation);
+    return composition::mlp_residual(x, plain_weight(fc1_weight), fc1_bias, plain_weight(fc2_weight), fc2_bias,
+                                     residual, activation);
   }
   if (policy::runs_torch(x))
-    return torch_path::mlp_residual(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation);
+    return torch_path::mlp_residual(x, plain_weight(fc1_weight), fc1_bias, plain_weight(fc2_weight), fc2_bias,
+                                    residual, activation);
   return std::get<0>(forward(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual, activation, /*with_z=*/false));
 }
 

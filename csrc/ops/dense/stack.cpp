@@ -55,10 +55,12 @@ struct Stack : StackSizes {
   int64_t rows;
   at::TensorOptions options;
 
-  Stack(const at::Tensor& input, StackParameters p, StackShortcut shortcut, Activation stack_activation)
-      : Stack(input, input, std::move(p), {}, shortcut, stack_activation) {}
+  // `may_be_frozen` as for flatten_operands.
+  Stack(const at::Tensor& input, StackParameters p, StackShortcut shortcut, Activation stack_activation,
+        bool may_be_frozen)
+      : Stack(input, input, std::move(p), {}, shortcut, stack_activation, may_be_frozen) {}
   Stack(const at::Tensor& rows_like, const at::Tensor& input, StackParameters p, at::IntArrayRef features,
-        StackShortcut shortcut, Activation stack_activation)
+        StackShortcut shortcut, Activation stack_activation, bool may_be_frozen)
       : StackSizes(rows_like, features.empty() ? at::IntArrayRef(features_of(input, p)) : features, shortcut),
         parameters(std::move(p)),
         activation(stack_activation),
@@ -67,12 +69,14 @@ struct Stack : StackSizes {
         options(rows_like.options()) {
     for (size_t i = 0; i < layers.size(); ++i) {
       StackLayer& layer = layers[i];
-      const at::Tensor &weight = parameters.weights[i], &projection = parameters.projections[i];
-      if (weight.defined()) layer.weight = matrix(weight);
+      at::Tensor &weight = parameters.weights[i], &projection = parameters.projections[i];
+      weight = readable(weight, may_be_frozen), projection = readable(projection, may_be_frozen);
+      if (weight.defined()) layer.weight = weight_of(weight).matrix, layer.panels = panels_of(weight);
       layer.bias = contiguous_data(parameters.biases[i]);
       layer.adds_input = !projection.defined() && layer.in_features == layer.out_features &&
                          (shortcut == StackShortcut::identity || shortcut == StackShortcut::projection);
-      if (projection.defined()) layer.projection = present_matrix(projection);
+      if (projection.defined()) layer.projection_panels = panels_of(projection);
+      if (projection.defined() && !is_packed(projection)) layer.projection = present_matrix(projection);
       layer.projection_bias = contiguous_data(parameters.projection_biases[i]);
     }
     problem.activation = activation;
@@ -100,6 +104,12 @@ struct Stack : StackSizes {
   }
 
  private:
+  // If the product of bf16 pairs meets a denormal, the narrow stack's kernel runs again from values.
+  at::Tensor readable(const at::Tensor& weight, bool may_be_frozen) const {
+    const bool takes_panels = problem.dtype != DType::bf16 || !is_one_kernel();
+    if (!takes_panels) return plain_weight(weight);
+    return operand_weight(weight, may_be_frozen ? std::optional(problem.rows) : std::nullopt);
+  }
   // A projection without input features has no memory, but is not absent: its bias counts.
   static ConstMatrix present_matrix(const at::Tensor& t) {
     static constexpr char nothing = 0;
@@ -191,10 +201,10 @@ at::Tensor residual_stack(const at::Tensor& x, at::TensorList weights, const Opt
   // Inference tensors skip the Autograd key, which asks this for all other tensors.
   if (const char* reason = policy::why_disabled()) {
     policy::leave_fused_path(reason);
-    return composition::residual_stack(x, p, shortcut, activation);
+    return composition::residual_stack(x, plain_parameters(p), shortcut, activation);
   }
-  if (policy::runs_torch(x)) return torch_path::residual_stack(x, p, shortcut, activation);
-  Stack s(x, std::move(p), shortcut, activation);
+  if (policy::runs_torch(x)) return torch_path::residual_stack(x, plain_parameters(p), shortcut, activation);
+  Stack s(x, std::move(p), shortcut, activation, /*may_be_frozen=*/true);
   return forward_rows(s, x, {});
 }
 
@@ -205,7 +215,7 @@ std::tuple<at::Tensor, at::Tensor> residual_stack_forward(
   const StackShortcut shortcut = parse_shortcut(shortcut_name);
   check_stack(x, p, shortcut);
   const c10::OptionalDeviceGuard guard(x.device());
-  Stack s(x, std::move(p), shortcut, parse_activation(activation_name));
+  Stack s(x, std::move(p), shortcut, parse_activation(activation_name), /*may_be_frozen=*/false);
   at::Tensor z = empty_z(s);
   at::Tensor y = forward_rows(s, x, z);
   return {std::move(y), std::move(z)};
@@ -321,7 +331,7 @@ std::vector<at::Tensor> residual_stack_backward(const at::Tensor& grad, const Op
   const std::vector<c10::SymInt> symbolic(features.begin(), features.end());
   const StackReads plan = check_stack_backward(grad, x, p, z, symbolic, shortcut, activation, needed);
   const c10::OptionalDeviceGuard guard(grad.device());
-  Stack s(grad, x.value_or(at::Tensor()), std::move(p), features, shortcut, activation);
+  Stack s(grad, x.value_or(at::Tensor()), std::move(p), features, shortcut, activation, /*may_be_frozen=*/false);
   StackGradients gradients(grad, s.layers, s.rows, needed, column_major);
   const at::Tensor rows = with_unit_column_stride(flatten_leading(grad));
   if (s.is_one_kernel()) {

@@ -49,7 +49,8 @@ constexpr int64_t kFirstStackBackward = kFirstStackForward + kStackCases;
 constexpr int64_t kFirstGradientGemm = kFirstStackBackward + kStackCases, kGradientGemmCases = kAllCombinations;
 constexpr int64_t kFirstMlpBackward = kFirstGradientGemm + kGradientGemmCases, kMlpBackwardCases = 804;
 constexpr int64_t kFirstMlpForward = kFirstMlpBackward + kMlpBackwardCases, kMlpForwardCases = 804;
-constexpr int64_t kCases = kFirstMlpForward + kMlpForwardCases;
+constexpr int64_t kFirstPackedGemm = kFirstMlpForward + kMlpForwardCases, kPackedGemmCases = kAllCombinations / 2;
+constexpr int64_t kCases = kFirstPackedGemm + kPackedGemmCases;
 
 constexpr int64_t kSizes[] = {0,  1,  2,  3,  5,  7,  8,  11,  12,  13,  15, 16,
                               17, 24, 31, 33, 48, 63, 65, 100, 129, 193, 385};
@@ -77,15 +78,35 @@ constexpr Shape kGemmShapes[] = {{0, 5, 3},  {5, 0, 3},     {0, 0, 0},       {5,
                                  {1, 33, 0}, {13, 2100, 9}, {2100, 13, 9},   {48, 1100, 17}, {193, 100, 129},
                                  {1, 1, 1},  {16, 17, 385}, {9, 260, 16500}, {7, 257, 8300}, {3, 257, 33001}};
 
-void gemm_case(int64_t number) {
-  Case c("gemm", number);
+// B in panels, in memory of exactly their size. Written back from there, it has its values again.
+struct PackedOperand {
+  std::vector<unsigned char> memory;
+  Panels panels;  // absent if the product would drop a value
+
+  PackedOperand(const Case& c, const Operand& b, int64_t n, int64_t k, const Parallel& parallel) {
+    PanelsProblem p{n, k, c.dtype, b.matrix(), nullptr};
+    memory.resize(static_cast<size_t>(std::max<int64_t>(1, kernels().panel_bytes(p, parallel))), 0xff);
+    p.panels = memory.data();
+    if (!kernels().pack(p, parallel)) return;
+    panels = {memory.data(), p.b.row_stride == 1 || k <= 1, p.b.col_stride == 1 || n <= 1};
+    Rng rng(0);
+    Operand back(c.dtype, k, n, {"rows", n, 1}, rng);
+    kernels().unpack({n, k, c.dtype, memory.data(), back.mutable_row_major().data, 1, n}, parallel);
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t j = 0; j < n; ++j)
+        if (back.read(i, j) != b.read(i, j)) fail(c, place("b", i, j) + ": the panels hold another value");
+  }
+};
+
+void any_gemm_case(const char* name, int64_t number, int64_t own, bool packs) {
+  Case c(name, number);
   constexpr int64_t fixed = sizeof kGemmShapes / sizeof *kGemmShapes;
-  const bool is_fixed = number < 4 * fixed;
-  const auto [m, n, k] = is_fixed ? kGemmShapes[number / 4] : draw_shape(c.rng);
+  const bool is_fixed = own < 4 * fixed;
+  const auto [m, n, k] = is_fixed ? kGemmShapes[own / 4] : draw_shape(c.rng);
   c.describe("m", m), c.describe("n", n), c.describe("k", k);
   // All pairs of layouts in turn. A long k is cut into slabs only if both operands are packed.
   const bool steps = is_fixed && k > 8000;
-  const int64_t a_layout = steps ? 4 : number % kLayouts, b_layout = steps ? 5 : number / kLayouts % kLayouts;
+  const int64_t a_layout = steps ? 4 : own % kLayouts, b_layout = steps ? 5 : own / kLayouts % kLayouts;
 
   const double terms = std::sqrt(static_cast<double>(std::max<int64_t>(1, k)));
   Kind kinds[2] = {Kind::normal, Kind::normal};
@@ -110,6 +131,13 @@ void gemm_case(int64_t number) {
   const bool checks = run_twice(c, [&](size_t run, const Parallel& parallel) {
     GemmProblem own = p;
     own.epilogue.z = z.of_run(run).mutable_row_major(), own.epilogue.out = out.of_run(run).mutable_row_major();
+    if (!packs) {
+      kernels().gemm(own, parallel);
+      return true;
+    }
+    const PackedOperand packed(c, b, n, k, parallel);
+    own.b_panels = packed.panels;
+    if (packed.panels.data) own.b = {};
     kernels().gemm(own, parallel);
     return true;
   });
@@ -121,6 +149,11 @@ void gemm_case(int64_t number) {
   expected = activated(expected, c.activation, c.format);
   add(expected, addend, c.roundoff);
   out.check(expected);
+}
+
+void gemm_case(int64_t number) { any_gemm_case("gemm", number, number, /*packs=*/false); }
+void packed_gemm_case(int64_t number) {
+  any_gemm_case("packed_gemm", number, number - kFirstPackedGemm, /*packs=*/true);
 }
 
 // An operand that is activated as it is packed, the epilogue that multiplies by act′ and sums the columns, or both.
@@ -309,7 +342,7 @@ void mlp_forward_case(int64_t number) {
   MlpProblem p;
   p.rows = rows, p.in_features = in, p.hidden = hidden, p.out_features = out;
   p.dtype = c.dtype, p.activation = c.activation;
-  p.x = x.matrix(), p.fc1_weight = w1.matrix(), p.fc2_weight = w2.matrix();
+  p.x = x.matrix(), p.fc1_weight.matrix = w1.matrix(), p.fc2_weight.matrix = w2.matrix();
   p.fc1_bias = b1.data, p.fc2_bias = b2.data, p.residual = residual.row_major();
   const bool checks = run_twice(c, [&](size_t run, const Parallel& parallel) {
     MlpProblem own = p;
@@ -439,7 +472,8 @@ void run_case(int64_t number) {
                    : number < kFirstGradientGemm  ? stack_backward_case
                    : number < kFirstMlpBackward   ? gradient_gemm_case
                    : number < kFirstMlpForward    ? mlp_backward_case
-                                                  : mlp_forward_case;
+                   : number < kFirstPackedGemm    ? mlp_forward_case
+                                                  : packed_gemm_case;
   run(number);
 }
 

@@ -14,7 +14,7 @@ constexpr Gpu kH100{90, 132};
 
 // y = gelu(x Wᵀ + b) + r with z stored, all operands dense.
 GemmProblem forward(int64_t rows, int64_t in, int64_t out, DType dtype = DType::bf16) {
-  return forward_gemm({rows, in, out, dtype}, {kAligned, in, 1}, {kAligned, in, 1}, kAligned, Activation::gelu,
+  return forward_gemm({rows, in, out, dtype}, {kAligned, in, 1}, {{kAligned, in, 1}, {}}, kAligned, Activation::gelu,
                       {kAligned, out}, {kAligned, out}, {kAligned, out});
 }
 GemmProblem dgrad(int64_t rows, int64_t in, int64_t out, DType dtype = DType::bf16) {

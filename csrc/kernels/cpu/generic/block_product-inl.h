@@ -40,17 +40,22 @@ class SharedOperand {
   int64_t k() const { return k_; }
   int64_t columns() const { return strips_.count; }
   int64_t panels() const { return ceil_div(strips_.count, S::cols); }
-  int64_t units() const { return panels() * S::cols * steps_of<P>(k_); }
+  // The room that packing takes.
+  int64_t units() const { return panels_ ? 0 : panels() * S::cols * steps_of<P>(k_); }
   // `packed` has room for units().
   void keep_in(Unit* packed) { packed_ = packed; }
+  // Nothing is packed, since the panels are there.
+  void lies_in(const Unit* panels) { panels_ = panels, in_place_ = false; }
 
   // True if the product drops one of the panel's values (product-inl.h).
   bool pack(int64_t panel) const {
+    if (panels_) return false;
     if (!in_place_ || !is_whole_panel<S::cols, P>(strips_, panel * S::cols, k_))
       pack_panel<S::cols, P>(strips_, panel * S::cols, 0, k_, packed_panel_at(panel));
     return drops_any<P>(strips_, panel * S::cols, S::cols, 0, k_);
   }
   Panel panel(int64_t panel) const {
+    if (panels_) return packed_panel<S::cols>(panels_ + panel * S::cols * steps_of<P>(k_));
     return panel_of<S::cols, P>(strips_, panel * S::cols, k_, in_place_, packed_panel_at(panel), /*pack=*/false);
   }
 
@@ -61,6 +66,7 @@ class SharedOperand {
   int64_t k_ = 0;
   bool in_place_ = false;
   Unit* packed_ = nullptr;
+  const Unit* panels_ = nullptr;
 };
 
 // a b with the epilogue `e`, whose matrices have these rows from `row` on.

@@ -24,6 +24,8 @@
 #include "kernels/cpu/generic/dot-inl.h"
 #include "kernels/cpu/generic/epilogue-inl.h"
 #include "kernels/cpu/generic/pack-inl.h"
+#include "kernels/cpu/generic/panel_rows-inl.h"
+#include "kernels/cpu/generic/panels-inl.h"
 #include "kernels/cpu/generic/product-inl.h"
 #include "kernels/cpu/generic/tile-inl.h"
 #include "kernels/cpu/generic/vec_common-inl.h"
@@ -97,13 +99,13 @@ class Gemm {
 
   // Some k blocks, packed for some columns.
   struct PackedB {
-    Unit* values;
+    const Unit* values;
     int64_t first_col;
     int64_t first_block, end_block;
     int64_t steps;  // of all these blocks
 
-    Unit* panel(int64_t col_panel, int64_t k_block) const {
-      return values + (col_panel * steps + (k_block - first_block) * kBlockSteps<P>)*S::cols;
+    int64_t offset(int64_t col_panel, int64_t k_block) const {
+      return (col_panel * steps + (k_block - first_block) * kBlockSteps<P>)*S::cols;
     }
   };
   struct Task {
@@ -133,19 +135,20 @@ class Gemm {
     const TaskGrid grid = task_grid(row_panels, col_panels, plan_.task_row_panels, parallel.threads);
     const bool one_slab = plan_.slab_blocks >= plan_.k_blocks;
     const int64_t slab_steps = std::min(plan_.slab_blocks * kBlockSteps<P>, steps_of<P>(p_.k));
-    const Scratch packed_b(ScratchSlot::packed_b, bytes_of<Unit>(col_panels * S::cols * slab_steps));
+    const auto* const panels = static_cast<const Unit*>(p_.b_panels.data);
+    const Scratch packed_b(ScratchSlot::packed_b, bytes_of<Unit>(panels ? 0 : col_panels * S::cols * slab_steps));
     // The sums of the whole column block wait here from one slab to the next.
     const Scratch waiting(ScratchSlot::slab_sums, bytes_of<C>(one_slab ? 0 : row_panels * col_panels * S::size));
     for (int64_t block = 0; block < plan_.k_blocks; block += plan_.slab_blocks) {
       const int64_t end_block = std::min(plan_.k_blocks, block + plan_.slab_blocks), blocks = end_block - block;
-      const PackedB b{packed_b.as<Unit>(), first_col, block, end_block,
-                      steps_of<P>(k_end(end_block - 1) - k_begin(block))};
+      const PackedB b{panels ? panels + first_col * steps_of<P>(p_.k) : packed_b.as<Unit>(), first_col, block,
+                      end_block, steps_of<P>(k_end(end_block - 1) - k_begin(block))};
       // Two pieces for each thread, if there are so many panels.
       const int64_t together =
           std::clamp<int64_t>(col_panels * blocks / (2 * parallel.threads), 1, kPanelsTogether<S::cols, T>);
-      parallel.for_each(ceil_div(col_panels, together) * blocks, [&](int64_t i) {
+      parallel.for_each(panels ? 0 : ceil_div(col_panels, together) * blocks, [&](int64_t i) {
         const int64_t first = i / blocks * together;
-        pack_b_panels(b, first, std::min(together, col_panels - first), block + i % blocks);
+        pack_b_panels(b, packed_b.as<Unit>(), first, std::min(together, col_panels - first), block + i % blocks);
       });
       parallel.for_each(grid.row_tasks * grid.col_tasks, [&](int64_t i) {
         Task task;
@@ -168,17 +171,18 @@ class Gemm {
   bool b_panel_in_place(int64_t col, int64_t k_block) const {
     return plan_.b_in_place && is_whole_panel<S::cols, P>(b_, col, k_end(k_block) - k_begin(k_block));
   }
-  void pack_b_panels(const PackedB& b, int64_t first, int64_t panels, int64_t k_block) {
+  void pack_b_panels(const PackedB& b, Unit* values, int64_t first, int64_t panels, int64_t k_block) {
     const int64_t col = b.first_col + first * S::cols;
     if (drops_any<P>(b_, col, panels * S::cols, k_begin(k_block), k_end(k_block))) dropped_ = true;
     pack_unless_in_place<S::cols, P>(b_, col, k_begin(k_block), k_end(k_block),
-                                     {b.panel(first, k_block), panels, b.steps * S::cols},
+                                     {values + b.offset(first, k_block), panels, b.steps * S::cols},
                                      [&](int64_t strip) { return b_panel_in_place(strip, k_block); });
   }
   Panel b_panel(const PackedB& b, int64_t col_panel, const Pass& pass) const {
     const int64_t col = b.first_col + col_panel * S::cols;
-    Panel panel = b_panel_in_place(col, pass.k_block) ? panel_in_place<P>(b_, col, k_begin(pass.k_block))
-                                                      : packed_panel<S::cols>(b.panel(col_panel, pass.k_block));
+    Panel panel = b_panel_in_place(col, pass.k_block)
+                      ? panel_in_place<P>(b_, col, k_begin(pass.k_block))
+                      : packed_panel<S::cols>(b.values + b.offset(col_panel, pass.k_block));
     panel.data += pass.first_step * panel.step_stride;
     return panel;
   }
@@ -317,6 +321,7 @@ GemmFacts facts_of(const GemmProblem& p) {
   GemmFacts facts;
   facts.m = p.m, facts.n = p.n, facts.k = p.k, facts.dtype = p.dtype;
   facts.a = facts_of<T, P>(a_strips<T>(p)), facts.b = facts_of<T, P>(b_strips<T>(p));
+  facts.b_is_packed = p.b_panels.data != nullptr;
   const ConstRowMajor read = FinishMatrices(p).read;
   if (read.data) facts.finish_row_bytes = std::abs(read.row_stride) * static_cast<int64_t>(sizeof(T));
   facts.tile_rows = S::rows, facts.tile_cols = S::cols;
@@ -329,7 +334,11 @@ template <class T, class P>
 GemmPlan plan_product(const GemmProblem& p, const Parallel& parallel) {
   GemmPlan plan;
   plan.facts = facts_of<T, P>(p);
-  if (DotGemm<T, P>::suits(p)) {
+  if (p.b_panels.data && PanelRows<T, P>::suits(p)) {
+    plan.method = GemmMethod::panel_rows, plan.threads = few_rows_threads(p, parallel);
+  } else if (p.b_panels.data) {
+    plan = plan_tiles(plan.facts, parallel.caches, parallel.threads);
+  } else if (DotGemm<T, P>::suits(p)) {
     plan.method = GemmMethod::inner_products, plan.threads = few_rows_threads(p, parallel);
   } else if (AxpyGemm<T, P>::suits(p, parallel.threads)) {
     plan.method = GemmMethod::axpy, plan.threads = few_rows_threads(p, parallel);
@@ -348,9 +357,27 @@ bool run_product(const GemmProblem& p, const Parallel& parallel) {
     case GemmMethod::axpy:
       if (p.m <= kAxpyMaxUnpairedRows) return AxpyGemm<T, WideningProduct<T>>(p, parallel).run();
       return AxpyGemm<T, P>(p, parallel).run();
+    case GemmMethod::panel_rows:
+      if constexpr (P::V::width > 1) return PanelRows<T, P>(p, parallel).run();
+      break;
     case GemmMethod::tiles: break;
   }
   return Gemm<T, P>(p, plan, parallel).run();
+}
+
+// The panels are those of the fastest product. For the product that drops nothing, B is written back as it lay.
+template <class T>
+void run_gemm_with_panels(const GemmProblem& p, const Parallel& parallel) {
+  using P = product_t<T>;
+  if (!multiplies_unpaired<P>(p) && run_product<T, P>(p, parallel)) return;
+  if constexpr (P::drops_denormals) {
+    const Scratch values(ScratchSlot::unpacked_b, bytes_of<T>(p.n * p.k));
+    const int64_t n_stride = p.b_panels.ran_along_k ? p.k : 1, k_stride = p.b_panels.ran_along_k ? 1 : p.n;
+    run_unpack<T>({p.n, p.k, p.dtype, p.b_panels.data, values.as<T>(), n_stride, k_stride}, parallel);
+    GemmProblem plain = p;
+    plain.b = {values.as<T>(), k_stride, n_stride}, plain.b_panels = {};
+    run_product<T, WideningProduct<T>>(plain, parallel);
+  }
 }
 
 template <class T>
@@ -359,6 +386,7 @@ void run_gemm(const GemmProblem& p, const Parallel& parallel) {
     if (p.ends_in_gradient) std::fill_n(static_cast<T*>(p.gradient.column_sums), p.n, T{});
     return;
   }
+  if (p.b_panels.data) return run_gemm_with_panels<T>(p, parallel);
   exact_product<T>([&](auto product) { return run_product<T, decltype(product)>(p, parallel); });
 }
 

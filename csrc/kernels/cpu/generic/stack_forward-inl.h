@@ -9,6 +9,7 @@
 #include "kernels/cpu/generic/block_product-inl.h"
 #include "kernels/cpu/generic/dot-inl.h"
 #include "kernels/cpu/generic/pack-inl.h"
+#include "kernels/cpu/generic/panel_rows-inl.h"
 #include "kernels/cpu/generic/product-inl.h"
 #include "kernels/cpu/generic/tile-inl.h"
 #include "kernels/cpu/generic/vec_common-inl.h"
@@ -57,15 +58,15 @@ void walk_forward(const StackProblem& p, int64_t row, int64_t rows, T* work, Mul
     g.a = {h.data, h.row_stride, 1};
     Epilogue& e = g.epilogue;
     ConstRowMajor shortcut;
-    if (layer.projection.data) {
-      g.b = layer.projection.transposed(), e.bias = layer.projection_bias;
+    if (layer.projects()) {
+      g.b = layer.projection.transposed(), g.b_panels = layer.projection_panels, e.bias = layer.projection_bias;
       e.out = {work + 2 * block, g.n};
       multiply(g, i, /*is_projection=*/true);
       shortcut = {e.out.data, e.out.row_stride};
     } else if (layer.adds_input) {
       shortcut = h;
     }
-    g.b = layer.weight.transposed(), e.bias = layer.bias, e.activation = p.activation;
+    g.b = layer.weight.transposed(), g.b_panels = layer.panels, e.bias = layer.bias, e.activation = p.activation;
     e.addend = shortcut;
     e.z = {element<T>(layer.z, row, 0), layer.z.row_stride};
     if (p.concat) {
@@ -97,7 +98,7 @@ class StackForward {
     int64_t units = 0;
     for (int64_t i = 0; i < p_.count; ++i) {
       offsets_[i] = units;
-      units += (p_.layers[i].projection.data ? 2 : 1) * operand(p_.layers[i].weight, p_.layers[i], nullptr).units();
+      units += weight(i).units() + projection(i).units();
     }
     const Scratch packed(ScratchSlot::packed_b, bytes_of<Unit>(units));
     packed_ = packed.as<Unit>();
@@ -118,20 +119,22 @@ class StackForward {
   // Whole tiles of every instruction set; three blocks of 128 columns stay in L2 beside the weights.
   static constexpr int64_t kBlockRows = 48;
 
-  SharedOperand<T, P> operand(const ConstMatrix& weight, const StackLayer& layer, Unit* packed) const {
+  SharedOperand<T, P> operand(const ConstMatrix& weight, const Panels& panels, const StackLayer& layer,
+                              Unit* packed) const {
     SharedOperand<T, P> operand(
         {static_cast<const T*>(weight.data), layer.out_features, weight.row_stride, weight.col_stride},
         layer.in_features);
-    operand.keep_in(packed);
+    panels.data ? operand.lies_in(static_cast<const Unit*>(panels.data)) : operand.keep_in(packed);
     return operand;
   }
   SharedOperand<T, P> weight(int64_t i) const {
-    return operand(p_.layers[i].weight, p_.layers[i], packed_ + offsets_[i]);
+    const StackLayer& layer = p_.layers[i];
+    return operand(layer.weight, layer.panels, layer, packed_ + offsets_[i]);
   }
   SharedOperand<T, P> projection(int64_t i) const {
     const StackLayer& layer = p_.layers[i];
-    if (!layer.projection.data) return {};
-    return operand(layer.projection, layer, packed_ + offsets_[i] + weight(i).units());
+    if (!layer.projects()) return {};
+    return operand(layer.projection, layer.projection_panels, layer, packed_ + offsets_[i] + weight(i).units());
   }
 
   void pack_layer(int64_t i) {
@@ -155,19 +158,25 @@ class StackForward {
 
 template <class P>
 bool suits_inner_products(const StackProblem& p) {
-  const auto runs_along_k = [](const ConstMatrix& w) { return !w.data || w.col_stride == 1; };
+  const auto runs_along_k = [](const ConstMatrix& w, const Panels& panels) {
+    return panels.data ? panels.ran_along_k : !w.data || w.col_stride == 1;
+  };
   if (p.rows > kDotMaxRows<P>) return false;
   for (int64_t i = 0; i < p.count; ++i)
-    if (!runs_along_k(p.layers[i].weight) || !runs_along_k(p.layers[i].projection)) return false;
+    if (const StackLayer& l = p.layers[i];
+        !runs_along_k(l.weight, l.panels) || !runs_along_k(l.projection, l.projection_panels))
+      return false;
   return true;
 }
 
-// For few rows: inner products of rows of h with rows of W, with nothing packed.
+// For few rows: inner products of rows of h with rows of W, where they lie or in the caller's panels.
 template <class T, class P>
 bool run_few_rows(const StackProblem& p, const Parallel& parallel) {
   const Scratch work(ScratchSlot::stack_rows, bytes_of<T>(3 * p.rows * widest_output(p)));
   bool dropped = false;
   walk_forward(p, 0, p.rows, work.as<T>(), [&](const GemmProblem& g, int64_t, bool /*is_projection*/) {
+    if constexpr (P::V::width > 1)
+      if (g.b_panels.data) return void(dropped |= !PanelRows<T, P>(g, parallel).run());
     dropped |= !DotGemm<T, P>(g, parallel).run();
   });
   return !dropped;
